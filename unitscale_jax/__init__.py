@@ -1,0 +1,1 @@
+"""Pure-functional transforms that make Flax models cheaper to train and to serve."""

@@ -1,0 +1,165 @@
+"""Pytrees by name: every leaf has a path, "encoder/layer_0/kernel", whoever made the tree.
+
+Linen's dicts, `nnx.State` and plain pytrees give the same names, so rules, reports and errors of
+the whole library speak of parameters and never of frameworks.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unitscale_jax.typing import DType
+
+
+def names(tree: Any, *, is_leaf: Callable[[Any], bool] | None = None) -> list[str]:
+    """Names of the leaves, in the order of `jax.tree.leaves`; a tree that is a leaf is named "".
+
+    The wrapper that Flax puts around a parameter (an `nnx.Variable`, a boxed Linen parameter) is
+    not part of its name.
+
+    Example:
+        >>> names({"layers": [{"kernel": 1.0, "bias": 2.0}]})
+        ['layers/0/bias', 'layers/0/kernel']
+    """
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]]
+    siblings = Counter(path[:-1] for path in paths)
+    return ["/".join(map(_word, _unboxed(path, siblings))) for path in paths]
+
+
+def _unboxed(path: tuple, siblings: Counter) -> tuple:
+    boxed = path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value"
+    return path[:-1] if boxed and siblings[path[:-1]] == 1 else path
+
+
+def _word(entry: Any) -> str:
+    for attribute in (
+        "key",
+        "idx",
+        "name",
+    ):  # DictKey and FlattenedIndexKey, SequenceKey, GetAttrKey
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)
+
+
+def named_leaves(tree: Any, *, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """The leaves by name.
+
+    Raises:
+        ValueError: Two leaves have the same name.
+
+    Example:
+        >>> named_leaves({"mlp": {"kernel": 1.0}})
+        {'mlp/kernel': 1.0}
+    """
+    keys = names(tree, is_leaf=is_leaf)
+    twice = [name for name, count in Counter(keys).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"two leaves are named {twice[0]!r}. A name joins the keys of a pytree by '/': "
+            "rename one of the keys."
+        )
+    return dict(zip(keys, jax.tree.leaves(tree, is_leaf=is_leaf), strict=True))
+
+
+def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Maps `fn(name, leaf, *leaves of rest)` over `tree`; the trees of `rest` have its structure.
+
+    Example:
+        >>> map_named(lambda name, x: f"{name}={x}", {"a": 1, "b": 2})
+        {'a': 'a=1', 'b': 'b=2'}
+    """
+    keys = jax.tree.unflatten(jax.tree.structure(tree), names(tree))
+    return jax.tree.map(lambda leaf, name, *others: fn(name, leaf, *others), tree, keys, *rest)
+
+
+def is_floating(leaf: Any) -> bool:
+    """Whether a leaf is an array (or a scalar) of floating point numbers."""
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+
+
+def cast(tree: Any, dtype: DType) -> Any:
+    """Casts the floating leaves; integers, booleans and random keys stay as they are.
+
+    Example:
+        >>> cast({"w": jnp.ones(2), "n": jnp.arange(2)}, "bfloat16")["w"].dtype
+        dtype(bfloat16)
+    """
+    cast_leaf = lambda leaf: jnp.asarray(leaf).astype(dtype) if is_floating(leaf) else leaf
+    return jax.tree.map(cast_leaf, tree)
+
+
+def partition(tree: Any, predicate: Callable[[str, Any], bool]) -> tuple[Any, Any]:
+    """Splits a tree in two of the same outline, with `None` where a leaf went to the other one.
+
+    Args:
+        tree: A pytree.
+        predicate: Maps `(name, leaf)` to whether the leaf goes to the first tree.
+
+    Returns:
+        `(selected, rest)`; `combine(selected, rest)` is `tree`.
+
+    Example:
+        >>> selected, rest = partition({"w": 1.5, "step": 2}, lambda name, leaf: name == "w")
+        >>> selected, rest, combine(selected, rest)
+        ({'step': None, 'w': 1.5}, {'step': 2, 'w': None}, {'step': 2, 'w': 1.5})
+    """
+    selected = map_named(lambda name, leaf: leaf if predicate(name, leaf) else None, tree)
+    rest = map_named(lambda name, leaf: None if predicate(name, leaf) else leaf, tree)
+    return selected, rest
+
+
+def combine(*trees: Any) -> Any:
+    """Merges trees of one outline: at each place the first leaf that is not `None`."""
+    first = lambda *leaves: next((leaf for leaf in leaves if leaf is not None), None)
+    return jax.tree.map(first, *trees, is_leaf=lambda leaf: leaf is None)
+
+
+def is_finite(tree: Any) -> jax.Array:
+    """Whether every floating number in the tree is finite, as a boolean scalar; an empty tree is.
+
+    Example:
+        >>> bool(is_finite({"w": jnp.array([1.0, jnp.inf])}))
+        False
+    """
+    checks = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree) if is_floating(leaf)]
+    return functools.reduce(jnp.logical_and, checks, jnp.array(True))
+
+
+def select(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
+    """`on_true` where `condition` holds, else `on_false`; a NaN that is not chosen is gone."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), on_true, on_false)
+
+
+def size(tree: Any) -> int:
+    """How many numbers the leaves hold."""
+    return sum(int(np.prod(np.shape(leaf))) for leaf in jax.tree.leaves(tree))
+
+
+def nbytes(tree: Any) -> int:
+    """How many bytes the leaves take, sub-byte types packed.
+
+    Example:
+        >>> nbytes({"w": jnp.zeros((3, 4)), "codes": jnp.zeros(6, jnp.int4)})
+        51
+    """
+    return sum(_leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _leaf_bytes(leaf: Any) -> int:
+    dtype = jnp.result_type(leaf)
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return jax.random.key_data(leaf).nbytes
+    bits = int(np.prod(np.shape(leaf))) * _bits(dtype)
+    return -(-bits // 8)
+
+
+def _bits(dtype: np.dtype) -> int:
+    if jnp.issubdtype(dtype, jnp.integer):
+        return jnp.iinfo(dtype).bits
+    return jnp.finfo(dtype).bits if jnp.issubdtype(dtype, jnp.floating) else 8 * dtype.itemsize
