@@ -1,0 +1,22 @@
+"""Mixed precision: dtypes by policy, loss scaling, and weights of 16 bits."""
+
+from unitscale_jax.precision._cast import cast as cast
+from unitscale_jax.precision._float16 import (
+    Float16Report as Float16Report,
+    to_float16 as to_float16,
+)
+from unitscale_jax.precision._loss_scale import (
+    current_scale as current_scale,
+    loss_scaled as loss_scaled,
+    overflowing as overflowing,
+)
+from unitscale_jax.precision._low_precision import (
+    LowPrecisionState as LowPrecisionState,
+    low_precision_weights as low_precision_weights,
+)
+from unitscale_jax.precision._policy import Policy as Policy
+from unitscale_jax.precision._scale import (
+    DynamicScale as DynamicScale,
+    LossScaleState as LossScaleState,
+    StaticScale as StaticScale,
+)
