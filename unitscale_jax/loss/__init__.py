@@ -1,0 +1,41 @@
+"""The loss contract: a loss is a sum and a count, so that sums over any split of the rows agree.
+
+    value_t = total_t / W_t,    W_t = sum of weight_t over the rows
+    loss    = sum_t coef_t * value_t
+    grads   = scale * sum_t (coef_t / W_t) * d total_t / d params
+
+A mean of means is not the mean when parts hold different numbers of tokens; a sum of totals over a
+sum of weights is, for any parts and devices. Totals and weights add over rows, and weights do not
+depend on parameters, so the denominators can be known before any gradient is taken.
+"""
+
+from unitscale_jax.loss._evaluate import evaluate, scalar_terms, weight_slice, weights_of
+from unitscale_jax.loss._grad import (
+    Grad,
+    check_params,
+    scaled_objective,
+    to_accumulator,
+    value_and_grad,
+)
+from unitscale_jax.loss._mean import Denominators, Mean, Terms, inverse, loss_value
+from unitscale_jax.loss._rows import keys_of_rows, row_count, row_keys
+
+__all__ = [
+    "Denominators",
+    "Grad",
+    "Mean",
+    "Terms",
+    "check_params",
+    "evaluate",
+    "inverse",
+    "keys_of_rows",
+    "loss_value",
+    "row_count",
+    "row_keys",
+    "scalar_terms",
+    "scaled_objective",
+    "to_accumulator",
+    "value_and_grad",
+    "weight_slice",
+    "weights_of",
+]

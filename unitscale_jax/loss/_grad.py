@@ -1,0 +1,167 @@
+"""The gradient station of a loss.
+
+grads = scale * sum_t (coef_t / W_t) * d total_t / d params
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from unitscale_jax import tree as trees
+from unitscale_jax.loss._evaluate import evaluate, weights_of
+from unitscale_jax.loss._mean import Denominators, Terms, inverse
+from unitscale_jax.loss._rows import keys_of_rows, row_count
+from unitscale_jax.typing import Batch, Key, Loss, Params, State
+
+
+@dataclass(frozen=True)
+class Grad:
+    """The gradient station: `grad_fn(params, batch) -> (terms, aux, grads)`.
+
+    Made by `value_and_grad`; techniques such as `accumulated` map one `Grad` to another.
+
+    Attributes:
+        loss: The loss it differentiates.
+        call: What calling it does; see `__call__`.
+        direct: Whether `call` is the plain gradient of `loss`, with no technique around it.
+    """
+
+    loss: Loss
+    call: Callable[..., tuple[Terms, Any, Params]] = field(repr=False)
+    direct: bool = False
+
+    def __call__(
+        self,
+        params: Params,
+        batch: Batch,
+        *,
+        state: State = None,
+        key: Key | None = None,
+        denominators: Denominators | None = None,
+        scale: Any = 1.0,
+        valid: jax.Array | None = None,
+    ) -> tuple[Terms, Any, Params]:
+        """Evaluates terms, auxiliary outputs and gradients.
+
+        Args:
+            params: Pytree of floating arrays.
+            batch: Pytree of arrays `(rows, ...)`.
+            state: Passed to the loss, when given.
+            key: One typed key for the batch, or one per row, `(rows,)`; the loss gets one per row,
+                `row_keys(key, rows)`.
+            denominators: For each term the weight to divide its total by, in place of the weight
+                of these rows: what the whole batch weighs, of which these rows are a part.
+            scale: Factor of the gradients, the loss scale; terms do not carry it.
+            valid: Boolean `(rows,)`; rows that do not count. Terms in row form are cut by it; a
+                term in scalar form must have left them out already.
+
+        Returns:
+            `(terms, aux, grads)`. Terms are in scalar form, float32 or wider, without `scale` and
+            `coef`. `grads` has the structure of `params`, is float32 (float64 for float64
+            parameters) and carries `scale`.
+        """
+        return self.call(
+            params,
+            batch,
+            state=state,
+            key=key,
+            denominators=denominators,
+            scale=scale,
+            valid=valid,
+        )
+
+
+def value_and_grad(loss: Loss) -> Grad:
+    """Makes the gradient station of a loss.
+
+    Args:
+        loss: `loss(params, batch, *, state=None, key=None)` returning terms or `(terms, aux)`.
+            Terms are a `Mean`, a dict of them, or a scalar, the mean over rows of equal weight.
+
+    Returns:
+        A `Grad`. It obeys the equations at the top of this module.
+
+    Raises:
+        ValueError: On a call, naming the leaf or term: parameters that are not floating or are
+            none, batch leaves of different row counts, a term that is no `Mean` or scalar, a total
+            below float32, a weight or coefficient that depends on parameters.
+
+    Example:
+        >>> def loss(w, batch):
+        ...     error = (batch["x"] * w - batch["y"]) ** 2
+        ...     return us.Mean(total=jnp.sum(error), weight=len(error))
+        >>> batch = {"x": jnp.array([1.0, 2.0]), "y": jnp.array([1.0, 0.0])}
+        >>> terms, aux, grads = us.value_and_grad(loss)(2.0, batch)
+        >>> float(terms["loss"].value), float(grads)
+        (8.5, 9.0)
+    """
+
+    def grad(
+        params: Params,
+        batch: Batch,
+        *,
+        state: State,
+        key: Key | None,
+        denominators: Denominators | None,
+        scale: Any,
+        valid: jax.Array | None,
+    ) -> tuple[Terms, Any, Params]:
+        check_params(params)
+        key = keys_of_rows(key, row_count(batch))
+        if denominators is None:
+            denominators = weights_of(loss, params, batch, state, key, valid)
+        objective = scaled_objective(loss, batch, state, key, denominators, scale, valid)
+        grads, (terms, aux) = jax.grad(objective, has_aux=True)(params)
+        return terms, aux, jax.tree.map(to_accumulator, grads)
+
+    return Grad(loss=loss, call=grad, direct=True)
+
+
+def scaled_objective(
+    loss: Loss,
+    batch: Batch,
+    state: State,
+    key: Key | None,
+    denominators: Denominators,
+    scale: Any,
+    valid: jax.Array | None = None,
+) -> Callable[[Params], tuple[jax.Array, tuple[Terms, Any]]]:
+    """`params -> (scale * sum_t coef_t * total_t / W_t, (terms, aux))`, the function to derive."""
+
+    def objective(params: Params) -> tuple[jax.Array, tuple[Terms, Any]]:
+        terms, aux = evaluate(loss, params, batch, state, key, valid)
+        if set(terms) != set(denominators):
+            raise ValueError(
+                f"the loss has the terms {sorted(terms)}, `denominators` has {sorted(denominators)}"
+                "; give one denominator for each term, or none at all."
+            )
+        # The scale comes last: a power of two then shifts exponents and changes no bit.
+        factor = lambda name, m: (
+            m.coef * inverse(denominators[name]) * jnp.asarray(scale, m.coef.dtype)
+        )
+        parts = [factor(name, m).astype(m.total.dtype) * m.total for name, m in terms.items()]
+        return functools.reduce(jnp.add, parts), (terms, aux)
+
+    return objective
+
+
+def check_params(params: Params) -> None:
+    """Raises `ValueError` for parameters that have no gradient, naming the first of them."""
+    leaves = trees.named_leaves(params)
+    if not leaves:
+        raise ValueError("the parameters have no leaves, so there is nothing to differentiate.")
+    for name, leaf in leaves.items():
+        if not trees.is_floating(leaf):
+            raise ValueError(
+                f"parameter {name!r} is {jnp.result_type(leaf)}, which has no gradient. Split such "
+                "leaves off with us.tree.partition and pass them in `state`."
+            )
+
+
+def to_accumulator(grads: jax.Array) -> jax.Array:
+    """A gradient in the dtype it is summed in: float32, or float64 if it has that."""
+    return grads.astype(jnp.promote_types(grads.dtype, jnp.float32))

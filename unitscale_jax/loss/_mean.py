@@ -1,0 +1,58 @@
+"""A sum and how many items it sums over, the form in which every loss and metric travels."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Mean:
+    """A sum and how many items it sums over; its value is `total / weight`.
+
+    Attributes:
+        total: Sum over the items, float32 or wider: a scalar, or one sum per row, `(rows,)`.
+        weight: How many items, of the shape of `total`; any dtype. Not a function of parameters.
+        coef: Factor of this term in the loss, a scalar of any source but parameters and batch.
+
+    Example:
+        >>> losses, real = jnp.array([2.0, 4.0, 6.0]), jnp.array([True, True, False])
+        >>> float(us.Mean(total=jnp.where(real, losses, 0).sum(), weight=real.sum()).value)
+        3.0
+    """
+
+    total: Any
+    weight: Any
+    coef: Any = 1.0
+
+    @property
+    def value(self) -> jax.Array:
+        """`total / weight`, a scalar; 0 where the weight is 0."""
+        return jnp.sum(self.total) * inverse(jnp.sum(jnp.asarray(self.weight, jnp.float32)))
+
+
+Terms: TypeAlias = dict[str, Mean]
+"""The terms of a loss by name, in scalar form."""
+
+Denominators: TypeAlias = dict[str, jax.Array]
+"""For each term the weight of the whole batch."""
+
+
+def inverse(weight: jax.Array) -> jax.Array:
+    """`1 / weight`, and 0 where the weight is 0, so that a term without items has no gradient."""
+    weight = jnp.asarray(weight)
+    return jnp.where(weight != 0, 1 / jnp.where(weight != 0, weight, 1), 0)
+
+
+def loss_value(terms: Terms) -> jax.Array:
+    """The loss that terms add up to, `sum_t coef_t * total_t / weight_t`, a scalar.
+
+    Example:
+        >>> float(loss_value({"ce": us.Mean(6.0, 3), "z": us.Mean(8.0, 4, coef=0.5)}))
+        3.0
+    """
+    values = [m.value * jnp.asarray(m.coef, m.value.dtype) for m in terms.values()]
+    return functools.reduce(jnp.add, values, jnp.float32(0))

@@ -1,0 +1,34 @@
+"""Manual mesh axes: which of them a value differs over, and casting values so that they agree.
+
+Inside `shard_map` a type says over which axes a value varies between devices. A loop's carry must
+have one type throughout, and a parameter cast to varying *before* differentiation has its gradient
+left unreduced, so that one reduction can follow many parts.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from unitscale_jax.trace._compat import varying_axes
+
+
+def varying(tree: Any, axes: Sequence[str]) -> Any:
+    """The same values, typed as differing over `axes`; axes they differ over already stay."""
+
+    def cast(x: Any) -> Any:
+        missing = tuple(a for a in axes if a not in varying_axes(x))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, tree)
+
+
+def agree(tree: Any, like: Any) -> Any:
+    """The same values, each typed as differing over the axes of its counterpart as well."""
+    return jax.tree.map(lambda x, other: varying(x, sorted(varying_axes(other))), tree, like)
+
+
+def zeros(shape: Sequence[int], dtype: Any, like: Any) -> jax.Array:
+    """Zeros that differ over the axes of `like`, an array or an abstract one."""
+    return varying(jnp.zeros(shape, dtype), sorted(varying_axes(like)))

@@ -1,0 +1,69 @@
+"""The only file that knows JAX versions apart, and the only one that reads unstable jaxpr params.
+
+Everything else in `trace/` speaks of equations through these few functions. Verified on JAX 0.10
+and 0.12: their scans count carries differently, and bodies are `ClosedJaxpr` in one, bare in the
+other.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+
+Jaxpr = core.Jaxpr
+ClosedJaxpr = core.ClosedJaxpr
+Equation = core.JaxprEqn
+Literal = core.Literal
+Var = core.Var
+as_function = core.jaxpr_as_fun
+
+_NAMES = """
+jit pjit closed_call core_call remat2 checkpoint
+custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr shard_map
+"""
+CALLS = frozenset(_NAMES.split())
+"""Primitives that evaluate one body, whose operands and results are the equation's own."""
+
+INLINABLE = CALLS - {"shard_map"}
+"""Calls whose body may replace them where no derivative is taken."""
+
+
+def opened(body: Any) -> tuple[Jaxpr, Sequence[Any]]:
+    """`(jaxpr, consts)` of a body, closed or bare."""
+    return (body.jaxpr, body.consts) if isinstance(body, ClosedJaxpr) else (body, ())
+
+
+def call_body(eqn: Equation) -> Any:
+    """The body of an equation of `CALLS`."""
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        if name in eqn.params:
+            return eqn.params[name]
+    raise KeyError(f"{eqn.primitive.name} has no body among its parameters {sorted(eqn.params)}")
+
+
+def scan_counts(eqn: Equation) -> tuple[int, int]:
+    """`(number of constants, number of carries)` of a scan equation."""
+    if "num_consts" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry, _ = eqn.params["ft_in"].update(range(len(eqn.invars))).unpack()
+    return len(consts), len(carry)
+
+
+def while_counts(eqn: Equation) -> tuple[int, int]:
+    """`(constants of the condition, constants of the body)` of a while equation."""
+    return eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+
+
+def bind(eqn: Equation, operands: Sequence[Any]) -> list[Any]:
+    """Evaluates one equation on new operands."""
+    got = eqn.primitive.get_bind_params(eqn.params)
+    subfuns, params = got if isinstance(got, tuple) else ((), got)
+    out = eqn.primitive.bind(*subfuns, *operands, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def varying_axes(value: Any) -> frozenset[str]:
+    """The manual mesh axes over which an array, or an abstract one, differs between devices."""
+    aval = value if isinstance(value, jax.core.ShapedArray) else jax.typeof(value)
+    return aval.manual_axis_type.varying
