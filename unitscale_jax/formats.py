@@ -1,0 +1,392 @@
+"""Number formats as data, and rounding to them inside a JAX program.
+
+    value = ± 1.m · 2^(e - bias)    normal numbers
+    value = ± 0.m · 2^(1 - bias)    subnormal numbers, multiples of 2^(1 - bias - mantissa_bits)
+
+A format is a grid of numbers, and `round_to` moves a value to the grid without changing its dtype,
+so a program in float32 computes what hardware with the format would. An integer is the case without
+an exponent: every number is subnormal and the step is 1. Grids: OCP 8-bit floating point (e4m3fn,
+e5m2; https://arxiv.org/abs/2209.05433), the variants without negative zero (fnuz;
+https://arxiv.org/abs/2206.02915), OCP microscaling (e2m3fn, e3m2fn, e2m1fn), IEEE 754 and bfloat16.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unitscale_jax.typing import Array, DType, Key
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Format:
+    """A grid of numbers: a binary floating-point format, or integers.
+
+    Attributes:
+        exponent_bits: Width of the exponent; 0 for integers.
+        mantissa_bits: Width of the mantissa without its leading one; for integers the bits without
+            the sign.
+        bias: What is subtracted from a stored exponent.
+        max: The largest number. Larger ones saturate.
+        infinities: Whether the largest exponent is kept for infinities and NaN, as IEEE 754 does.
+        signed: Whether there are negative numbers.
+        dtype: Name of the `numpy` or `ml_dtypes` type with this grid, where there is one.
+
+    Raises:
+        ValueError: `max` is not on the grid, or float32 cannot compute on the grid.
+
+    Example:
+        >>> e2m1fn = Format(exponent_bits=2, mantissa_bits=1, bias=1, max=6.0)
+        >>> round_to(jnp.array([0.2, 0.3, 2.4, 99.0]), e2m1fn).tolist()
+        [0.0, 0.5, 2.0, 6.0]
+        >>> e2m1fn.bits, e2m1fn.min_normal, e2m1fn.min_subnormal
+        (4, 1.0, 0.5)
+    """
+
+    exponent_bits: int
+    mantissa_bits: int
+    bias: int
+    max: float
+    infinities: bool = False
+    signed: bool = True
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        """Checks that the fields describe one grid, and that float32 holds it."""
+        for wrong in _contradictions(self):
+            raise ValueError(f"{self!r}: {wrong}")
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether the grid is the integers from `min` to `max`."""
+        return self.exponent_bits == 0
+
+    @property
+    def bits(self) -> int:
+        """Bits of one stored number."""
+        return self.signed + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def min(self) -> float:
+        """The least number: -max, or of integers one less (two's complement), or 0 if unsigned."""
+        return -(self.max + self.is_integer) if self.signed else 0.0
+
+    @property
+    def min_normal(self) -> float:
+        """The smallest positive number with a full mantissa; 1 for integers."""
+        return 1.0 if self.is_integer else 2.0 ** (1 - self.bias)
+
+    @property
+    def min_subnormal(self) -> float:
+        """The smallest positive number; 1 for integers."""
+        return 2.0 ** (1 - self.bias - self.mantissa_bits)
+
+
+def _contradictions(spec: Format) -> Iterator[str]:
+    m, top = spec.mantissa_bits, spec.max
+    if not (0 <= spec.exponent_bits <= 8 and 0 <= m <= 23 and math.isfinite(top) and top > 0):
+        yield "float32 computes with up to 8 bits of exponent and 23 of mantissa, and a finite max."
+    elif not (_on_bits(spec) or 2.0**-126 <= spec.min_subnormal <= top < 2.0**127):
+        yield "its numbers leave those that float32 holds as normal ones; choose a smaller bias."
+    elif spec.is_integer and spec.min_subnormal != 1:
+        yield "integers have steps of 1, hence a bias of 1 - mantissa_bits; see `integers`."
+    else:
+        largest = _largest(spec)
+        unit = max(2.0 ** (math.frexp(top)[1] - 1 - m), spec.min_subnormal)
+        if top > largest or top % unit:
+            yield f"max must be on the grid and at most {largest}."
+
+
+def _largest(spec: Format) -> float:
+    """The number with all bits set, or with the largest exponent that is not for infinities."""
+    if spec.is_integer:
+        return 2.0**spec.mantissa_bits - 1
+    exponent = (1 << spec.exponent_bits) - 1 - spec.infinities - spec.bias
+    return 2.0**exponent * (2 - 2.0**-spec.mantissa_bits)
+
+
+def _on_bits(spec: Format) -> bool:
+    """Whether the exponent is that of float32, as in bfloat16."""
+    return (spec.exponent_bits, spec.bias) == (8, 127)
+
+
+FormatLike: TypeAlias = Format | DType
+"""A `Format`, the name of one, or the dtype of its stored numbers."""
+
+
+def integers(bits: int, *, signed: bool = True) -> Format:
+    """The format of two's complement (or unsigned) integers of a width.
+
+    Example:
+        >>> integers(8).min, integers(8).max, integers(4, signed=False).max
+        (-128.0, 127.0, 15.0)
+    """
+    magnitude = bits - signed
+    return Format(
+        exponent_bits=0,
+        mantissa_bits=magnitude,
+        bias=1 - magnitude,  # so that the smallest subnormal, the step, is 1
+        max=2.0**magnitude - 1,
+        signed=signed,
+        dtype=f"{'' if signed else 'u'}int{bits}",
+    )
+
+
+def _floats(exponent: int, mantissa: int, bias: int, top: float, dtype: str) -> Format:
+    infinities = not dtype.endswith(("fn", "fnuz"))
+    fields = {"exponent_bits": exponent, "mantissa_bits": mantissa, "bias": bias, "max": top}
+    return Format(**fields, infinities=infinities, dtype=dtype)
+
+
+FORMATS: dict[str, Format] = {
+    "int8": integers(8),
+    "int4": integers(4),
+    "int2": integers(2),
+    "uint8": integers(8, signed=False),
+    "uint4": integers(4, signed=False),
+    "uint2": integers(2, signed=False),
+    "e4m3fn": _floats(4, 3, 7, 448.0, "float8_e4m3fn"),
+    "e5m2": _floats(5, 2, 15, 57344.0, "float8_e5m2"),
+    "e4m3fnuz": _floats(4, 3, 8, 240.0, "float8_e4m3fnuz"),
+    "e5m2fnuz": _floats(5, 2, 16, 57344.0, "float8_e5m2fnuz"),
+    "e4m3": _floats(4, 3, 7, 240.0, "float8_e4m3"),
+    "e3m4": _floats(3, 4, 3, 15.5, "float8_e3m4"),
+    "e2m3fn": _floats(2, 3, 1, 7.5, "float6_e2m3fn"),
+    "e3m2fn": _floats(3, 2, 3, 28.0, "float6_e3m2fn"),
+    "e2m1fn": _floats(2, 1, 1, 6.0, "float4_e2m1fn"),
+    "f16": _floats(5, 10, 15, 65504.0, "float16"),
+    "bf16": _floats(8, 7, 127, float(jnp.finfo(jnp.bfloat16).max), "bfloat16"),
+    "f32": _floats(8, 23, 127, float(np.finfo(np.float32).max), "float32"),
+}
+"""The known formats by name."""
+
+
+def format_of(format: FormatLike) -> Format:
+    """The format meant by a name, by a dtype, or by itself.
+
+    Raises:
+        ValueError: The name or the dtype is not known; the message lists the known names.
+
+    Example:
+        >>> format_of("bf16") == format_of("bfloat16") == format_of(jnp.bfloat16)
+        True
+        >>> format_of("int3")
+        Traceback (most recent call last):
+            ...
+        ValueError: unknown number format 'int3'. The known ones are int8, int4, int2, uint8, \
+uint4, uint2, e4m3fn, e5m2, e4m3fnuz, e5m2fnuz, e4m3, e3m4, e2m3fn, e3m2fn, e2m1fn, f16, bf16, \
+f32 and the dtypes they are stored in ('float8_e4m3fn'); describe another grid by a `Format`.
+    """
+    if isinstance(format, Format):
+        return format
+    name = format if isinstance(format, str) else _dtype_name(format)
+    by_dtype = {known.dtype: known for known in FORMATS.values()}
+    found = FORMATS.get(name) or by_dtype.get(name)
+    if found is None:
+        raise ValueError(
+            f"unknown number format {format!r}. The known ones are {', '.join(FORMATS)} and the "
+            "dtypes they are stored in ('float8_e4m3fn'); describe another grid by a `Format`."
+        )
+    return found
+
+
+def round_to(
+    x: Array,
+    format: FormatLike,
+    *,
+    key: Key | None = None,
+    ties: Literal["even", "zero"] = "even",
+) -> jax.Array:
+    """Rounds to the nearest number of a format, or stochastically to one of the two neighbours.
+
+    Values beyond the grid, infinities included, saturate; NaN stays NaN and the sign of a zero is
+    kept. For values within it the result is that of a cast to `format.dtype` and back, to the bit,
+    whatever the device does with subnormal float32 numbers. The exception is "f32", the grid of
+    computation itself: it leaves x as it is and adds nothing to the program, unless x is float64.
+
+    The gradient is zero, as a staircase's is; `unitscale_jax.fwd_bwd.straight_through` gives it
+    that of the identity.
+
+    Args:
+        x: Floating-point numbers of any shape.
+        format: A `Format`, its name or its dtype. Static.
+        key: Rounds stochastically, up with the probability of the distance from below (to 2^-32 of
+            a step), so that the mean of many draws is x. The same key draws the same bits.
+        ties: Where a midpoint goes when there is no key: to the even neighbour, as hardware casts
+            do, or toward zero.
+
+    Returns:
+        An array of the shape and dtype of x. Where its dtype does not hold the largest number of
+        the format (float16 and "bf16"), values saturate at the largest that both hold.
+
+    Raises:
+        TypeError: x is not floating point.
+        ValueError: The format or the tie rule is unknown.
+
+    Example:
+        >>> x = jnp.array([0.3, -17.5, 500.0, jnp.inf])
+        >>> y = round_to(x, "e4m3fn")
+        >>> y.tolist(), bool((round_to(y, "e4m3fn") == y).all())
+        ([0.3125, -18.0, 448.0, 448.0], True)
+        >>> draws = round_to(jnp.full(10_000, 0.25), "int8", key=jax.random.key(0))
+        >>> sorted(set(draws.tolist())), bool(abs(draws.mean() - 0.25) < 0.02)
+        ([0.0, 1.0], True)
+    """
+    target, x = format_of(format), jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"round_to rounds floating-point numbers; cast x, {_label(x)}, to float32.")
+    if ties not in ("even", "zero"):
+        raise ValueError(f"ties={ties!r}: a midpoint goes to 'even' or toward 'zero'.")
+    wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    if target == FORMATS["f32"] and wide == jnp.float32:
+        return x
+    on_bits = _on_bits(target) and wide == jnp.float32
+    low, high = (_inside(bound, target, x.dtype) for bound in (target.min, target.max))
+    v = _exact_cast(jax.lax.stop_gradient(x), wide)
+    y = (_round_bits if on_bits else _round_steps)(v, target, low, high, key, ties)
+    return _exact_cast(y, x.dtype)
+
+
+def stochastic_bf16(x: Array, bits: Array) -> jax.Array:
+    """Rounds float32 to bfloat16 by adding given random bits below the kept ones.
+
+        bf16((u32(x) + bits) & 0xFFFF0000)
+
+    Of the 65536 values of `bits`, exactly the low half of x as an integer round away from zero, so
+    the mean over uniform bits is x, a bfloat16 number stays, and rounding is odd. Infinities and
+    NaN pass: with bits added, 0x7F800001 would become an infinity and 0x7FFFFFFF a negative zero.
+    A number beyond the largest bfloat16 may become an infinity; `round_to` saturates instead.
+
+    Args:
+        x: float32, of any shape.
+        bits: uint16, of the shape of x.
+
+    Returns:
+        bfloat16, of the shape of x.
+
+    Raises:
+        TypeError: x is not float32, `bits` is not uint16, or their shapes differ.
+
+    Example:
+        >>> x, below = jnp.full(65536, 1.001), jnp.arange(65536, dtype=jnp.uint16)
+        >>> y = stochastic_bf16(x, below).astype(jnp.float32)
+        >>> sorted(set(y.tolist())), int((y > 1).sum())
+        ([1.0, 1.0078125], 8389)
+    """
+    x, bits = jnp.asarray(x), jnp.asarray(bits)
+    if (x.dtype, bits.dtype, x.shape) != (jnp.float32, jnp.uint16, bits.shape):
+        raise TypeError(
+            f"stochastic_bf16 takes float32 numbers and uint16 bits of one shape, and got "
+            f"{_label(x)} and {_label(bits)}. Draw `jax.random.bits(key, x.shape, 'uint16')`."
+        )
+    x = jax.lax.stop_gradient(x)
+    rounded = jax.lax.bitcast_convert_type(_as_bits(x) + bits.astype(jnp.uint32), jnp.float32)
+    return jnp.where(jnp.isfinite(x), _exact_cast(rounded, jnp.bfloat16), x.astype(jnp.bfloat16))
+
+
+def _round_steps(
+    v: jax.Array, target: Format, low: float, high: float, key: Key | None, ties: str
+) -> jax.Array:
+    """Rounds in units of the last place; every product is one by a power of two, hence exact.
+
+    Only normal numbers meet arithmetic: those the device may flush are below half the smallest
+    step anyway. `lax.reduce_precision` would flush the format's subnormals and overflow.
+    """
+    magnitude = jnp.minimum(jnp.abs(v), 2 * target.max)  # beyond it saturates: no infinities below
+    exponent = jnp.maximum(_exponent(magnitude), 1 - target.bias)
+    steps = magnitude * _power_of_two(target.mantissa_bits - exponent, v.dtype)
+    whole = _round_up_or_down(steps, key, ties)
+    y = jnp.copysign(whole * _power_of_two(exponent - target.mantissa_bits, v.dtype), v)
+    y = jnp.where(v > high, high, jnp.where(v < low, low, y))
+    return jnp.where(jnp.isnan(v), v, y)
+
+
+def _round_up_or_down(steps: jax.Array, key: Key | None, ties: str) -> jax.Array:
+    if key is None:
+        return jnp.round(steps) if ties == "even" else jnp.ceil(steps - 0.5)
+    whole = jnp.floor(steps)
+    # 32 bits, since `uniform` has 23 and would round a fraction of 2^-30 up too often.
+    chance = ((steps - whole) * 2.0**32).astype(jnp.uint32)
+    return jnp.where(jax.random.bits(key, steps.shape, jnp.uint32) < chance, whole + 1, whole)
+
+
+def _round_bits(
+    v: jax.Array, target: Format, low: float, high: float, key: Key | None, ties: str
+) -> jax.Array:
+    """Rounds a format with float32's exponent: integer arithmetic, and a carry does the rest.
+
+    Saturation too is on integers: a compiler makes a float maximum of `where(v < low, low, y)`, and
+    that flushes subnormal numbers.
+    """
+    del low  # -high
+    bits, dropped = _as_bits(v), 23 - target.mantissa_bits
+    size = bits & 0x7FFFFFFF
+    if key is None:
+        to_even = (bits >> dropped) & 1 if ties == "even" and dropped else 0
+        offset = max((1 << dropped >> 1) - 1, 0) + to_even
+    else:
+        width = 16 if dropped <= 16 else 32
+        drawn = jax.random.bits(key, v.shape, f"uint{width}").astype(jnp.uint32)
+        offset = drawn >> (width - dropped)
+    rounded = (size + offset) >> dropped << dropped
+    rounded = jnp.minimum(rounded, int(np.float32(high).view(np.uint32)))
+    is_nan = size > 0x7F800000
+    return jax.lax.bitcast_convert_type(
+        (bits ^ size) | jnp.where(is_nan, size, rounded), jnp.float32
+    )
+
+
+def _as_bits(v: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(v, jnp.uint32 if v.dtype == jnp.float32 else jnp.uint64)
+
+
+def _exponent(v: jax.Array) -> jax.Array:
+    """floor(log2 |v|) as int32; of zeros and subnormals a number below every normal exponent."""
+    info = jnp.finfo(v.dtype)
+    stored = (_as_bits(v) >> info.nmant) & (1 << info.nexp) - 1
+    return stored.astype(jnp.int32) + (info.minexp - 1)
+
+
+def _power_of_two(k: jax.Array, dtype: DType) -> jax.Array:
+    """2^k by writing the exponent, for `exp2` is not exact everywhere; k of a normal number."""
+    info = jnp.finfo(dtype)
+    integer = jnp.int32 if info.bits == 32 else jnp.int64
+    return jax.lax.bitcast_convert_type(
+        (k - (info.minexp - 1)).astype(integer) << info.nmant, dtype
+    )
+
+
+def _exact_cast(y: jax.Array, dtype: DType) -> jax.Array:
+    """Casts numbers that `dtype` holds; bfloat16 by bits, for compiled casts flush subnormals."""
+    if (y.dtype, dtype) == (jnp.float32, jnp.bfloat16):
+        upper = (_as_bits(y) >> 16).astype(jnp.uint16)
+        return jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
+    if (y.dtype, dtype) == (jnp.bfloat16, jnp.float32):
+        upper = jax.lax.bitcast_convert_type(y, jnp.uint16).astype(jnp.uint32)
+        return jax.lax.bitcast_convert_type(upper << 16, jnp.float32)
+    return y.astype(dtype)
+
+
+def _inside(bound: float, target: Format, dtype: DType) -> float:
+    """The number nearest to `bound`, and not beyond it, that the grid and the dtype both hold."""
+    info = jnp.finfo(dtype)
+    size = min(abs(bound), float(info.max))
+    if size == 0:
+        return 0.0
+    unit = 2.0 ** (math.frexp(size)[1] - 1 - min(target.mantissa_bits, info.nmant))
+    return math.copysign(math.floor(size / unit) * unit, bound)
+
+
+def _label(x: jax.Array) -> str:
+    return f"{x.dtype}{list(x.shape)}"
+
+
+def _dtype_name(dtype: DType) -> str:
+    try:
+        return np.dtype(dtype).name
+    except TypeError:
+        return repr(dtype)
