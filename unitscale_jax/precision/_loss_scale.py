@@ -170,7 +170,8 @@ def _unscaled(grads: Params, scale: jax.Array) -> Params:
     def unscale(g: jax.Array) -> jax.Array:
         if not _is_inexact(g):
             return g
-        wide = jnp.promote_types(g.dtype, jnp.float32)  # 1/S may be below float16's range
+        # In float32 at least: 1/S may be below float16's range where g/S is not.
+        wide = jnp.float32 if jnp.finfo(g.dtype).bits < 32 else g.dtype
         return (g.astype(wide) * inverse.astype(wide)).astype(g.dtype)
 
     inverse = 1 / scale  # exact, since both are powers of two
