@@ -1,0 +1,295 @@
+"""Identities whose two passes differ.
+
+    y = fwd · x,    x̄ = bwd · ȳ          `scale`
+    y = value,      carrier̄ = ȳ          `straight_through`
+
+They are JAX primitives, for three reasons: `custom_vjp` has no forward mode and no hessian, a
+`stop_gradient` composition rounds (c + (v - c) is not v, and NaN at infinity), and a primitive
+stays visible in the jaxpr (`unit_scale[bwd=3.0 fwd=2.0]`), to be proved about, folded, counted.
+Backward factors of their own: unit scaling, https://arxiv.org/abs/2303.11257; straight-through
+estimators: https://arxiv.org/abs/1308.3432.
+"""
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from unitscale_jax.typing import Array
+
+Factor: TypeAlias = float | Array
+"""A number known when the function is traced, or data: an array of rank 0."""
+
+
+def scale(x: Array, *, fwd: Factor = 1.0, bwd: Factor = 1.0) -> jax.Array:
+    """Multiplies values by `fwd` on the way forward and cotangents by `bwd` on the way back.
+
+    Tangents of forward mode are multiplied by `fwd`, as the values are. Two scales in a row are the
+    scale by the products; factors of 1 add nothing to the program. Works under every transform of
+    JAX, second derivatives included; a hessian multiplies by `bwd` once per reverse pass.
+
+    Args:
+        x: Floating-point numbers of any shape.
+        fwd: Factor of the values, in the dtype of x; a Python number is static, an array is data.
+        bwd: Factor of the cotangents, likewise. Factors that are data have no gradient.
+
+    Returns:
+        An array of the shape and dtype of x.
+
+    Raises:
+        TypeError: x is not floating point.
+        ValueError: A static factor is not finite, or one that is data is not of rank 0.
+
+    Example:
+        >>> y, pull = jax.vjp(lambda x: scale(x, fwd=2.0, bwd=3.0), jnp.float32(5.0))
+        >>> y.item(), pull(jnp.float32(1.0))[0].item()
+        (10.0, 3.0)
+        >>> jax.make_jaxpr(lambda x: scale(x, bwd=3.0))(1.0)
+        { lambda ; a:f32[]. let b:f32[] = unit_scale[bwd=3.0 fwd=1.0] a in (b,) }
+    """
+    x = _floating(x, "scale")
+    if _is_static(fwd) and _is_static(bwd):
+        return _scale_static(x, fwd=_finite("fwd", fwd), bwd=_finite("bwd", bwd))
+    return _scale_data(*_same_axes(x, _scalar("fwd", fwd, x), _scalar("bwd", bwd, x)))
+
+
+def scale_fwd(x: Array, factor: Factor) -> jax.Array:
+    """Multiplies values, and leaves cotangents as they are.
+
+    Example:
+        >>> jax.value_and_grad(lambda x: scale_fwd(x, 2.0))(5.0)[1].item()
+        1.0
+    """
+    return scale(x, fwd=factor)
+
+
+def scale_bwd(x: Array, factor: Factor) -> jax.Array:
+    """Multiplies cotangents, and leaves values as they are.
+
+    Example:
+        >>> value, grad = jax.value_and_grad(lambda x: scale_bwd(x, -2.0))(5.0)
+        >>> value.item(), grad.item()
+        (5.0, -2.0)
+    """
+    return scale(x, bwd=factor)
+
+
+def straight_through(value: Array, carrier: Array) -> jax.Array:
+    """The value forward, to the bit; its derivative is that of `carrier`.
+
+    Args:
+        value: What the forward pass sees, such as a rounded number; it receives no gradient.
+        carrier: What takes the whole gradient, such as that number before it was rounded.
+
+    Returns:
+        `value`.
+
+    Raises:
+        TypeError: The two differ in shape or dtype, or are not floating point.
+
+    Example:
+        >>> step = lambda x: straight_through(jnp.sign(x), x)
+        >>> value, grad = jax.value_and_grad(lambda x: 3 * step(x) ** 2)(0.5)
+        >>> value.item(), grad.item()
+        (3.0, 6.0)
+    """
+    value, carrier = (_floating(x, "straight_through") for x in (value, carrier))
+    if (value.shape, value.dtype) != (carrier.shape, carrier.dtype):
+        raise TypeError(
+            f"straight_through got a value {_label(value)} and a carrier {_label(carrier)}, and a "
+            "cotangent of the one is to be one of the other. Cast or broadcast the carrier."
+        )
+    return straight_through_p.bind(*_same_axes(value, carrier))
+
+
+def match_vma(cotangent: Any, primal: Any) -> Any:
+    """Sums a cotangent over the mesh axes along which it varies and its primal does not.
+
+    What the backward rule of a `custom_vjp` owes to `shard_map`: a parameter that is the same on
+    every device of an axis was used by each of them, so its cotangent is the sum of theirs. JAX
+    does this for its own operations. Outside `shard_map` it is the identity.
+
+    Args:
+        cotangent: A pytree of arrays.
+        primal: A pytree of the same structure, whose cotangent it is.
+
+    Returns:
+        The cotangent, varying along the axes of `primal`.
+    """
+    return jax.tree.map(_match_leaf, cotangent, primal)
+
+
+def _match_leaf(cotangent: jax.Array, primal: jax.Array) -> jax.Array:
+    extra = _axes(cotangent) - _axes(primal)
+    summed = jax.lax.psum(cotangent, tuple(sorted(extra))) if extra else cotangent
+    return _varying(summed, _axes(primal))
+
+
+# ------------------------------------------------------------------- factors that are static
+
+unit_scale_p = Primitive("unit_scale")
+
+
+def _scale_static(x: jax.Array, *, fwd: float, bwd: float) -> jax.Array:
+    return x if fwd == bwd == 1.0 else unit_scale_p.bind(x, fwd=fwd, bwd=bwd)
+
+
+def _multiply(x: jax.Array, *, fwd: float, bwd: float) -> jax.Array:
+    del bwd
+    return x if fwd == 1.0 else x * jnp.asarray(fwd, x.dtype)
+
+
+def _transpose_static(cotangent: jax.Array, x: Any, *, fwd: float, bwd: float) -> list:
+    del x
+    return [_scale_static(cotangent, fwd=bwd, bwd=fwd)]  # back through the backward pass: swapped
+
+
+def _batch_static(args: Sequence, dims: Sequence, **factors: float) -> tuple:
+    return unit_scale_p.bind(args[0], **factors), dims[0]
+
+
+unit_scale_p.def_impl(_multiply)
+unit_scale_p.def_abstract_eval(lambda x, **_: x)
+mlir.register_lowering(unit_scale_p, mlir.lower_fun(_multiply, multiple_results=False))
+ad.deflinear2(unit_scale_p, _transpose_static)
+batching.primitive_batchers[unit_scale_p] = _batch_static
+
+# ------------------------------------------------------------------- factors that are data
+
+unit_scale_by_p = Primitive("unit_scale_by")
+
+
+def _scale_data(x: jax.Array, fwd: jax.Array, bwd: jax.Array) -> jax.Array:
+    return unit_scale_by_p.bind(x, fwd, bwd)
+
+
+def _multiply_data(x: jax.Array, fwd: jax.Array, bwd: jax.Array) -> jax.Array:
+    del bwd
+    return x * fwd
+
+
+def _jvp_data(primals: Sequence, tangents: Sequence) -> tuple:
+    (x, fwd, bwd), tangent = primals, tangents[0]
+    out = _scale_data(x, fwd, bwd)
+    # A zero of x is a zero of the result, which has its shape and dtype.
+    return out, tangent if isinstance(tangent, ad.Zero) else _scale_data(tangent, fwd, bwd)
+
+
+def _transpose_data(cotangent: Any, x: Any, fwd: jax.Array, bwd: jax.Array) -> list:
+    del x
+    if isinstance(cotangent, ad.Zero):
+        return [None, None, None]
+    return [_scale_data(cotangent, bwd, fwd), None, None]
+
+
+def _batch_data(args: Sequence, dims: Sequence) -> tuple:
+    x, *factors = _batched_first(args, dims, range(1))
+    # A factor has rank 0, or the rank of x and axes of size 1: it broadcasts without a new rank.
+    at_front = lambda f: f.reshape(f.shape[:1] + (1,) * (x.ndim - f.ndim) + f.shape[1:])
+    factors = [
+        f if dim is None and f.ndim == 0 else at_front(f[None] if dim is None else f)
+        for f, dim in zip(factors, dims[1:], strict=True)
+    ]
+    return _scale_data(x, *factors), 0
+
+
+unit_scale_by_p.def_impl(_multiply_data)
+unit_scale_by_p.def_abstract_eval(lambda x, *_: x)
+mlir.register_lowering(unit_scale_by_p, mlir.lower_fun(_multiply_data, multiple_results=False))
+ad.primitive_jvps[unit_scale_by_p] = _jvp_data
+ad.primitive_transposes[unit_scale_by_p] = _transpose_data
+batching.primitive_batchers[unit_scale_by_p] = _batch_data
+
+# ------------------------------------------------------------------- straight through
+
+straight_through_p = Primitive("straight_through")
+
+
+def _first(value: jax.Array, carrier: jax.Array) -> jax.Array:
+    del carrier
+    return value
+
+
+def _jvp_through(primals: Sequence, tangents: Sequence) -> tuple:
+    return straight_through_p.bind(*primals), tangents[1]
+
+
+def _batch_through(args: Sequence, dims: Sequence) -> tuple:
+    return straight_through_p.bind(*_batched_first(args, dims, range(2))), 0
+
+
+straight_through_p.def_impl(_first)
+straight_through_p.def_abstract_eval(_first)
+mlir.register_lowering(straight_through_p, mlir.lower_fun(_first, multiple_results=False))
+ad.primitive_jvps[straight_through_p] = _jvp_through
+batching.primitive_batchers[straight_through_p] = _batch_through
+
+# ------------------------------------------------------------------- operands
+
+
+def _batched_first(args: Sequence, dims: Sequence, required: Sequence[int]) -> list:
+    """Moves batch axes to the front; the operands in `required` get one if they have none."""
+    rows = next(x.shape[dim] for x, dim in zip(args, dims, strict=True) if dim is not None)
+    moved = [
+        x if dim is None else jnp.moveaxis(x, dim, 0) for x, dim in zip(args, dims, strict=True)
+    ]
+    for i in required:
+        if dims[i] is None:
+            moved[i] = jnp.broadcast_to(args[i], (rows, *args[i].shape))
+    return moved
+
+
+def _floating(x: Array, name: str) -> jax.Array:
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} takes floating-point numbers, for others have no gradient, and got "
+            f"{_label(x)}. Cast it to float32 first, or leave it out."
+        )
+    return x
+
+
+def _is_static(factor: Factor) -> bool:
+    return isinstance(factor, numbers.Real | np.generic)
+
+
+def _finite(name: str, factor: Any) -> float:
+    if not math.isfinite(factor):
+        raise ValueError(f"{name}={factor} is not finite, and so would be no number of the result.")
+    return float(factor)
+
+
+def _scalar(name: str, factor: Factor, x: jax.Array) -> jax.Array:
+    factor = jnp.asarray(factor)
+    if factor.ndim:
+        raise ValueError(
+            f"{name} is {_label(factor)}; a factor that is data has rank 0. Use `jax.vmap` over "
+            "the axis along which it changes."
+        )
+    return factor.astype(x.dtype)
+
+
+def _label(x: jax.Array) -> str:
+    return f"{x.dtype}{list(x.shape)}"
+
+
+def _axes(x: jax.Array) -> frozenset[str]:
+    """The manual mesh axes, of an enclosing `shard_map`, along which a value varies."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def _varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    missing = tuple(sorted(axes - _axes(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def _same_axes(*xs: jax.Array) -> list[jax.Array]:
+    """Operands of one primitive vary along the same axes; JAX sees to this only for its own."""
+    axes = frozenset().union(*map(_axes, xs))
+    return [_varying(x, axes) for x in xs]
