@@ -100,7 +100,9 @@ def matches(pattern: Pattern, name: str) -> bool:
 def _glob(pattern: str) -> re.Pattern[str]:
     """`**/` is any number of leading words, `/**` of trailing ones, and each may be none at all."""
     tokens = {"**/": "(?:[^/]+/)*", "/**": "(?:/[^/]+)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    pieces = re.split(r"(\*\*/|/\*\*$|\*\*|\*|\?)", pattern)
+    pattern = re.sub(r"(/\*\*)+$", "/**", pattern)  # so that "a/**/**" matches "a", as "a/**" does
+    # `**/` is words only where a word starts: "a**/b" does not match "ab".
+    pieces = re.split(r"((?<![^/])\*\*/|/\*\*$|\*\*|\*|\?)", pattern)
     return re.compile("".join(tokens.get(piece, re.escape(piece)) for piece in pieces))
 
 
