@@ -83,6 +83,20 @@ def is_floating(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
+def wide(dtype: DType) -> np.dtype:
+    """The dtype to sum in: at least float32 for floats, at least int32 for what is counted.
+
+    Example:
+        >>> [wide(d).name for d in (jnp.bfloat16, jnp.float32, jnp.float64, jnp.bool_)]
+        ['float32', 'float32', 'float64', 'int32']
+    """
+    dtype = np.dtype(dtype)
+    if jnp.issubdtype(dtype, jnp.floating):
+        return dtype if jnp.finfo(dtype).bits >= 32 else np.dtype(np.float32)
+    narrow = dtype == np.bool_ or jnp.iinfo(dtype).bits < 32
+    return np.dtype(np.int32) if narrow else dtype
+
+
 def cast(tree: Any, dtype: DType) -> Any:
     """Casts the floating leaves; integers, booleans and random keys stay as they are.
 

@@ -87,8 +87,8 @@ def multi_steps(
 
     def update_fn(
         updates: optax.Updates,
-        state: MultiStepsState,
-        params: optax.Params | None = None,
+        state: Any,
+        params: Any = None,
         **extra: Any,
     ) -> tuple[optax.Updates, MultiStepsState]:
         weight, flush = extra.pop("weight", 1.0), extra.pop("flush", False)

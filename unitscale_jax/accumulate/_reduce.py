@@ -142,15 +142,16 @@ def _check_state(state: State, new: Any, same: bool) -> None:
 
 def _start(kind: str, aval: Any) -> Any:
     if kind == "weighted":
-        return tuple(zeros((), _wide(x.dtype), like=x) for x in (aval.total, aval.weight))
+        return tuple(zeros((), trees.wide(x.dtype), like=x) for x in (aval.total, aval.weight))
     if kind == "mean":
-        dtype = jnp.promote_types(aval.dtype, jnp.float32)
+        floating = jnp.issubdtype(aval.dtype, jnp.floating)
+        dtype = trees.wide(aval.dtype) if floating else jnp.float32
         return zeros(aval.shape, dtype, like=aval), jnp.zeros((), jnp.float32)
     if kind == "max":
         return jnp.full_like(zeros(aval.shape, aval.dtype, like=aval), _lowest(aval.dtype))
     if kind == "concat":
         return None
-    return zeros(aval.shape, _wide(aval.dtype) if kind == "sum" else aval.dtype, like=aval)
+    return zeros(aval.shape, trees.wide(aval.dtype) if kind == "sum" else aval.dtype, like=aval)
 
 
 def _step(kind: str, so_far: Any, leaf: Any, valid: jax.Array | None) -> Any:
@@ -198,13 +199,7 @@ def _summed(x: jax.Array, valid: jax.Array | None) -> jax.Array:
     if not x.shape:
         return x
     x = x if valid is None else jnp.where(valid, x, jnp.zeros((), x.dtype))
-    return jnp.sum(x.astype(_wide(x.dtype)))
-
-
-def _wide(dtype: Any) -> Any:
-    """The dtype to sum in: at least float32 for floats, at least int32 for what is counted."""
-    floating = jnp.issubdtype(dtype, jnp.floating)
-    return jnp.promote_types(dtype, jnp.float32 if floating else jnp.int32)
+    return jnp.sum(x.astype(trees.wide(x.dtype)))
 
 
 def _lowest(dtype: Any) -> Any:

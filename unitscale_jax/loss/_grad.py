@@ -157,11 +157,11 @@ def check_params(params: Params) -> None:
     for name, leaf in leaves.items():
         if not trees.is_floating(leaf):
             raise ValueError(
-                f"parameter {name!r} is {jnp.result_type(leaf)}, which has no gradient. Split such "
-                "leaves off with us.tree.partition and pass them in `state`."
+                f"parameter {name or 'params'!r} is {jnp.result_type(leaf)}, which has no "
+                "gradient. Split such leaves off with us.tree.partition and pass them in `state`."
             )
 
 
 def to_accumulator(grads: jax.Array) -> jax.Array:
     """A gradient in the dtype it is summed in: float32, or float64 if it has that."""
-    return grads.astype(jnp.promote_types(grads.dtype, jnp.float32))
+    return grads.astype(trees.wide(grads.dtype))

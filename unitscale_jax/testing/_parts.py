@@ -1,0 +1,120 @@
+"""Accumulation as an assertion: the number of parts does not change the gradient."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from unitscale_jax import tree as trees
+from unitscale_jax.accumulate import accumulated
+from unitscale_jax.loss import Grad, loss_value
+from unitscale_jax.typing import Batch, Params
+
+
+def check_parts(
+    grad_fn: Grad,
+    params: Params,
+    batch: Batch,
+    *,
+    parts: Sequence[int] = (1, 2, 4),
+    rtol: float = 1e-4,
+    options: dict[str, Any] | None = None,
+    **inputs: Any,
+) -> None:
+    """Asserts that a gradient in parts equals the gradient of the whole batch.
+
+    It does not where a loss is not a sum over rows (in-batch negatives, batch normalization), where
+    a dtype saturates, and where a compiler errs. Run it once when a job starts.
+
+    Args:
+        grad_fn: The gradient station, unaccumulated.
+        params: Parameters.
+        batch: A batch; four rows or more say something.
+        parts: Numbers of parts to compare with the whole.
+        rtol: Allowed difference, as a fraction of a leaf's largest entry. Matmuls in bfloat16 round
+            the gradient of each part: allow 2e-2.
+        options: Options of `us.accumulated`, such as `reduce` and `mask`.
+        **inputs: Further arguments of `grad_fn`: `state`, `key`, `scale`.
+
+    Raises:
+        AssertionError: They differ; the message has a line for each leaf, with the ratio of norms.
+
+    Example:
+        >>> centered = lambda w, x: us.Mean(jnp.sum((w * (x - x.mean())) ** 2), len(x))
+        >>> check_parts(us.value_and_grad(centered), 2.0, jnp.arange(8.0))
+        Traceback (most recent call last):
+            ...
+        AssertionError: 2 parts give another gradient than the whole batch; is every total a sum \
+over rows?
+          params: largest difference 4.76e-02 of the leaf's largest entry, ratio of norms 0.9524
+    """
+    terms, _, whole = jax.jit(grad_fn)(params, batch, **inputs)
+    for number in parts:
+        in_parts = accumulated(grad_fn, number, **(options or {}))
+        other, _, grads = jax.jit(in_parts)(params, batch, **inputs)
+        values = {"loss": loss_value(other)}, {"loss": loss_value(terms)}
+        for noun, pair in {"gradient": (grads, whole), "loss": values}.items():
+            title = f"{number} parts give another {noun} than the whole batch"
+            _assert_close(*pair, rtol, f"{title}; is every total a sum over rows?")
+
+
+def check_inplace(
+    grad_fn: Grad,
+    params: Params,
+    batch: Batch,
+    *,
+    parts: int = 2,
+    rtol: float = 1e-6,
+    options: dict[str, Any] | None = None,
+    **inputs: Any,
+) -> None:
+    """Asserts that accumulating in place gives the gradient of the plain form, on this backend.
+
+    Args:
+        grad_fn: The result of `us.value_and_grad`.
+        params: Parameters.
+        batch: A batch.
+        parts: Number of parts.
+        rtol: Allowed difference, as a fraction of a leaf's largest entry.
+        options: Further options of `us.accumulated`.
+        **inputs: Further arguments of `grad_fn`: `state`, `key`, `scale`.
+
+    Raises:
+        AssertionError: They differ; the message has a line for each leaf.
+
+    Example:
+        >>> loss = lambda w, x: us.Mean((w * x) ** 2, jnp.ones_like(x))
+        >>> check_inplace(us.value_and_grad(loss), jnp.float32(2.0), jnp.arange(8.0))
+    """
+    forms = [accumulated(grad_fn, parts, inplace=i, **(options or {})) for i in (True, False)]
+    in_place, carried = [jax.jit(form)(params, batch, **inputs)[2] for form in forms]
+    _assert_close(in_place, carried, rtol, "accumulating in place gives another gradient")
+
+
+def _assert_close(got: Any, want: Any, rtol: float, title: str) -> None:
+    rows = [
+        _difference(name or "params", *leaves, rtol)
+        for name, leaves in zip(
+            trees.names(want),
+            zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True),
+            strict=True,
+        )
+    ]
+    bad = [row for row in rows if row]
+    if bad:
+        raise AssertionError("\n  ".join([title, *bad]))
+
+
+def _difference(name: str, got_leaf: Any, want_leaf: Any, rtol: float) -> str | None:
+    got, want = np.asarray(got_leaf, np.float64), np.asarray(want_leaf, np.float64)
+    largest = np.max(np.abs(want), initial=0.0)
+    off = np.max(np.abs(got - want), initial=0.0)
+    if off <= rtol * largest:  # false for NaN, which is never close
+        return None
+    with np.errstate(all="ignore"):
+        share, ratio = off / largest, np.linalg.norm(got) / np.linalg.norm(want)
+    return (
+        f"{name}: largest difference {share:.2e} of the leaf's largest entry, "
+        f"ratio of norms {ratio:.4g}"
+    )
