@@ -1,0 +1,185 @@
+"""The checkpoints of a run: which there are, which is restored, which may go."""
+
+import operator
+import os
+import pathlib
+import re
+import shutil
+import warnings
+from typing import Any, NamedTuple
+
+from unitscale_jax.checkpoint import _files, _leaves
+
+_UNFINISHED = "unfinished_"
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one directory.
+
+    Any pytree can be saved: parameters, an optimiser state, a loss scale, typed random keys, the
+    position in the data. Leaves are arrays of any numeric dtype (8-bit floats and 4-bit integers
+    included), typed keys, and Python's `int`, `float`, `bool` and `str`. One process writes to a
+    directory, and it holds all of every array.
+
+    Laws: restore after save is the identity, bit for bit; a process killed at any moment leaves
+    the last completed save whole; a checkpoint of which one byte changed is refused.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> checkpoints = Checkpoints(folder.name, keep=2)
+        >>> run = {"w": jnp.ones(3, jnp.bfloat16), "key": jax.random.key(0), "position": 0}
+        >>> for step in range(3):
+        ...     checkpoints.save(step, run | {"position": 10 * step})
+        >>> checkpoints.steps()
+        [1, 2]
+        >>> step, restored = checkpoints.restore(run)
+        >>> step, restored["position"], restored["w"].dtype
+        (2, 20, dtype(bfloat16))
+        >>> folder.cleanup()
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], *, keep: int = 3):
+        """Names the directory; the first save creates it.
+
+        Args:
+            directory: Where the checkpoints are.
+            keep: How many stay; 3 leaves two to fall back to should the newest be damaged.
+
+        Raises:
+            ValueError: `keep` is not at least 1.
+        """
+        if keep < 1:
+            raise ValueError(f"keep={keep}, expected at least 1: the newest checkpoint stays.")
+        self.directory = pathlib.Path(directory).absolute()
+        self.keep = keep
+
+    def __repr__(self) -> str:
+        """What one would type."""
+        return f"Checkpoints({str(self.directory)!r}, keep={self.keep})"
+
+    def steps(self) -> list[int]:
+        """The steps that were saved to the end, in order; `restore` finds out which are whole."""
+        return sorted({found.step for found in _newest_first(self.directory)})
+
+    def save(self, step: int, tree: Any) -> None:
+        """Saves a pytree, then removes all but the newest `keep` checkpoints.
+
+        Returns when the checkpoint is on the disk. Saving the newest step again replaces it.
+        Damaged checkpoints of later steps, those a restore has passed over, are removed.
+
+        Args:
+            step: A natural number.
+            tree: Any pytree of the leaves above.
+
+        Raises:
+            ValueError: A later checkpoint is whole, so this run did not start from it; or two
+                leaves have one name; or an array has parts on other processes.
+            TypeError: A leaf is neither an array, nor a key, nor a Python scalar.
+        """
+        step = _natural(step)
+        leaves = _leaves.encode(tree)
+        passed_over = self._damaged_after(step)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for leftover in self.directory.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(leftover)
+        unfinished = self.directory / f"{_UNFINISHED}{step:08d}"
+        _files.write(unfinished, step, leaves)
+        self._publish(unfinished, self.directory / f"step_{step:08d}")
+        self._remove(*passed_over)
+        self._remove(*(found.path for found in _newest_first(self.directory)[self.keep :]))
+
+    def restore(self, like: Any) -> tuple[int, Any]:
+        """Restores the newest checkpoint that is whole.
+
+        Args:
+            like: A pytree of the structure, shapes and dtypes to restore: what a new run would
+                start from, or `jax.eval_shape` of it. A leaf comes back as what it is in `like`: a
+                NumPy array, a Python scalar, or a JAX array, this with its sharding if the leaf
+                is committed to one.
+
+        Returns:
+            `(step, tree)`.
+
+        Raises:
+            FileNotFoundError: Nothing was saved to the end.
+            ValueError: Every checkpoint is damaged, each listed with its flaw; or the checkpoint
+                is of another model, with the name of the first leaf that differs.
+
+        Warns:
+            UserWarning: A newer checkpoint is damaged and was passed over.
+        """
+        refused = []
+        for found in _newest_first(self.directory):
+            flaw = _files.flaw(found.path, found.step)
+            if flaw is None:
+                if refused:
+                    warnings.warn(_passed_over(found.path, refused), stacklevel=2)
+                leaves = _files.read(found.path)
+                return found.step, _leaves.decode(leaves, like, found.path.name)
+            refused.append(f"{found.path.name}: {flaw}")
+        raise _nothing_to_restore(self.directory, refused)
+
+    def _damaged_after(self, step: int) -> list[pathlib.Path]:
+        later = [found for found in _newest_first(self.directory) if found.step > step]
+        for found in later:
+            if _files.flaw(found.path, found.step) is None:
+                raise ValueError(
+                    f"saving step {step}, but {self.directory} holds the later {found.path.name}, "
+                    "so this run did not start from it. Restore it first, remove it, or save to "
+                    "another directory."
+                )
+        return [found.path for found in later]
+
+    def _publish(self, unfinished: pathlib.Path, final: pathlib.Path) -> None:
+        aside = final.with_name(f"{final.name}~")
+        if final.exists():
+            # No rename replaces a directory that has files, and at no moment may there be none to
+            # restore: under its second name the old one stays valid until the new one stands.
+            self._remove(aside)
+            final.rename(aside)
+        unfinished.rename(final)
+        _files.sync(self.directory)
+        self._remove(aside)
+
+    def _remove(self, *paths: pathlib.Path) -> None:
+        for path in filter(pathlib.Path.exists, paths):
+            # Renamed first: a removal killed halfway must not leave what looks like a checkpoint.
+            doomed = path.rename(path.with_name(f"{_UNFINISHED}{path.name}"))
+            shutil.rmtree(doomed)
+
+
+class _Found(NamedTuple):
+    step: int
+    replaces: bool  # over one of the same step that was set aside, `step_00000300~`
+    path: pathlib.Path
+
+
+def _newest_first(directory: pathlib.Path) -> list[_Found]:
+    matches = [(re.fullmatch(r"step_(\d+)(~?)", p.name), p) for p in directory.glob("step_*")]
+    found = [_Found(int(match[1]), not match[2], path) for match, path in matches if match]
+    return sorted(found, reverse=True)
+
+
+def _natural(step: int) -> int:
+    step = operator.index(step)
+    if step < 0:
+        raise ValueError(f"step {step} is negative. Number the steps from 0.")
+    return step
+
+
+def _passed_over(path: pathlib.Path, refused: list[str]) -> str:
+    return f"restored {path.name}, since what is newer is damaged: {'; '.join(refused)}."
+
+
+def _nothing_to_restore(directory: pathlib.Path, refused: list[str]) -> Exception:
+    if not refused:
+        return FileNotFoundError(
+            f"{directory} holds no checkpoint. Check the path, or start a new run; `steps()` is "
+            "empty then."
+        )
+    listed = "\n  ".join(refused)
+    return ValueError(
+        f"every checkpoint in {directory} is damaged:\n  {listed}\n"
+        "Bring one back from a copy, or start a new run in another directory."
+    )

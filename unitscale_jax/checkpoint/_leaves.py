@@ -1,0 +1,175 @@
+"""Leaves as they are stored, and back: bits, shapes and dtypes, never a rounding."""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unitscale_jax import tree as trees
+
+_PYTHON: dict[str, Callable[[Any], Any]] = {  # how each Python scalar is read from JSON
+    "Python bool": bool,
+    "Python int": int,
+    "Python float": float.fromhex,
+    "Python str": str,
+}
+_KINDS = {"Python bool": jnp.bool_, "Python int": jnp.integer, "Python float": jnp.floating}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Leaf:
+    """A leaf as it is stored: `bits` of an array or a key, or the `value` of a Python scalar."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...] = ()
+    impl: str | None = None  # of a key
+    value: bool | int | str | None = None
+    bits: np.ndarray | None = None
+
+    def described(self) -> dict[str, Any]:
+        """All but the bits, for JSON."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: x for name, x in fields.items() if name != "bits" and x is not None}
+
+    @classmethod
+    def from_description(cls, fields: dict[str, Any]) -> "Leaf":
+        """The inverse of `described`."""
+        return cls(**fields | {"shape": tuple(fields["shape"])})
+
+    def with_bits(self, bits: np.ndarray | None) -> "Leaf":
+        """The same leaf with its bits."""
+        return dataclasses.replace(self, bits=bits)
+
+
+def encode(tree: Any) -> list[Leaf]:
+    """The leaves of a pytree in order, copied to the host."""
+    return [_encoded(name, leaf) for name, leaf in trees.named_leaves(tree).items()]
+
+
+def decode(leaves: list[Leaf], like: Any, source: str) -> Any:
+    """The leaves in the structure of `like`, each as the kind of thing it is there.
+
+    Raises:
+        ValueError: Names, shapes or dtypes differ from those of `like`; the first is named.
+    """
+    saved = {leaf.name: leaf for leaf in leaves}
+    wanted = trees.named_leaves(like)
+    if difference := _difference(saved, wanted):
+        raise ValueError(
+            f"{source} is of another model: {difference}. Restore with the model, optimiser and "
+            "options that were saved, or start this model in another directory."
+        )
+    decoded = [_decoded(saved[name], leaf) for name, leaf in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(like), decoded)
+
+
+def _encoded(name: str, leaf: Any) -> Leaf:
+    dtype, shape = _dtype_and_shape(name, leaf)
+    if dtype in _PYTHON:
+        # Hexadecimal is exact, and knows the infinities that JSON does not.
+        return Leaf(name=name, dtype=dtype, value=leaf.hex() if dtype == "Python float" else leaf)
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        raise ValueError(
+            f"{name} has parts on other processes, which this one cannot save. Gather it first: "
+            "jax.experimental.multihost_utils.process_allgather."
+        )
+    if _is_key(leaf):
+        impl, bits = str(jax.random.key_impl(leaf)), np.asarray(jax.random.key_data(leaf))
+        return Leaf(name=name, dtype=dtype, shape=shape, impl=impl, bits=bits)
+    return Leaf(name=name, dtype=dtype, shape=shape, bits=_bits(name, np.asarray(leaf)))
+
+
+def _bits(name: str, array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind in "OSUMm":
+        raise TypeError(_no_leaf(name, f"array of {array.dtype}"))
+    # orbax does not know every dtype of ml_dtypes, so all of those are stored as their bits.
+    return array if array.dtype.isbuiltin == 1 else array.view(f"u{array.dtype.itemsize}")
+
+
+def _dtype_and_shape(name: str, leaf: Any) -> tuple[str, tuple[int, ...]]:
+    if type(leaf) in (bool, int, float, str):
+        return f"Python {type(leaf).__name__}", ()
+    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+        raise TypeError(_no_leaf(name, type(leaf).__name__))
+    return str(leaf.dtype), tuple(leaf.shape)
+
+
+def _no_leaf(name: str, came: str) -> str:
+    return (
+        f"{name} is a leaf of type {came}, which a checkpoint cannot hold. Save a numeric array, a "
+        "typed key, an int, a float, a bool or a str."
+    )
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _difference(saved: dict[str, Leaf], wanted: dict[str, Any]) -> str | None:
+    for name, leaf in wanted.items():
+        expected = _text(*_dtype_and_shape(name, leaf))
+        if name not in saved:
+            return f"leaf {name!r}, {expected}, is missing from it{_closest(name, saved)}"
+        if not _fits(saved[name], leaf):
+            came = _text(saved[name].dtype, saved[name].shape)
+            return f"leaf {name!r} is expected to be {expected}, the checkpoint has {came}"
+    for name in (name for name in saved if name not in wanted):
+        came = _text(saved[name].dtype, saved[name].shape)
+        return f"it has a leaf {name!r}, {came}, that is not expected{_closest(name, wanted)}"
+    return None
+
+
+def _fits(saved: Leaf, leaf: Any) -> bool:
+    dtype, shape = _dtype_and_shape(saved.name, leaf)
+    if isinstance(leaf, jax.ShapeDtypeStruct) and saved.dtype in _KINDS:
+        # `jax.eval_shape` turns a Python number into a scalar of its kind.
+        return shape == () and jnp.issubdtype(leaf.dtype, _KINDS[saved.dtype])
+    return (dtype, shape) == (saved.dtype, saved.shape)
+
+
+def _text(dtype: str, shape: tuple[int, ...]) -> str:
+    return dtype if dtype in _PYTHON else f"{dtype}[{','.join(map(str, shape))}]"
+
+
+def _closest(name: str, others: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(others), n=1)
+    return f" (closest: {near[0]!r})" if near else ""
+
+
+def _decoded(saved: Leaf, like: Any) -> Any:
+    if saved.dtype in _PYTHON:
+        value = _PYTHON[saved.dtype](saved.value)
+        return jnp.asarray(value, like.dtype) if hasattr(like, "dtype") else value
+    if saved.impl is not None:
+        return _placed(_key(saved, saved.impl), like)
+    dtype = jnp.dtype(saved.dtype)
+    array = np.zeros(saved.shape, dtype) if saved.bits is None else saved.bits.view(dtype)
+    if isinstance(like, np.generic):
+        return array[()]
+    return array if isinstance(like, np.ndarray) else _placed(_as_weak(array, like), like)
+
+
+def _key(saved: Leaf, impl: str) -> jax.Array:
+    word = jax.random.key_data(jax.random.key(0, impl=impl))
+    bits = np.zeros((*saved.shape, *word.shape), word.dtype) if saved.bits is None else saved.bits
+    return jax.random.wrap_key_data(jnp.asarray(bits), impl=impl)
+
+
+def _as_weak(array: np.ndarray, like: Any) -> jax.Array:
+    if not getattr(like, "weak_type", False):
+        return jnp.asarray(array)
+    # A weak type decides what later promotions give, and only an operation hands it on.
+    return jnp.full(array.shape, array.dtype.type(0).item()).at[...].set(array)
+
+
+def _placed(array: jax.Array, like: Any) -> jax.Array:
+    sharding = getattr(like, "sharding", None)
+    abstract = isinstance(getattr(sharding, "mesh", None), jax.sharding.AbstractMesh)
+    # Only what was committed is committed: an array pinned to one device fits no mesh.
+    pinned = sharding is not None and not abstract and getattr(like, "committed", True)
+    return jax.device_put(array, sharding) if pinned else array
