@@ -6,7 +6,7 @@ result, so what it calls independent is independent.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import jax
 
@@ -127,7 +127,7 @@ def _evaluate(
     env: dict[Var, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env |= dict(zip(jaxpr.invars, args, strict=True))
     read = lambda v: v.val if isinstance(v, Literal) else env.get(v)
-    for eqn, live in _live(jaxpr, wanted):
+    for eqn, live in _live(jaxpr, wanted)[0]:
         operands = [read(v) for v in eqn.invars]
         if eqn.primitive.name in _compat.INLINABLE:
             out = _evaluate(*_compat.opened(_compat.call_body(eqn)), operands, live)
@@ -137,30 +137,32 @@ def _evaluate(
     return [read(v) if want else None for v, want in zip(jaxpr.outvars, wanted, strict=True)]
 
 
-def _live(jaxpr: Jaxpr, wanted: Sequence[bool]) -> list[tuple[Equation, list[bool]]]:
-    """The equations the wanted results need, each with which of its own results are needed."""
+def _live(
+    jaxpr: Jaxpr, wanted: Sequence[bool]
+) -> tuple[list[tuple[Equation, list[bool]]], set[Var]]:
+    """The equations the wanted results need, each with which of its own results are needed.
+
+    Also all variables they need, of which those among the inputs are what a caller must supply.
+    """
     needed = {v for v, want in zip(jaxpr.outvars, wanted, strict=True) if want and _is_var(v)}
     kept = []
     for eqn in reversed(jaxpr.eqns):
         live = [v in needed for v in eqn.outvars]
         if any(live):
             kept.append((eqn, live))
-            needed |= {v for v, used in zip(eqn.invars, _uses(eqn, live), strict=True) if used}
-    return kept[::-1]
+            needed |= _uses(eqn, live)
+    return kept[::-1], needed
 
 
-def _uses(eqn: Equation, live: Sequence[bool]) -> list[bool]:
-    """Which operands an equation needs for its live results; a call needs what its body needs."""
-    variables = [_is_var(v) for v in eqn.invars]
+def _uses(eqn: Equation, live: Sequence[bool]) -> set[Var]:
+    """The operands an equation needs for its live results; a call needs what its body needs."""
     if eqn.primitive.name not in _compat.INLINABLE:
-        return variables
+        return {v for v in eqn.invars if _is_var(v)}
     body = _compat.opened(_compat.call_body(eqn))[0]
-    inside = {v for v, want in zip(body.outvars, live, strict=True) if want and _is_var(v)}
-    for inner, inner_live in _live(body, live):
-        uses = zip(inner.invars, _uses(inner, inner_live), strict=True)
-        inside |= {v for v, used in uses if used}
-    return [is_var and v in inside for is_var, v in zip(variables, body.invars, strict=True)]
+    inside = _live(body, live)[1]
+    pairs = zip(eqn.invars, body.invars, strict=True)
+    return {v for v, inner in pairs if _is_var(v) and inner in inside}
 
 
-def _is_var(v: Any) -> bool:
+def _is_var(v: Any) -> TypeGuard[Var]:
     return not isinstance(v, Literal)
