@@ -32,9 +32,10 @@ def total(fn):
 
 
 def test_all_float32_is_the_identity():
-    for args in [(PARAMS, X), (PARAMS, X[0])]:
-        plain, same = (str(jax.make_jaxpr(fn)(*args)) for fn in (apply, cast(apply, F32)))
-        assert plain == same
+    weak = jnp.asarray(0.5)  # a float32 array whose cast to float32 would be an equation
+    for keywords in ({}, {"shift": weak}):
+        traced = [jax.make_jaxpr(fn)(PARAMS, X, **keywords) for fn in (apply, cast(apply, F32))]
+        assert str(traced[0]) == str(traced[1])
 
 
 @lows
@@ -122,6 +123,13 @@ def test_state_goes_in_and_comes_out_in_its_own_dtype(policy):
     out, new = cast(apply, policy)({"w": jnp.float32(2)}, jnp.ones(2), state=state)
     assert out.dtype == policy.output and new["mean"].dtype == jnp.float32
     assert new["mean"] == np.float32(0.999) * np.float32(1.001) + np.float32(0.001)
+
+
+def test_without_state_a_pair_is_two_outputs():
+    fn = cast(lambda params, x, **_: (x * params, x), Policy())
+    for keywords in ({}, {"state": None}):
+        out = fn(jnp.ones(()), jnp.ones(2), **keywords)
+        assert [leaf.dtype for leaf in out] == [jnp.float32, jnp.float32]
 
 
 def test_an_override_changes_exactly_what_its_parameter_reaches():

@@ -22,7 +22,7 @@ def cast(apply: Apply, policy: Policy) -> Apply:
 
     Args:
         apply: Maps `(params, *inputs)`, and keyword arguments, to any pytree. When it is called
-            with the keyword `state` and returns a pair, the second of the pair is the new state.
+            with a `state` (that is not None) and returns a pair, its second is the new state.
         policy: Parameters are cast to its compute dtype or to that of the override that names
             them, inputs to its compute dtype, outputs to its output dtype. `policy.param` plays no
             part here: parameters come as they are stored.
@@ -58,7 +58,7 @@ def cast(apply: Apply, policy: Policy) -> Apply:
         state = {name: kwargs.pop(name) for name in ("state",) if name in kwargs}
         inputs, kwargs = _cast((inputs, kwargs), policy.compute)
         out = apply(jax.tree.map(_cast, params, dtypes), *inputs, **kwargs, **state)
-        if state and isinstance(out, tuple) and len(out) == 2:
+        if state.get("state") is not None and isinstance(out, tuple) and len(out) == 2:
             return _cast(out[0], policy.output), out[1]
         return _cast(out, policy.output)
 
