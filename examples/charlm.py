@@ -443,8 +443,8 @@ def make_parser() -> Parser:
         "--parts",
         type=at_least(1),
         metavar="N",
-        help="micro-batches a batch is accumulated from; any number gives the same gradient, but for "
-        "rounding" + by_size("parts"),
+        help="micro-batches a batch is accumulated from; any number gives the same gradient "
+        "up to rounding" + by_size("parts"),
     )
     flag("--width", type=at_least(1), metavar="N", help="width of the model" + by_size("width"))
     flag("--layers", type=at_least(1), metavar="N", help="blocks of the model" + by_size("layers"))

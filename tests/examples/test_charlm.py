@@ -124,13 +124,18 @@ def test_the_score_counts_every_byte_once(model, size):
 
 
 def test_samples_continue_the_prompt_past_the_window(model):
-    apply, params = model
-    # The next byte is the last one plus one: any wrong position or shift shows at once.
-    counts = lambda _, text: jax.nn.one_hot((text + 1) % 256, 256) * 50
-    sample = charlm.make_sampler(counts, LENGTH, 2 * LENGTH)
+    _, params = model
+
+    def sums(_, text):  # the next byte is the sum of the last and of that three before it, plus one
+        before = jnp.pad(text, ((0, 0), (3, 0)))[:, : text.shape[1]]
+        return jax.nn.one_hot((text + before + 1) % 256, 256) * 50
+
+    sample = charlm.make_sampler(sums, LENGTH, 2 * LENGTH)
     for prompt in (b"0", b"012345", bytes(range(40)), bytes(range(LENGTH))):
-        drawn = sample(params, prompt, 0.0, jax.random.key(0))
-        assert drawn == bytes((prompt[-1] + 1 + i) % 256 for i in range(2 * LENGTH))
+        seen = [0, 0, 0, *prompt]
+        for _ in range(2 * LENGTH):
+            seen.append((seen[-1] + seen[-4] + 1) % 256)
+        assert list(sample(params, prompt, 0.0, jax.random.key(0))) == seen[-2 * LENGTH :]
 
 
 def test_samples_follow_the_probabilities_at_their_temperature():
