@@ -1,0 +1,90 @@
+"""How this project measures: exact costs from the compiler, times as medians with their spread.
+
+A benchmark makes claims and prints one JSON line for each, with what it measured, whether that
+supports the claim, and on what. FLOPs, bytes and memory are the compiler's own and repeat exactly;
+times are wall-clock medians of alternating runs, so that a busy machine slows both sides.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import platform
+import statistics
+import time
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import optax
+
+
+def arguments(doc):
+    """The flags every benchmark has."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--smallest", action="store_true", help="tiny shapes and two runs, for CI")
+    parser.add_argument("--runs", type=int, default=10, help="timed runs of each side (default 10)")
+    options = parser.parse_args()
+    options.runs = 2 if options.smallest else options.runs
+    return options
+
+
+def compiled(fn, *args, donate=()):
+    """Compiles `fn` for `args`, which may be abstract."""
+    return jax.jit(fn, donate_argnums=donate).lower(*args).compile()
+
+
+def cost(program):
+    """The compiler's own figures: FLOPs and bytes moved (a loop's body counts once), memory."""
+    analysis, memory = program.cost_analysis(), program.memory_analysis()
+    return {
+        "flops": analysis.get("flops"),
+        "bytes": analysis.get("bytes accessed"),
+        "temp_bytes": memory.temp_size_in_bytes,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "alias_bytes": memory.alias_size_in_bytes,
+    }
+
+
+def seconds(programs, runs):
+    """Wall-clock seconds of each named thunk, alternating between them after one warm-up."""
+    for thunk in programs.values():
+        jax.block_until_ready(thunk())
+    taken = {name: [] for name in programs}
+    for _ in range(runs):
+        for name, thunk in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(thunk())
+            taken[name].append(time.perf_counter() - start)
+    return {name: spread(values) for name, values in taken.items()}
+
+
+def spread(values):
+    """Median, minimum and maximum."""
+    return {
+        "median": round(statistics.median(values), 5),
+        "min": round(min(values), 5),
+        "max": round(max(values), 5),
+    }
+
+
+def ratio(a, b):
+    """a / b to three digits, or None where there is nothing to compare with."""
+    return None if not b else round(a / b, 3)
+
+
+def claim(text, supported, **measured):
+    """Prints one result. `supported` is a bool, or None where nothing was claimed."""
+    verdict = {True: "supported", False: "refuted", None: "reported"}[supported]
+    print(json.dumps({"claim": text, "verdict": verdict, **measured, **_where()}), flush=True)
+
+
+def _where():
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}",
+        "versions": f"python {platform.python_version()}, jax {jax.__version__}, "
+        f"optax {optax.__version__}",
+        "date": datetime.date.today().isoformat(),
+        "by": pathlib.Path(os.environ.get("BENCHMARK", __file__)).stem,
+    }
