@@ -304,11 +304,14 @@ def test_a_number_of_the_grid_stays_whatever_is_drawn(name):
     assert_same_numbers(rounded(x, name, key=jax.random.key(3)), x)
 
 
-def test_a_rare_step_up_is_as_rare_as_it_should_be():
-    """A fraction of 2^-22 goes up 0.25 times in 2^20 draws; a rounded-up chance would show."""
-    x = jnp.full(2**22, 2.0**-26)
-    ups = int(rounded(x, "int8", key=jax.random.key(0)).sum())
-    assert ups <= 2  # expected 1/16; with 23 random bits, 1/2 at least
+@pytest.mark.parametrize("power", [-1, -7, -23, -26, -31])
+def test_a_step_up_has_the_chance_of_the_fraction_to_the_last_of_32_bits(power, monkeypatch):
+    """Up for the first f 2^32 of the 2^32 values of the bits, and for no others."""
+    chance = 2 ** (32 + power)
+    drawn = np.array([0, chance - 1, chance, 2**32 - 1], np.uint32)
+    monkeypatch.setattr(jax.random, "bits", lambda key, shape, dtype: jnp.asarray(drawn))
+    got = round_to(jnp.full(4, 2.0**power), "int8", key=jax.random.key(0))
+    assert_same_numbers(got, [1, 1, 0, 0])
 
 
 ALL_BITS = np.arange(2**16, dtype=np.uint16)

@@ -82,6 +82,15 @@ def test_a_gradient_of_a_gradient_meets_the_factors_again(f):
     assert jax.hessian(g)(5.0) == 6
 
 
+@scales
+def test_a_backward_pass_differentiated_is_the_forward_pass(f):
+    """The pullback is linear too: its tangents meet `bwd`, and its own pullback meets `fwd`."""
+    _, pull = jax.vjp(f, 5.0)
+    back = lambda ct: pull(ct)[0]
+    assert jax.jvp(back, (7.0,), (1.0,)) == (21, 3)
+    assert jax.grad(back)(7.0) == 2
+
+
 def test_straight_through_passes_the_second_derivative_of_what_follows():
     """f(value) with the value's derivative taken for 1: f'' is taken at the value."""
     f = lambda x: straight_through(jnp.round(x), x) ** 3
@@ -241,6 +250,7 @@ def test_vmap_is_the_loop_over_rows(axes):
     close(grads, want_grads)
 
 
+@jax.numpy_rank_promotion("raise")
 def test_nested_vmap_over_factors_is_the_table_of_all_pairs():
     x, fwd, bwd = jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0, 5.0]), jnp.array([6.0, 7.0])
     f = lambda x, fwd, bwd: jax.value_and_grad(lambda x: scale(x, fwd=fwd, bwd=bwd).sum())(x)
@@ -249,9 +259,9 @@ def test_nested_vmap_over_factors_is_the_table_of_all_pairs():
     same(values, np.broadcast_to(3 * fwd, (2, 3)))
     same(grads, np.broadcast_to(bwd[:, None, None], (2, 3, 2)))
     values, grads = jax.vmap(jax.vmap(f, (None, 0, 0)), (0, None, 0))(x, fwd, jnp.ones((2, 3)))
-    same(values, x[:, None] * fwd)
+    same(values, jnp.outer(x, fwd))
     values, _ = jax.vmap(jax.vmap(f, (0, 0, 0)), (0, None, None))(x[:, None].repeat(3, 1), fwd, fwd)
-    same(values, x[:, None] * fwd)
+    same(values, jnp.outer(x, fwd))
 
 
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (1, 0), (0, 1)])
@@ -336,15 +346,19 @@ def test_a_custom_gradient_that_matches_is_the_unsharded_gradient(replicated):
 
 
 def test_match_vma_gives_the_axes_of_the_primal_whichever_it_lacks():
+    axes = []
+
     def local(replicated, sharded):
-        summed = match_vma(sharded, replicated)
-        return summed, match_vma(replicated, sharded)
+        summed, cast = match_vma((sharded, replicated), (replicated, sharded))
+        axes.extend(jax.typeof(x).manual_axis_type.varying for x in (summed, cast))
+        return summed, cast
 
     specs = {"in_specs": (P(), P("dp")), "out_specs": (P(), P("dp"))}
     f = jax.jit(jax.shard_map(local, mesh=mesh_of_8(), **specs))
     summed, cast = f(jnp.ones(1), jnp.arange(8.0))
     same(summed, [28])
     same(cast, np.ones(8))
+    assert axes[-2:] == [frozenset(), {"dp"}]
 
 
 def test_match_vma_is_the_identity_outside_shard_map():

@@ -246,7 +246,7 @@ def round_to(
         return x
     on_bits = _on_bits(target) and wide == jnp.float32
     low, high = (_inside(bound, target, x.dtype) for bound in (target.min, target.max))
-    v = _exact_cast(jax.lax.stop_gradient(x), wide)
+    v = jax.lax.stop_gradient(x).astype(wide)
     y = (_round_bits if on_bits else _round_steps)(v, target, low, high, key, ties)
     return _exact_cast(y, x.dtype)
 
@@ -361,14 +361,11 @@ def _power_of_two(k: jax.Array, dtype: DType) -> jax.Array:
 
 
 def _exact_cast(y: jax.Array, dtype: DType) -> jax.Array:
-    """Casts numbers that `dtype` holds; bfloat16 by bits, for compiled casts flush subnormals."""
-    if (y.dtype, dtype) == (jnp.float32, jnp.bfloat16):
-        upper = (_as_bits(y) >> 16).astype(jnp.uint16)
-        return jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
-    if (y.dtype, dtype) == (jnp.bfloat16, jnp.float32):
-        upper = jax.lax.bitcast_convert_type(y, jnp.uint16).astype(jnp.uint32)
-        return jax.lax.bitcast_convert_type(upper << 16, jnp.float32)
-    return y.astype(dtype)
+    """Casts numbers that `dtype` holds; to bfloat16 by bits, for the cast flushes subnormals."""
+    if (y.dtype, dtype) != (jnp.float32, jnp.bfloat16):
+        return y.astype(dtype)
+    upper = (_as_bits(y) >> 16).astype(jnp.uint16)
+    return jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
 
 
 def _inside(bound: float, target: Format, dtype: DType) -> float:

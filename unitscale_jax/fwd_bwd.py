@@ -191,7 +191,7 @@ def _transpose_data(cotangent: Any, x: Any, fwd: jax.Array, bwd: jax.Array) -> l
 def _batch_data(args: Sequence, dims: Sequence) -> tuple:
     x, *factors = _batched_first(args, dims, range(1))
     # A factor has rank 0, or the rank of x and axes of size 1: it broadcasts without a new rank.
-    at_front = lambda f: f.reshape(f.shape[:1] + (1,) * (x.ndim - f.ndim) + f.shape[1:])
+    at_front = lambda f: f.reshape(f.shape + (1,) * (x.ndim - f.ndim))
     factors = [
         f if dim is None and f.ndim == 0 else at_front(f[None] if dim is None else f)
         for f, dim in zip(factors, dims[1:], strict=True)
