@@ -340,20 +340,21 @@ def baselines(corpus: data.Corpus) -> dict[str, float]:
 
 
 def draw_curve(path: pathlib.Path, curve: Curve, scores: dict[str, float], title: str) -> None:
-    figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot(title=title, xlabel="step", ylabel="bits per byte", ylim=(1.3, 5.0))
-    held_out = [point for point in curve if "test" in point]
-    axes.plot(*zip(*((p["step"], p["train"]) for p in curve), strict=True), lw=1, label="training")
-    axes.plot(
-        *zip(*((p["step"], p["test"]) for p in held_out), strict=True), "o-", label="held out"
-    )
+    tests = [point for point in curve if "test" in point]
+    lowest = min(*scores.values(), *(point["test"] for point in tests))
+    figure = matplotlib.figure.Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel="step", ylabel="bits per byte")
+    # The first steps, near 8 bits, would press all that matters into a corner.
+    axes.set_ylim(lowest - 0.15, max(scores.values()) + 0.5)
+    axes.plot([p["step"] for p in curve], [p["train"] for p in curve], lw=1, label="training")
+    axes.plot([p["step"] for p in tests], [p["test"] for p in tests], "o-", ms=4, label="held out")
+    beside = dict(xycoords=("axes fraction", "data"), va="center", fontsize=8)
     for name, bits in scores.items():
         axes.axhline(bits, color="gray", lw=0.8, ls=":" if "xz" in name else "--")
-        axes.annotate(f"{name} {bits:.2f}", (1, bits), xycoords=("axes fraction", "data"),
-                      ha="right", va="bottom", fontsize=8, color="dimgray")  # fmt: skip
+        axes.annotate(f"{name} {bits:.2f}", (1.01, bits), annotation_clip=False, **beside)
     axes.grid(alpha=0.2)
-    axes.legend(loc="upper center")
-    figure.savefig(path, dpi=120)
+    axes.legend()
+    figure.savefig(path, dpi=100)
 
 
 # --- the command line ---------------------------------------------------------------------------

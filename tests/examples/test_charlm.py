@@ -210,7 +210,7 @@ def test_a_killed_run_continues_to_the_parameters_of_an_unbroken_run(text, tmp_p
     (step, expected), (step_again, found) = final(whole), final(broken)
     assert step == step_again == 60
     chex.assert_trees_all_equal(jax.tree.map(bits, found), jax.tree.map(bits, expected))
-    points = [json.loads(line)["step"] for line in (broken / "curve.jsonl").open()]
+    points = [point["step"] for point in curve_of(broken)]
     assert points == sorted(set(points)) and points[-1] == 60
 
 
@@ -223,6 +223,10 @@ def kill_after_first_checkpoint(out, *flags):
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
     return checkpoints.steps()[-1]
+
+
+def curve_of(out):
+    return [json.loads(line) for line in (out / "curve.jsonl").read_text().splitlines()]
 
 
 def bits(leaf):
@@ -239,5 +243,5 @@ is_key = lambda leaf: (
 def test_a_run_in_sixteen_bits_learns(text, tmp_path, policy):
     result = run(*start_flags(text, tmp_path / "out"), "--policy", policy, "--parts", 3)
     assert result.returncode == 0, result.stderr
-    points = [json.loads(line) for line in (tmp_path / "out" / "curve.jsonl").open()]
+    points = curve_of(tmp_path / "out")
     assert points[-1]["test"] < points[0]["train"] - 2
