@@ -5,21 +5,58 @@
 Every technique maps one of these stations to the same station, so composing is calling.
 """
 
-from unitscale_jax import rules, tree
+from unitscale_jax import formats, fwd_bwd, rules, testing, tree
 from unitscale_jax.accumulate import MultiStepsState, accumulated, multi_steps
+from unitscale_jax.bridge import Bridged, from_linen, from_nnx
+from unitscale_jax.checkpoint import Checkpoints
+from unitscale_jax.compose import chain
 from unitscale_jax.loss import Grad, Mean, loss_value, row_keys, value_and_grad
+from unitscale_jax.precision import (
+    DynamicScale,
+    Float16Report,
+    LossScaleState,
+    LowPrecisionState,
+    Policy,
+    StaticScale,
+    cast,
+    current_scale,
+    loss_scaled,
+    low_precision_weights,
+    overflowing,
+    to_float16,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bridged",
+    "Checkpoints",
+    "DynamicScale",
+    "Float16Report",
     "Grad",
+    "LossScaleState",
+    "LowPrecisionState",
     "Mean",
     "MultiStepsState",
+    "Policy",
+    "StaticScale",
     "accumulated",
+    "cast",
+    "chain",
+    "current_scale",
+    "formats",
+    "from_linen",
+    "from_nnx",
+    "fwd_bwd",
+    "loss_scaled",
     "loss_value",
+    "low_precision_weights",
     "multi_steps",
+    "overflowing",
     "row_keys",
     "rules",
+    "testing",
+    "to_float16",
     "tree",
     "value_and_grad",
 ]

@@ -91,7 +91,7 @@ def wide(dtype: DType) -> np.dtype:
         ['float32', 'float32', 'float64', 'int32']
     """
     dtype = np.dtype(dtype)
-    if jnp.issubdtype(dtype, jnp.floating):
+    if jnp.issubdtype(dtype, jnp.inexact):
         return dtype if jnp.finfo(dtype).bits >= 32 else np.dtype(np.float32)
     narrow = dtype == np.bool_ or jnp.iinfo(dtype).bits < 32
     return np.dtype(np.int32) if narrow else dtype

@@ -23,6 +23,7 @@ from jax import lax
 
 from unitscale_jax import tree as trees
 from unitscale_jax.precision._scale import DynamicScale, LossScaleState, StaticScale
+from unitscale_jax.trace import varying, varying_axes
 from unitscale_jax.typing import Axes, Params
 
 Scale: TypeAlias = StaticScale | DynamicScale
@@ -171,7 +172,7 @@ def _unscaled(grads: Params, scale: jax.Array) -> Params:
         if not _is_inexact(g):
             return g
         # In float32 at least: 1/S may be below float16's range where g/S is not.
-        wide = jnp.float32 if jnp.finfo(g.dtype).bits < 32 else g.dtype
+        wide = trees.wide(g.dtype)
         return (g.astype(wide) * inverse.astype(wide)).astype(g.dtype)
 
     inverse = 1 / scale  # exact, since both are powers of two
@@ -184,7 +185,7 @@ def _is_inexact(g: jax.Array) -> bool:
 
 def _anywhere(flags: jax.Array, axes: Axes) -> jax.Array:
     """Flags that are set on any device along `axes`."""
-    forgotten = sorted(_varying(flags) - set(axes))
+    forgotten = sorted(varying_axes(flags) - set(axes))
     if forgotten:
         raise ValueError(
             f"gradients vary over the manual axes {forgotten}, which axes={tuple(axes)} lacks: "
@@ -193,7 +194,7 @@ def _anywhere(flags: jax.Array, axes: Axes) -> jax.Array:
     if not axes:
         return flags
     # A sum takes only values that vary over all of its axes.
-    return lax.psum(_vary(flags.astype(jnp.int32), frozenset(axes)), tuple(axes)) > 0
+    return lax.psum(varying(flags.astype(jnp.int32), axes), tuple(axes)) > 0
 
 
 def _step_or_skip(finite: jax.Array, step: Callable, grads: Params, state: Any) -> tuple:
@@ -201,17 +202,17 @@ def _step_or_skip(finite: jax.Array, step: Callable, grads: Params, state: Any) 
     updates, new_state = jax.eval_shape(step, grads, state)
     _check_state(state, new_state)
     # Branches have to agree in the manual axes that they vary over, so each takes the union.
-    both = lambda a, b: _varying(a) | _varying(b)
+    both = lambda a, b: varying_axes(a) | varying_axes(b)
     union = jax.tree.map(both, (updates, state), (updates, new_state))
 
     def run(grads: Params, state: Any) -> tuple:
-        return jax.tree.map(_vary, step(grads, state), union)
+        return jax.tree.map(varying, step(grads, state), union)
 
     def skip(grads: Params, state: Any) -> tuple:
         del grads
         # Minus zero, because x + -0.0 is x for every x, whereas -0.0 + 0.0 is 0.0.
         zeros = jax.tree.map(lambda u: jnp.full(u.shape, -0.0, u.dtype), updates)
-        return jax.tree.map(_vary, (zeros, state), union)
+        return jax.tree.map(varying, (zeros, state), union)
 
     return lax.cond(finite, run, skip, grads, state)
 
@@ -232,14 +233,3 @@ def _check_state(old: Any, new: Any) -> None:
                 "be the same. If parameters are 16 bits wide and gradients float32, wrap it: "
                 "loss_scaled(low_precision_weights(inner, ...), ...)."
             )
-
-
-def _varying(x: Any) -> frozenset[str]:
-    """The manual axes that an array, or the shape of one, varies over."""
-    kind = (x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)).manual_axis_type
-    return frozenset() if kind is None else kind.varying  # None: without check_vma
-
-
-def _vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
-    missing = tuple(sorted(axes - _varying(x)))
-    return lax.pcast(x, missing, to="varying") if missing else x

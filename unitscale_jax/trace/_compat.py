@@ -65,5 +65,6 @@ def bind(eqn: Equation, operands: Sequence[Any]) -> list[Any]:
 
 def varying_axes(value: Any) -> frozenset[str]:
     """The manual mesh axes over which an array, or an abstract one, differs between devices."""
-    aval = value if isinstance(value, jax.core.ShapedArray) else jax.typeof(value)
-    return aval.manual_axis_type.varying
+    typed = value if hasattr(value, "manual_axis_type") else jax.typeof(value)
+    kind = typed.manual_axis_type
+    return frozenset() if kind is None else kind.varying  # None: shard_map without check_vma
