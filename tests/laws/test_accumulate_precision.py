@@ -88,7 +88,7 @@ def test_an_overflow_in_one_part_skips_the_step_or_drops_the_part(form):
     grad_fn = us.accumulated(us.value_and_grad(loss_of(apply)), 4, **form)
     state = tx.init(params)
     terms, _, grads = grad_fn(params, poisoned, scale=us.current_scale(state))
-    dropped = {"dropped": terms["dropped"].total} if "dropped" in terms else {}
+    dropped = {"dropped": terms["dropped"]} if "dropped" in terms else {}
     updates, after = tx.update(grads, state, params, **dropped)
     moved = any(np.any(np.asarray(u)) for u in jax.tree.leaves(updates))
     assert us.current_scale(after) == 2**9  # either way the scale takes it for an overflow
@@ -96,6 +96,20 @@ def test_an_overflow_in_one_part_skips_the_step_or_drops_the_part(form):
     if not moved:
         chex.assert_trees_all_equal(after.inner, state.inner)
         chex.assert_trees_all_equal(optax.apply_updates(params, updates), params)
+
+
+def test_a_step_of_which_no_part_is_left_is_skipped():
+    params, batch = example()
+    tx = us.loss_scaled(optax.sgd(0.1, momentum=0.9), us.DynamicScale(init=2**10))
+    momentum = jax.tree.map(jnp.ones_like, params)
+    state = tx.update(momentum, tx.init(params), params)[1]
+    grad_fn = us.accumulated(us.value_and_grad(loss_of(apply)), 4, nonfinite="drop")
+    terms, _, grads = grad_fn(params, batch | {"x": batch["x"] * jnp.inf})
+    updates, after = tx.update(grads, state, params, dropped=terms["dropped"])
+    chex.assert_trees_all_equal(optax.apply_updates(params, updates), params)
+    chex.assert_trees_all_equal(after.inner, state.inner)
+    assert after.skipped == 1 and us.current_scale(after) == 2**9
+    assert us.overflowing(after, params) == []
 
 
 def test_float16_training_overflows_recovers_and_learns():

@@ -22,6 +22,7 @@ import optax
 from jax import lax
 
 from unitscale_jax import tree as trees
+from unitscale_jax.loss import Mean
 from unitscale_jax.precision._scale import DynamicScale, LossScaleState, StaticScale
 from unitscale_jax.trace import varying, varying_axes
 from unitscale_jax.typing import Axes, Params
@@ -45,8 +46,9 @@ def loss_scaled(
     Returns:
         A transform whose `update(grads, state, params, *, dropped=0, **extra)` takes gradients
         that carry the factor `current_scale(state)` (with any float dtype, which is kept).
-        `dropped` counts parts that accumulation left out as non-finite: the step is applied, and
-        the scale takes it for an overflow. `extra` goes to `inner`. State: `LossScaleState`.
+        `dropped` is the term "dropped" of an accumulation that leaves bad parts out, or a count of
+        them: the step is applied and the scale takes it for an overflow. Where the term says that
+        no part was left, the step is skipped. `extra` goes to `inner`. State: `LossScaleState`.
 
     Raises:
         ValueError: In `update`, gradients vary over a manual axis that `axes` lacks.
@@ -75,12 +77,13 @@ def loss_scaled(
         state: Any,
         params: Params | None = None,
         *,
-        dropped: jax.Array | int = 0,
+        dropped: Mean | jax.Array | int = 0,
         **extra: Any,
     ) -> tuple[Params, Any]:
         # One reduction carries both: a device that dropped a part lowers the scale of them all.
-        flags = _anywhere(jnp.append(_overflows(updates), jnp.asarray(dropped) > 0), axes)
-        bad, finite = flags[:-1], ~jnp.any(flags[:-1])
+        flags = _anywhere(jnp.concatenate([_overflows(updates), _lost(dropped)]), axes)
+        bad, nothing_left = flags[:-2], flags[-1]
+        finite = ~jnp.any(bad) & ~nothing_left
 
         def step(grads: Params, inner_state: Any) -> tuple[Params, Any]:
             # Unscaling in here, not before the branch, spares a copy of the gradients.
@@ -165,6 +168,13 @@ def _overflows(grads: Params) -> jax.Array:
     is_bad = lambda g: ~jnp.all(jnp.isfinite(g)) if _is_inexact(g) else no
     flags = [is_bad(g) for g in jax.tree.leaves(grads)]
     return jnp.stack(flags) if flags else jnp.zeros(0, bool)
+
+
+def _lost(dropped: Mean | jax.Array | int) -> jax.Array:
+    """Whether accumulation dropped some part, and whether it dropped every one; `bool[2]`."""
+    if isinstance(dropped, Mean):
+        return jnp.stack([dropped.total > 0, dropped.total >= dropped.weight])
+    return jnp.stack([jnp.asarray(dropped) > 0, jnp.array(False)])
 
 
 def _unscaled(grads: Params, scale: jax.Array) -> Params:
