@@ -367,7 +367,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def number(kind, least, expected: str):
+def number(kind, least, expected: str, below=math.inf):
     """An argparse type that says what was expected."""
 
     def convert(text: str):
@@ -375,7 +375,7 @@ def number(kind, least, expected: str):
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not least <= value < math.inf:
+        if value is None or not least <= value < below:
             raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
         return value
 
@@ -522,7 +522,7 @@ def read_settings(parser: Parser, argv) -> argparse.Namespace:
 
 
 def default_policy() -> str:
-    # XLA's CPU backend computes bfloat16 by converting to float32 and back.
+    # Most CPUs have no arithmetic in bfloat16, and convert to float32 and back at every step.
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
@@ -557,8 +557,8 @@ def open_run(parser: Parser, settings: argparse.Namespace, corpus: data.Corpus) 
     path = settings.out / "settings.json"
     try:
         settings.out.mkdir(parents=True, exist_ok=True)
-        if path.exists():  # a finished run of this program: `check` refuses others
-            print(f"replacing the finished run in {settings.out}")
+        if path.exists():  # a run of this program, and no stopped one: `check` refuses those
+            print(f"replacing the earlier run in {settings.out}")
             shutil.rmtree(settings.out / "checkpoints", ignore_errors=True)
         kept = [*FIXED, "every", "test_bytes", "sample_bytes", "text"]
         path.with_suffix(".new").write_text(

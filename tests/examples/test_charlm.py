@@ -49,6 +49,10 @@ def model():
         (["--steps", "0"], "--steps: expected a whole number, at least 1, got '0'"),
         (["--rate", "fast"], "--rate: expected a number above 0, got 'fast'"),
         (["--rate", "nan"], "--rate: expected a number above 0, got 'nan'"),
+        (
+            ["--seed", str(2**32)],
+            "--seed: expected a whole number from 0 to 2^32 - 1, got '4294967",
+        ),
         (["--temperature", "-1"], "--temperature: expected a number, at least 0, got '-1'"),
         (["--policy", "float8"], "--policy: invalid choice: 'float8'"),
         (["--long", "--smallest"], "--smallest: not allowed with argument --long"),
