@@ -464,7 +464,7 @@ def make_parser() -> Parser:
     )
     flag(
         "--seed",
-        type=at_least(0),
+        type=number(int, 0, "a whole number from 0 to 2^32 - 1", below=2**32),
         metavar="N",
         help="of the parameters, batches and samples (default: 0)",
     )
