@@ -522,7 +522,8 @@ def read_settings(parser: Parser, argv) -> argparse.Namespace:
 
 
 def default_policy() -> str:
-    # Most CPUs have no arithmetic in bfloat16, and convert to float32 and back at every step.
+    # On two CPU cores a step takes as long in bfloat16, which XLA computes in float32 there, and
+    # compiling takes longer; so nothing pays for what rounding costs.
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
