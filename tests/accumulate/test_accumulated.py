@@ -431,9 +431,8 @@ def test_agrees_under_jit_vmap_remat_and_scan(options):
     close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-6)
     close(jax.jit(run)(params), want)
     close(jax.lax.scan(lambda c, _: (c, run(params)), 0, None, length=2)[1]["w"][1], want["w"])
-    if not dict(options).get("inplace"):  # jax does not batch mutable arrays made inside a vmap
-        seeds = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), params)
-        close(jax.tree.map(lambda g: g[0], jax.vmap(run)(seeds)), want)
+    seeds = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), params)
+    close(jax.tree.map(lambda g: g[0], jax.vmap(run)(seeds)), want)
     remat = jax.checkpoint(row_loss)
     close(us.accumulated(us.value_and_grad(remat), 5, **dict(options))(params, batch)[2], want)
 
