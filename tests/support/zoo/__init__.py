@@ -1,0 +1,66 @@
+"""The law zoo: small models on which every op-level transform runs its laws.
+
+    @pytest.mark.parametrize("name", zoo.NAMES)
+    def test_identity(name):
+        model = zoo.model(name)
+        out = transformed(model.apply)(model.params, *model.inputs)
+
+`zoo.named(having=("attention",), without=("scan",))` picks by what the models are made of. Linen,
+NNX and plain JAX build the same kinds of layers, so what names parameters is seen with all three
+ways of naming; reading the models is also the quickest way to see what the library supports.
+"""
+
+import functools
+
+from tests.support.zoo import _plain
+from tests.support.zoo._model import Model
+
+_BUILDERS = {
+    name: value
+    for module in (_plain,)
+    for name, value in vars(module).items()
+    if hasattr(value, "tags")
+}
+
+
+@functools.cache
+def model(name: str) -> Model:
+    """The model of that name, built at the first call."""
+    return build(name)
+
+
+def build(name: str) -> Model:
+    """The model of that name, built anew, always with the same parameters."""
+    params, inputs, apply = _BUILDERS[name]()
+    tags = tags_of(name)
+    return Model(
+        name=name,
+        params=params,
+        inputs=inputs,
+        apply=apply,
+        kind=name.partition("_")[0],
+        tags=tags,
+        differentiable="differentiable" in tags,
+    )
+
+
+def tags_of(name: str) -> frozenset[str]:
+    """What a model is made of, its kind, and "differentiable" if it is; builds nothing."""
+    tags = _BUILDERS[name].tags | {name.partition("_")[0]}
+    return tags if "while" in tags else tags | {"differentiable"}
+
+
+def named(*, having: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> list[str]:
+    """Names of the models that have all of some tags and none of others; builds nothing."""
+    unknown = {*having, *without}.difference(*map(tags_of, _BUILDERS))
+    assert not unknown, f"no model has the tags {sorted(unknown)}"
+    return [
+        name
+        for name in _BUILDERS
+        if tags_of(name).issuperset(having) and tags_of(name).isdisjoint(without)
+    ]
+
+
+NAMES = named()
+
+__all__ = ["NAMES", "Model", "build", "model", "named", "tags_of"]
