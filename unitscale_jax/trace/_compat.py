@@ -55,6 +55,35 @@ def while_counts(eqn: Equation) -> tuple[int, int]:
     return eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
 
 
+def while_trips(eqn: Equation) -> int | None:
+    """How often a while loop that counts by ones to a known limit runs; None for any other."""
+    jaxpr = opened(eqn.params["cond_jaxpr"])[0]
+    of_cond, of_body = while_counts(eqn)
+    if of_cond or len(jaxpr.eqns) != 1 or jaxpr.eqns[0].primitive.name != "lt":
+        return None
+    counter, limit = jaxpr.eqns[0].invars
+    body = opened(eqn.params["body_jaxpr"])[0]
+    if isinstance(counter, Literal) or not isinstance(limit, Literal):
+        return None
+    k = jaxpr.invars.index(counter)
+    start, after = eqn.invars[of_cond + of_body + k], body.outvars[k]
+    if not isinstance(start, Literal) or not _adds_one(body, body.invars[of_body + k], after):
+        return None
+    return max(0, int(limit.val) - int(start.val))
+
+
+def _adds_one(jaxpr: Jaxpr, before: Var, after: Any) -> bool:
+    made = next((e for e in jaxpr.eqns if after in e.outvars), None)
+    if made is None or made.primitive.name != "add" or before not in made.invars:
+        return False
+    return any(isinstance(v, Literal) and v.val == 1 for v in made.invars)
+
+
+def scope(eqn: Equation) -> str:
+    """The named scopes an equation was traced under, inside its own body."""
+    return str(eqn.source_info.name_stack)
+
+
 def bind(eqn: Equation, operands: Sequence[Any]) -> list[Any]:
     """Evaluates one equation on new operands."""
     got = eqn.primitive.get_bind_params(eqn.params)

@@ -1,8 +1,7 @@
 """Which inputs reach which outputs, and the slice of a function that computes some of its outputs.
 
-Reachability is a union of sets carried forward along the equations; it enters calls and branches
-and takes the least fixpoint in loops. An equation it cannot look into passes every operand to every
-result, so what it calls independent is independent.
+Reachability is a union of sets carried forward along the equations. An equation that cannot be
+entered passes every operand to every result, so what it calls independent is independent.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ import jax
 from unitscale_jax.trace import _compat
 from unitscale_jax.trace._compat import Equation, Jaxpr, Literal, Var
 from unitscale_jax.trace._function import Traced
+from unitscale_jax.trace._walk import Flow, Site, walk
 
 Reach: TypeAlias = frozenset[int]
 NOTHING: Reach = frozenset()
@@ -30,67 +30,25 @@ def reach(traced: Traced) -> Any:
         {'first': frozenset({0}), 'sum': frozenset({0, 1})}
     """
     jaxpr = traced.closed.jaxpr
-    out = _forward(jaxpr, [frozenset({i}) for i in range(len(jaxpr.invars))])
+    inputs = [frozenset({i}) for i in range(len(jaxpr.invars))]
+    out = walk(_Reach(), jaxpr, inputs, traced.closed.consts)
     return jax.tree.unflatten(traced.outputs, out)
 
 
-def _forward(jaxpr: Jaxpr, inputs: Sequence[Reach]) -> list[Reach]:
-    known: dict[Var, Reach] = dict(zip(jaxpr.invars, inputs, strict=True))
-    read = lambda v: NOTHING if isinstance(v, Literal) else known.get(v, NOTHING)
-    for eqn in jaxpr.eqns:
-        rule = _RULES.get(eqn.primitive.name, _opaque)
-        known.update(zip(eqn.outvars, rule(eqn, [read(v) for v in eqn.invars]), strict=True))
-    return [read(v) for v in jaxpr.outvars]
+class _Reach(Flow[Reach]):
+    def constant(self, value: Any) -> Reach:
+        del value
+        return NOTHING
 
+    def visit(self, site: Site, inputs: list[Reach]) -> list[Reach]:
+        return [NOTHING.union(*inputs)] * len(site.eqn.outvars)
 
-def _opaque(eqn: Equation, inputs: Sequence[Reach]) -> list[Reach]:
-    return [NOTHING.union(*inputs)] * len(eqn.outvars)
+    def join(self, a: Reach, b: Reach) -> Reach:
+        return a | b
 
-
-def _call(eqn: Equation, inputs: Sequence[Reach]) -> list[Reach]:
-    return _forward(_compat.opened(_compat.call_body(eqn))[0], inputs)
-
-
-def _cond(eqn: Equation, inputs: Sequence[Reach]) -> list[Reach]:
-    index, *operands = inputs
-    branches = [_forward(_compat.opened(b)[0], operands) for b in eqn.params["branches"]]
-    return [index.union(*results) for results in zip(*branches, strict=True)]
-
-
-def _scan(eqn: Equation, inputs: Sequence[Reach]) -> list[Reach]:
-    consts, carries = _compat.scan_counts(eqn)
-    body = _compat.opened(eqn.params["jaxpr"])[0]
-    before, rest = list(inputs[:consts]), list(inputs[consts + carries :])
-    step = lambda carry: _forward(body, [*before, *carry, *rest])
-    carry = _fixpoint(lambda carry: step(carry)[:carries], inputs[consts : consts + carries])
-    return [*carry, *step(carry)[carries:]]
-
-
-def _while(eqn: Equation, inputs: Sequence[Reach]) -> list[Reach]:
-    of_cond, of_body = _compat.while_counts(eqn)
-    cond_consts, body_consts = list(inputs[:of_cond]), list(inputs[of_cond : of_cond + of_body])
-    cond, body = (_compat.opened(eqn.params[k])[0] for k in ("cond_jaxpr", "body_jaxpr"))
-
-    def step(carry: list[Reach]) -> list[Reach]:
-        (stops,) = _forward(cond, [*cond_consts, *carry])  # how often it runs decides every value
-        return [stops | c for c in _forward(body, [*body_consts, *carry])]
-
-    return _fixpoint(step, inputs[of_cond + of_body :])
-
-
-def _fixpoint(step: Callable[[list[Reach]], list[Reach]], start: Sequence[Reach]) -> list[Reach]:
-    carry = list(start)
-    while (grown := [a | b for a, b in zip(carry, step(carry), strict=True)]) != carry:
-        carry = grown
-    return carry
-
-
-_RULES: dict[str, Callable[[Equation, Sequence[Reach]], list[Reach]]] = {
-    **dict.fromkeys(_compat.CALLS, _call),
-    "cond": _cond,
-    "scan": _scan,
-    "while": _while,
-}
+    def chosen(self, site: Site, by: Reach, out: Reach) -> Reach:
+        del site
+        return by | out  # which branch, or how often a loop runs, decides every value
 
 
 def sliced(traced: Traced, wanted: Sequence[bool]) -> Callable[..., list[Any]]:

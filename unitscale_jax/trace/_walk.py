@@ -1,0 +1,213 @@
+"""One walk over the equations of a function, for every analysis that follows values forward.
+
+A `Flow` says what it knows of a constant, what an equation makes of what is known of its operands,
+and how two ways to the same value join. The walk does the rest: it enters calls, branches and
+loops, and repeats a loop's body until what is known of its carry stands still. An equation whose
+body cannot be entered (a Pallas kernel, a custom linear solve, a primitive of somebody else's) is
+given to `visit` like any other.
+
+A jitted function has one body, however often it is called, so what an analysis records must be
+keyed by the *place* of an equation, which counts through calls, and never by the equation.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeAlias, TypeVar
+
+from unitscale_jax.trace import _compat
+from unitscale_jax.trace._compat import Equation, Jaxpr, Literal, Var
+
+V = TypeVar("V")
+Place: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """An equation where it stands: in the body number `body` of the equation at `parent`.
+
+    Attributes:
+        eqn: The equation.
+        index: Its position in its body.
+        body: Which body of the parent: 0 for a call or a scan; the branch of a cond; 0 for the
+            condition of a while loop and 1 for its body.
+        parent: Where the enclosing equation stands; None at the top.
+    """
+
+    eqn: Equation
+    index: int
+    body: int = 0
+    parent: "Site | None" = None
+
+    @functools.cached_property
+    def place(self) -> Place:
+        """Positions and body numbers from the top down: (3,) or (3, 0, 1) for one inside it."""
+        above = () if self.parent is None else self.parent.place
+        return (*above, self.body, self.index) if above else (self.index,)
+
+    @property
+    def name(self) -> str:
+        """The name of the primitive."""
+        return self.eqn.primitive.name
+
+    @functools.cached_property
+    def scope(self) -> str:
+        """The named scopes around it ("encoder/attention"), across calls; "" without any."""
+        here = _compat.scope(self.eqn)
+        above = "" if self.parent is None else self.parent.scope
+        return "/".join(part for part in (above, here) if part)
+
+    @functools.cached_property
+    def repeats(self) -> int | None:
+        """How often it runs in one evaluation of the function; None if that depends on data."""
+        if self.parent is None:
+            return 1
+        above, times = self.parent.repeats, _trips(self.parent, self.body)
+        return None if above is None or times is None else above * times
+
+
+def _trips(site: Site, body: int) -> int | None:
+    if site.name == "scan":
+        return site.eqn.params["length"]
+    if site.name == "while":
+        trips = _compat.while_trips(site.eqn)
+        return None if trips is None else trips + (body == 0)  # it asks once more than it runs
+    return 1
+
+
+def bodies(eqn: Equation) -> list[tuple[Jaxpr, Sequence[Any]]]:
+    """`(jaxpr, constants)` of every body an equation can be entered by; [] if it is opaque."""
+    name, params = eqn.primitive.name, eqn.params
+    if name in _compat.CALLS:
+        return [_compat.opened(_compat.call_body(eqn))]
+    if name == "scan":
+        return [_compat.opened(params["jaxpr"])]
+    if name == "while":
+        return [_compat.opened(params[key]) for key in ("cond_jaxpr", "body_jaxpr")]
+    if name == "cond":
+        return [_compat.opened(branch) for branch in params["branches"]]
+    return []
+
+
+def sites(jaxpr: Jaxpr, parent: Site | None = None, body: int = 0) -> Iterator[Site]:
+    """Every equation without a body that can be entered, in order of evaluation."""
+    for index, eqn in enumerate(jaxpr.eqns):
+        site, inside = Site(eqn, index, body, parent), bodies(eqn)
+        if not inside:
+            yield site
+        for number, (inner, _) in enumerate(inside):
+            yield from sites(inner, site, number)
+
+
+class Flow(Generic[V]):
+    """What an analysis knows of a value, and how knowledge passes an equation.
+
+    Knowledge must be comparable, and grow when joined: `join(a, join(a, b)) == join(a, b)`. A flow
+    that keeps its knowledge aside (a union-find) joins by side effect and returns `a`, and then a
+    loop's body is walked once.
+    """
+
+    def constant(self, value: Any) -> V:
+        """What is known of a literal or of an array that the function closes over."""
+        raise NotImplementedError
+
+    def visit(self, site: Site, inputs: list[V]) -> list[V]:
+        """What is known of the results of an equation without a body that can be entered."""
+        raise NotImplementedError
+
+    def join(self, a: V, b: V) -> V:
+        """What is known of a value that is either of two: branches, or a loop's carry."""
+        raise NotImplementedError
+
+    def chosen(self, site: Site, by: V, out: V) -> V:
+        """What is known of a result of a branch or a loop that a value decides on."""
+        del site, by
+        return out
+
+    def unstacked(self, site: Site, x: V) -> V:
+        """What a scan's body knows of one row of a stacked operand."""
+        del site
+        return x
+
+    def stacked(self, site: Site, y: V) -> V:
+        """What is known of a scan's stacked result."""
+        del site
+        return y
+
+    def entered(self, site: Site, inputs: list[V]) -> list[V]:
+        """What the body of a call (jit, remat, shard_map, ..) knows of its operands."""
+        del site
+        return inputs
+
+    def left(self, site: Site, outputs: list[V]) -> list[V]:
+        """What is known of the results of a call whose body knows `outputs`."""
+        del site
+        return outputs
+
+
+def walk(
+    flow: Flow[V],
+    jaxpr: Jaxpr,
+    inputs: Sequence[V],
+    consts: Sequence[Any] = (),
+    parent: Site | None = None,
+    body: int = 0,
+) -> list[V]:
+    """What `flow` knows of the results of `jaxpr`, given what it knows of the inputs."""
+    known: dict[Var, V] = dict(zip(jaxpr.invars, inputs, strict=True))
+    known |= {v: flow.constant(c) for v, c in zip(jaxpr.constvars, consts, strict=True)}
+    read = lambda v: flow.constant(v.val) if isinstance(v, Literal) else known[v]
+    for index, eqn in enumerate(jaxpr.eqns):
+        step = _STRUCTURES.get(eqn.primitive.name, flow.__class__.visit)
+        site = Site(eqn, index, body, parent)
+        known.update(zip(eqn.outvars, step(flow, site, [read(v) for v in eqn.invars]), strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _enter(flow: Flow[V], site: Site, number: int, inputs: Sequence[V]) -> list[V]:
+    jaxpr, consts = bodies(site.eqn)[number]
+    return walk(flow, jaxpr, inputs, consts, site, number)
+
+
+def _call(flow: Flow[V], site: Site, inputs: list[V]) -> list[V]:
+    return flow.left(site, _enter(flow, site, 0, flow.entered(site, inputs)))
+
+
+def _cond(flow: Flow[V], site: Site, inputs: list[V]) -> list[V]:
+    index, *operands = inputs
+    branches = [_enter(flow, site, k, operands) for k in range(len(site.eqn.params["branches"]))]
+    joined = [functools.reduce(flow.join, results) for results in zip(*branches, strict=True)]
+    return [flow.chosen(site, index, out) for out in joined]
+
+
+def _scan(flow: Flow[V], site: Site, inputs: list[V]) -> list[V]:
+    consts, carries = _compat.scan_counts(site.eqn)
+    before, carry = inputs[:consts], inputs[consts : consts + carries]
+    rows = [flow.unstacked(site, x) for x in inputs[consts + carries :]]
+    while True:
+        out = _enter(flow, site, 0, [*before, *carry, *rows])
+        grown = [flow.join(a, b) for a, b in zip(carry, out[:carries], strict=True)]
+        if grown == carry:
+            return [*carry, *(flow.stacked(site, y) for y in out[carries:])]
+        carry = grown
+
+
+def _while(flow: Flow[V], site: Site, inputs: list[V]) -> list[V]:
+    of_cond, of_body = _compat.while_counts(site.eqn)
+    cond_consts, body_consts = inputs[:of_cond], inputs[of_cond : of_cond + of_body]
+    carry = inputs[of_cond + of_body :]
+    while True:
+        (stops,) = _enter(flow, site, 0, [*cond_consts, *carry])
+        out = [flow.chosen(site, stops, c) for c in _enter(flow, site, 1, [*body_consts, *carry])]
+        grown = [flow.join(a, b) for a, b in zip(carry, out, strict=True)]
+        if grown == carry:
+            return carry
+        carry = grown
+
+
+_STRUCTURES: dict[str, Any] = {
+    **dict.fromkeys(_compat.CALLS, _call),
+    "cond": _cond,
+    "scan": _scan,
+    "while": _while,
+}
