@@ -12,12 +12,12 @@ ways of naming; reading the models is also the quickest way to see what the libr
 
 import functools
 
-from tests.support.zoo import _plain
+from tests.support.zoo import _linen, _nnx, _plain
 from tests.support.zoo._model import Model
 
 _BUILDERS = {
     name: value
-    for module in (_plain,)
+    for module in (_plain, _linen, _nnx)
     for name, value in vars(module).items()
     if hasattr(value, "tags")
 }
@@ -63,4 +63,8 @@ def named(*, having: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> lis
 
 NAMES = named()
 
-__all__ = ["NAMES", "Model", "build", "model", "named", "tags_of"]
+# Parameters without effect: what is added to all keys moves all scores of a query alike, which
+# softmax does not see. With rotary embedding it would not be so.
+INERT = r"(^|/)(attention|self|cross)/key/bias$"
+
+__all__ = ["INERT", "NAMES", "Model", "build", "model", "named", "tags_of"]

@@ -11,6 +11,9 @@ import numpy as np
 
 import unitscale_jax as us
 
+# No two are equal, so that an axis taken for another one shows.
+LAYERS, BATCH, HEADS, HEAD, TIME, WIDTH, FFN, VOCAB = 2, 3, 4, 5, 7, 11, 13, 17
+
 Kind = Literal["linen", "nnx", "plain"]
 
 
@@ -55,8 +58,9 @@ def entry(*tags: str) -> Callable:
 def filled(shapes: Any) -> Any:
     """Random parameters for a tree of shapes, or of anything that has a shape.
 
-    The values of a leaf follow from its name and shape alone. Nothing is at its usual start, zero
-    for a bias and one for a scale, because a transform that loses a zero bias would go unseen.
+    The values of a leaf follow from its name and shape alone, so twins in Linen and NNX get the
+    same, "blocks_0/kernel" and "blocks/0/kernel". Nothing is at its usual start, zero for a bias
+    and one for a scale, because a transform that loses a zero bias would go unseen.
     """
     is_shape = lambda x: isinstance(x, tuple) and all(isinstance(n, int) for n in x)
     leaves = us.tree.named_leaves(shapes, is_leaf=is_shape)
@@ -65,8 +69,9 @@ def filled(shapes: Any) -> Any:
 
 
 def _leaf(name: str, shaped: Any) -> jax.Array:
-    noise = activations(*getattr(shaped, "shape", shaped), seed=zlib.crc32(name.encode()))
-    return 1.0 + 0.2 * noise if name.endswith("scale") else 0.4 * noise
+    seed = zlib.crc32(name.replace("_", "/").encode())
+    noise = activations(*getattr(shaped, "shape", shaped), seed=seed)
+    return 1.0 + 0.2 * noise if name.endswith(("scale", "var")) else 0.4 * noise
 
 
 def activations(*shape: int, seed: int = 0) -> jax.Array:

@@ -104,3 +104,24 @@ def recurrence(decay, drive):
         return early[0] * late[0], early[1] * late[0] + late[1]
 
     return lax.associative_scan(then, (decay, drive), axis=1)[1]
+
+
+@jax.custom_vjp
+def damped(x, kernel):
+    """A matmul that sends half of the gradient to the layers below."""
+    return x @ kernel
+
+
+damped.defvjp(
+    lambda x, kernel: (x @ kernel, (x, kernel)),
+    lambda kept, g: (0.5 * (g @ kept[1].T), kept[0].T @ g),
+)
+
+
+@jax.custom_jvp
+def softplus(x):
+    return jnp.log1p(jnp.exp(x))
+
+
+# JAX's own derivative, exp(x) / (1 + exp(x)), is nan where exp(x) overflows.
+softplus.defjvps(lambda tangent, out, x: tangent * jax.nn.sigmoid(x))

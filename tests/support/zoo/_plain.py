@@ -4,12 +4,26 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tests.support.zoo._model import activations, entry, filled, tokens
+from tests.support.zoo._model import (
+    BATCH,
+    FFN,
+    HEAD,
+    HEADS,
+    LAYERS,
+    TIME,
+    VOCAB,
+    WIDTH,
+    activations,
+    entry,
+    filled,
+    tokens,
+)
 from tests.support.zoo._ops import (
     attention,
     causal,
     conv,
     conv_shapes,
+    damped,
     dense,
     dense_shapes,
     dropout,
@@ -20,10 +34,8 @@ from tests.support.zoo._ops import (
     recurrence,
     rms_norm,
     rotary,
+    softplus,
 )
-
-# No two are equal, so that an axis taken for another one shows.
-LAYERS, BATCH, HEADS, HEAD, TIME, WIDTH, FFN, VOCAB = 2, 3, 4, 5, 7, 11, 13, 17
 
 
 @entry("mlp", "gelu")
@@ -271,18 +283,6 @@ def plain_ssm():
     return params, (activations(BATCH, TIME, WIDTH),), apply
 
 
-@jax.custom_vjp
-def damped(x, kernel):
-    """A matmul that sends half of the gradient to the layers below."""
-    return x @ kernel
-
-
-damped.defvjp(
-    lambda x, kernel: (x @ kernel, (x, kernel)),
-    lambda kept, g: (0.5 * (g @ kept[1].T), kept[0].T @ g),
-)
-
-
 @entry("mlp", "custom_vjp")
 def plain_custom_vjp():
     params = filled({"inner": dense_shapes(WIDTH, FFN), "outer": dense_shapes(FFN, HEAD)})
@@ -292,15 +292,6 @@ def plain_custom_vjp():
         return damped(h, params["outer"]["kernel"]) + params["outer"]["bias"]
 
     return params, (activations(BATCH, WIDTH),), apply
-
-
-@jax.custom_jvp
-def softplus(x):
-    return jnp.log1p(jnp.exp(x))
-
-
-# JAX's own derivative, exp(x) / (1 + exp(x)), is nan where exp(x) overflows.
-softplus.defjvps(lambda tangent, out, x: tangent * jax.nn.sigmoid(x))
 
 
 @entry("mlp", "custom_jvp")
@@ -348,5 +339,24 @@ def plain_equilibrium():
 
         start = 0, jnp.ones((), x.dtype), jnp.zeros_like(x)
         return dense(params["outer"], lax.while_loop(moving, step, start)[2])
+
+    return params, (activations(BATCH, WIDTH),), apply
+
+
+@entry("mlp", "while", "trips")
+def plain_spectral():
+    """A layer divided by its norm, which three power iterations estimate."""
+    params = filled({"kernel": (WIDTH, FFN), "bias": (FFN,)})
+
+    def apply(params, x):  # (batch, width)
+        w, unit = params["kernel"], lambda v: v * lax.rsqrt(jnp.square(v).sum())
+
+        def step(carry):
+            count, v = carry
+            return count + 1, unit((v @ w.T) @ w)
+
+        start = 0, unit(jnp.ones(FFN, x.dtype))
+        _, v = lax.while_loop(lambda carry: carry[0] < 3, step, start)
+        return x @ w * lax.rsqrt(jnp.square(v @ w.T).sum()) + params["bias"]
 
     return params, (activations(BATCH, WIDTH),), apply
