@@ -62,9 +62,9 @@ class CNN(nn.Module):
     @nn.compact
     def __call__(self, x):  # (batch, height, width, 2)
         norm = functools.partial(nn.BatchNorm, use_running_average=not self.train)
-        h = nn.Conv(6, (3, 3), strides=2, use_bias=False, name="conv_0")(x)
-        h = nn.relu(norm(name="norm_0")(h))  # (batch, height / 2, width / 2, 6)
-        h = nn.relu(norm(name="norm_1")(nn.Conv(9, (3, 3), use_bias=False, name="conv_1")(h)))
+        h = nn.Conv(9, (3, 3), strides=2, use_bias=False, name="conv_0")(x)
+        h = nn.relu(norm(name="norm_0")(h))  # (batch, height / 2, width / 2, 9)
+        h = nn.relu(norm(name="norm_1")(nn.Conv(11, (3, 3), use_bias=False, name="conv_1")(h)))
         h = nn.max_pool(h, (2, 2), strides=(2, 2))
         return nn.Dense(HEAD, name="head")(h.mean((1, 2)))
 
@@ -87,11 +87,11 @@ class Mobile(nn.Module):
 
     @nn.compact
     def __call__(self, x):  # (batch, height, width, 2)
-        h = nn.silu(nn.Conv(6, (1, 1), name="expand")(x))
-        h = nn.Conv(6, (3, 3), feature_group_count=6, name="depthwise")(h)
+        h = nn.silu(nn.Conv(9, (1, 1), name="expand")(x))
+        h = nn.Conv(9, (3, 3), feature_group_count=9, name="depthwise")(h)
         h = nn.silu(nn.GroupNorm(num_groups=3, name="norm")(h))
         squeezed = nn.relu(nn.Dense(4, name="squeeze")(h.mean((1, 2))))
-        h = h * nn.sigmoid(nn.Dense(6, name="excite")(squeezed))[:, None, None]
+        h = h * nn.sigmoid(nn.Dense(9, name="excite")(squeezed))[:, None, None]
         h = jnp.concatenate([x, nn.Conv(5, (1, 1), name="project")(h)], axis=-1)
         return nn.Dense(HEAD, name="head")(nn.silu(h).mean((1, 2)))  # of 7 channels
 
@@ -108,7 +108,7 @@ class UNet(nn.Module):
     def __call__(self, x):  # (batch, height, width, 2)
         fine = nn.silu(nn.Conv(5, (3, 3), name="enter")(x))
         coarse = nn.silu(nn.Conv(7, (3, 3), strides=2, name="down")(fine))
-        again = nn.ConvTranspose(6, (2, 2), strides=(2, 2), name="up")(coarse)
+        again = nn.ConvTranspose(9, (2, 2), strides=(2, 2), name="up")(coarse)
         return nn.Conv(2, (3, 3), name="leave")(jnp.concatenate([again, fine], axis=-1))
 
 
@@ -213,7 +213,7 @@ class Translator(nn.Module):
     """The decoder looks at all that was encoded, but for padding; dropout everywhere."""
 
     @nn.compact
-    def __call__(self, source, is_there, x):  # (batch, 8, 6), (batch, 8), (batch, time, width)
+    def __call__(self, source, is_there, x):  # (batch, 8, 9), (batch, 8), (batch, time, width)
         attend = functools.partial(heads, dropout_rate=0.2, deterministic=False)
         drop = nn.Dropout(0.2, deterministic=False)
         memory = nn.LayerNorm(name="norm_1")(nn.Dense(WIDTH, name="encoder")(source))
@@ -225,8 +225,8 @@ class Translator(nn.Module):
 
 @entry(*TRANSFORMER[1:], "cross_attention", "dropout")
 def linen_encoder_decoder():
-    is_there = jnp.arange(8) < jnp.array([[8], [5], [6]])
-    inputs = activations(BATCH, 8, 6), is_there, activations(BATCH, TIME, WIDTH, seed=1)
+    is_there = jnp.arange(8) < jnp.array([[8], [5], [6], [8], [1], [7]])
+    inputs = activations(BATCH, 8, 9), is_there, activations(BATCH, TIME, WIDTH, seed=1)
     return built(Translator(), *inputs, key=jax.random.key(1))
 
 

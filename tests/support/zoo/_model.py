@@ -12,7 +12,7 @@ import numpy as np
 import unitscale_jax as us
 
 # No two are equal, so that an axis taken for another one shows.
-LAYERS, BATCH, HEADS, HEAD, TIME, WIDTH, FFN, VOCAB = 2, 3, 4, 5, 7, 11, 13, 17
+LAYERS, BATCH, HEADS, HEAD, TIME, WIDTH, FFN, VOCAB = 2, 6, 4, 5, 7, 11, 13, 17
 
 Kind = Literal["linen", "nnx", "plain"]
 

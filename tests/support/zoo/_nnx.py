@@ -77,14 +77,14 @@ def nnx_dropout():
 
 class CNN(nnx.Module):
     def __init__(self, *, rngs):
-        self.conv_0 = nnx.Conv(2, 6, (3, 3), strides=2, use_bias=False, rngs=rngs)
-        self.norm_0 = nnx.BatchNorm(6, rngs=rngs)
-        self.conv_1 = nnx.Conv(6, 9, (3, 3), use_bias=False, rngs=rngs)
-        self.norm_1 = nnx.BatchNorm(9, rngs=rngs)
-        self.head = nnx.Linear(9, HEAD, rngs=rngs)
+        self.conv_0 = nnx.Conv(2, 9, (3, 3), strides=2, use_bias=False, rngs=rngs)
+        self.norm_0 = nnx.BatchNorm(9, rngs=rngs)
+        self.conv_1 = nnx.Conv(9, 11, (3, 3), use_bias=False, rngs=rngs)
+        self.norm_1 = nnx.BatchNorm(11, rngs=rngs)
+        self.head = nnx.Linear(11, HEAD, rngs=rngs)
 
     def __call__(self, x):  # (batch, height, width, 2)
-        h = nnx.relu(self.norm_0(self.conv_0(x)))  # (batch, height / 2, width / 2, 6)
+        h = nnx.relu(self.norm_0(self.conv_0(x)))  # (batch, height / 2, width / 2, 9)
         h = nnx.relu(self.norm_1(self.conv_1(h)))
         h = nnx.max_pool(h, (2, 2), strides=(2, 2))
         return self.head(h.mean((1, 2)))
@@ -107,11 +107,11 @@ class UNet(nnx.Module):
     """Down and up by strides, with group norm."""
 
     def __init__(self, *, rngs):
-        self.enter = nnx.Conv(2, 6, (3, 3), rngs=rngs)
-        self.norm = nnx.GroupNorm(6, num_groups=3, rngs=rngs)
-        self.down = nnx.Conv(6, 7, (3, 3), strides=2, rngs=rngs)
+        self.enter = nnx.Conv(2, 9, (3, 3), rngs=rngs)
+        self.norm = nnx.GroupNorm(9, num_groups=3, rngs=rngs)
+        self.down = nnx.Conv(9, 7, (3, 3), strides=2, rngs=rngs)
         self.up = nnx.ConvTranspose(7, 5, (2, 2), strides=(2, 2), rngs=rngs)
-        self.leave = nnx.Conv(11, 2, (3, 3), rngs=rngs)
+        self.leave = nnx.Conv(14, 2, (3, 3), rngs=rngs)
 
     def __call__(self, x):  # (batch, height, width, 2)
         fine = nnx.silu(self.norm(self.enter(x)))

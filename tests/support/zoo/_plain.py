@@ -63,13 +63,13 @@ def plain_dropout():
 @entry("conv", "group_norm", "silu", "pool", "gather")
 def plain_cnn():
     """The step of a diffusion model: an image and its time, by number."""
-    shapes = {"inner": conv_shapes(2, 6), "norm": norm_shapes(6), "time": (TIME, 6)}
-    params = filled(shapes | {"middle": conv_shapes(6, 9), "outer": dense_shapes(9, HEAD)})
+    shapes = {"inner": conv_shapes(2, 9), "norm": norm_shapes(9), "time": (TIME, 9)}
+    params = filled(shapes | {"middle": conv_shapes(9, 11), "outer": dense_shapes(11, HEAD)})
 
     def apply(params, x, step):  # (batch, height, width, 2), (batch,)
         h = conv(params["inner"], x, stride=2) + params["time"][step][:, None, None]
         h = jax.nn.silu(group_norm(params["norm"], h, groups=3))
-        h = conv(params["middle"], h).max((1, 2))  # (batch, 9)
+        h = conv(params["middle"], h).max((1, 2))  # (batch, 11)
         return dense(params["outer"], h)
 
     return params, (activations(BATCH, 8, 10, 2), tokens(BATCH, vocab=TIME)), apply
@@ -200,11 +200,11 @@ def plain_gqa():
 def plain_encoder_decoder():
     """The decoder looks at all that was encoded, but for padding."""
     to_heads = lambda width: {"kernel": (width, HEADS, HEAD)}
-    shapes = {"encoder": dense_shapes(6, WIDTH), "norm": norm_shapes(WIDTH)}
+    shapes = {"encoder": dense_shapes(9, WIDTH), "norm": norm_shapes(WIDTH)}
     shapes |= {"q": to_heads(WIDTH), "k": to_heads(WIDTH), "v": to_heads(WIDTH)}
     params = filled(shapes | {"o": (HEADS, HEAD, WIDTH), "decoder": block_shapes()})
 
-    def apply(params, source, is_there, x):  # (batch, 8, 6), (batch, 8), (batch, time, width)
+    def apply(params, source, is_there, x):  # (batch, 8, 9), (batch, 8), (batch, time, width)
         memory = jax.nn.gelu(dense(params["encoder"], source))  # (batch, 8, width)
         to = lambda name, y: jnp.einsum("btd,dhn->bthn", y, params[name]["kernel"])
         q = to("q", layer_norm(params["norm"], x))
@@ -213,8 +213,8 @@ def plain_encoder_decoder():
             params["decoder"], x + jnp.einsum("bthn,hnd->btd", mixed, params["o"])
         )
 
-    is_there = jnp.arange(8) < jnp.array([[8], [5], [6]])
-    inputs = activations(BATCH, 8, 6), is_there, activations(BATCH, TIME, WIDTH, seed=1)
+    is_there = jnp.arange(8) < jnp.array([[8], [5], [6], [8], [1], [7]])
+    inputs = activations(BATCH, 8, 9), is_there, activations(BATCH, TIME, WIDTH, seed=1)
     return params, inputs, apply
 
 
