@@ -230,7 +230,9 @@ class Experts(nnx.Module):
 
     def __call__(self, x):  # (batch, time, width)
         scores, chosen = lax.top_k(self.router(x), 2)
-        places = jax.nn.one_hot(chosen, 5, dtype=x.dtype)  # (batch, time, 2, experts)
+        places = jax.nn.one_hot(
+            chosen, self.router.out_features, dtype=x.dtype
+        )  # (batch, time, 2, experts)
         weights = jnp.einsum("btk,btke->bte", nnx.softmax(scores), places)
         return jnp.einsum("bte,bted->btd", weights, self.down(nnx.gelu(self.up(x))))
 
