@@ -5,11 +5,13 @@ and 0.12: their scans count carries differently, and bodies are `ClosedJaxpr` in
 other.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-from jax.extend import core
+from jax.experimental.layout import Format
+from jax.extend import core, source_info_util
 
 Jaxpr = core.Jaxpr
 ClosedJaxpr = core.ClosedJaxpr
@@ -24,6 +26,9 @@ custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr shard_map
 """
 CALLS = frozenset(_NAMES.split())
 """Primitives that evaluate one body, whose operands and results are the equation's own."""
+
+JITS = frozenset({"jit", "pjit"})
+REMATS = frozenset({"remat2", "checkpoint"})
 
 INLINABLE = CALLS - {"shard_map"}
 """Calls whose body may replace them where no derivative is taken."""
@@ -82,6 +87,109 @@ def _adds_one(jaxpr: Jaxpr, before: Var, after: Any) -> bool:
 def scope(eqn: Equation) -> str:
     """The named scopes an equation was traced under, inside its own body."""
     return str(eqn.source_info.name_stack)
+
+
+@contextlib.contextmanager
+def within(eqn: Equation) -> Iterator[None]:
+    """What is evaluated inside has the name scopes, source line and settings of an equation."""
+    info = eqn.source_info
+    scopes = source_info_util.current_name_stack() + info.name_stack
+    with source_info_util.user_context(info.traceback, name_stack=scopes), eqn.ctx.manager:
+        yield
+
+
+def scan_options(eqn: Equation) -> dict[str, Any]:
+    """The keywords of `jax.lax.scan` that make this scan again."""
+    names = ("length", "reverse", "unroll", "_split_transpose")
+    return {name: eqn.params[name] for name in names if name in eqn.params}
+
+
+def rejit(eqn: Equation, body: Callable[..., Any]) -> Callable[..., Any]:
+    """`body` jitted as an equation's own was: donation, shardings, layouts, name."""
+    params = eqn.params
+    body.__name__ = body.__qualname__ = params["name"]
+    kinds = zip(params["in_shardings"], params["in_layouts"], strict=True)
+    kinds_out = zip(params["out_shardings"], params["out_layouts"], strict=True)
+    return jax.jit(
+        body,
+        in_shardings=tuple(_placement(*kind) for kind in kinds),
+        out_shardings=[_placement(*kind) for kind in kinds_out],
+        donate_argnums=tuple(i for i, d in enumerate(params["donated_invars"]) if d),
+        keep_unused=params["keep_unused"],
+        inline=params["inline"],
+        compiler_options=dict(params["compiler_options_kvs"]) or None,
+    )
+
+
+def _placement(sharding: Any, layout: Any) -> Any:
+    """What `jax.jit` calls a sharding: None where nothing was said."""
+    given = isinstance(sharding, jax.sharding.Sharding)
+    if layout is None:
+        return sharding if given else None
+    return Format(layout, sharding if given else None)
+
+
+def restage(eqn: Equation, body: Callable[..., Any], operands: Sequence[Any]) -> list[Any]:
+    """Evaluates a call equation (remat) with `body` in place of its own, other params kept."""
+    flat, structure = jax.tree.flatten(list(operands))
+    jaxpr, consts, out = staged(lambda *xs: body(*jax.tree.unflatten(structure, xs)), flat)
+    params = eqn.params | {"jaxpr": like(eqn.params["jaxpr"], jaxpr)}
+    return jax.tree.unflatten(out, eqn.primitive.bind(*consts, *flat, **params))
+
+
+def recond(
+    eqn: Equation, branches: Sequence[Callable[..., Any]], index: Any, operands: Sequence[Any]
+) -> list[Any]:
+    """Evaluates a cond equation with other branches, whose results have one structure and type."""
+    flat, structure = jax.tree.flatten(list(operands))
+    inner = [lambda *xs, b=b: b(*jax.tree.unflatten(structure, xs)) for b in branches]
+    made = [staged(b, flat) for b in inner]
+    consts = [c for _, own, _ in made for c in own]
+    jaxprs, before = [], 0
+    for (jaxpr, own, _), old in zip(made, eqn.params["branches"], strict=True):
+        jaxprs.append(like(old, _padded(jaxpr, len(own), before, consts)))
+        before += len(own)
+    params = eqn.params | {"branches": tuple(jaxprs)}
+    return jax.tree.unflatten(made[0][2], eqn.primitive.bind(index, *consts, *flat, **params))
+
+
+def staged(fn: Callable[..., Any], flat: Sequence[Any]) -> tuple[Jaxpr, list[Any], Any]:
+    """A function of arrays as equations, its constants (as first operands), its result's shape."""
+    closed, shape = jax.make_jaxpr(fn, return_shape=True)(*flat)
+    jaxpr = closed.jaxpr
+    opened_up = jaxpr.replace(
+        constvars=[],
+        invars=[*jaxpr.constvars, *jaxpr.invars],
+        debug_info=jaxpr.debug_info.with_unknown_names(),
+    )
+    return opened_up, list(closed.consts), jax.tree.structure(shape)
+
+
+def _padded(jaxpr: Jaxpr, own: int, before: int, consts: Sequence[Any]) -> Jaxpr:
+    """A branch that takes the constants of all branches and uses its own, from `before` on."""
+    names = [core.Var(jax.typeof(c)) for c in consts]
+    names[before : before + own] = jaxpr.invars[:own]
+    return jaxpr.replace(
+        invars=[*names, *jaxpr.invars[own:]], debug_info=jaxpr.debug_info.with_unknown_names()
+    )
+
+
+def like(old: Any, jaxpr: Jaxpr) -> Any:
+    """A body in the form, closed or bare, of an old one."""
+    return ClosedJaxpr(jaxpr, ()) if isinstance(old, ClosedJaxpr) else jaxpr
+
+
+def reshard_map(eqn: Equation, body: Callable[..., Any]) -> Callable[..., Any]:
+    """`body` mapped over the mesh as an equation's own was."""
+    params = eqn.params
+    return jax.shard_map(
+        body,
+        mesh=params["mesh"],
+        in_specs=tuple(params["in_specs"]),
+        out_specs=list(params["out_specs"]),
+        axis_names=params["newly_manual_axes"],
+        check_vma=params["check_vma"],
+    )
 
 
 def bind(eqn: Equation, operands: Sequence[Any]) -> list[Any]:

@@ -1,6 +1,6 @@
 """A function as an equation list: traced once, then asked about and evaluated, whole or in part."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,3 +51,57 @@ def trace(fn: Callable[..., Any], *args: Any) -> Traced:
     """
     closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
     return Traced(closed, jax.tree.structure(args), jax.tree.structure(shapes))
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A call as equations and the arrays to evaluate them on.
+
+    Attributes:
+        closed: The equations of the call, a function of the arrays among its arguments.
+        operands: Those arrays, in the order of `jax.tree.leaves((args, kwargs))`.
+        positions: For each operand its position among all leaves.
+        finish: Makes the result from the list of the equations' results.
+    """
+
+    closed: ClosedJaxpr
+    operands: list[Any]
+    positions: list[int]
+    finish: Callable[[Sequence[Any]], Any]
+
+
+def stage(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Staged:
+    """Traces one call; what is not an array, going in or coming out, stays as it is.
+
+    Example:
+        >>> call = stage(lambda x, flag: (2 * x if flag else x, "doubled"), jnp.ones(()), True)
+        >>> call.finish(call.operands)[1], len(call.operands)
+        ('doubled', 1)
+    """
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    positions = [k for k, leaf in enumerate(leaves) if is_array(leaf)]
+    fixed: list[Any] = []  # the result's outline, with what is not an array in its place
+
+    def flat_fn(*arrays: Any) -> list[Any]:
+        filled = list(leaves)
+        for k, x in zip(positions, arrays, strict=True):
+            filled[k] = x
+        inner_args, inner_kwargs = jax.tree.unflatten(structure, filled)
+        out, out_structure = jax.tree.flatten(fn(*inner_args, **inner_kwargs))
+        fixed[:] = [out_structure, [None if is_array(x) else (x,) for x in out]]
+        return [x for x in out if is_array(x)]
+
+    operands = [leaves[k] for k in positions]
+    closed = jax.make_jaxpr(flat_fn)(*operands)
+
+    def finish(results: Sequence[Any]) -> Any:
+        out_structure, outline = fixed
+        arrays = iter(results)
+        return out_structure.unflatten(next(arrays) if x is None else x[0] for x in outline)
+
+    return Staged(closed, operands, positions, finish)
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf has a shape and a dtype (an array, a tracer, an abstract value)."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")

@@ -45,6 +45,10 @@ class Site:
         above = () if self.parent is None else self.parent.place
         return (*above, self.body, self.index) if above else (self.index,)
 
+    def bind(self, operands: Sequence[Any]) -> list[Any]:
+        """Evaluates the equation on new operands, as it stands."""
+        return _compat.bind(self.eqn, operands)
+
     @property
     def name(self) -> str:
         """The name of the primitive."""
