@@ -2,7 +2,36 @@
 
 from unitscale_jax.trace._axes import agree, varying, zeros
 from unitscale_jax.trace._compat import varying_axes
-from unitscale_jax.trace._function import Traced, trace
+from unitscale_jax.trace._function import Staged, Traced, stage, trace
+from unitscale_jax.trace._provenance import ACTIVATION, Origin, addresses, parameter, provenance
 from unitscale_jax.trace._reach import reach, sliced
+from unitscale_jax.trace._rewrite import Rewriter, Rule, Rules, rewritten
+from unitscale_jax.trace._walk import Flow, Place, Site, bodies, sites, walk
 
-__all__ = ["Traced", "agree", "reach", "sliced", "trace", "varying", "varying_axes", "zeros"]
+__all__ = [
+    "ACTIVATION",
+    "Flow",
+    "Origin",
+    "Place",
+    "Rewriter",
+    "Rule",
+    "Rules",
+    "Site",
+    "Staged",
+    "Traced",
+    "addresses",
+    "agree",
+    "bodies",
+    "parameter",
+    "provenance",
+    "reach",
+    "rewritten",
+    "sites",
+    "sliced",
+    "stage",
+    "trace",
+    "varying",
+    "varying_axes",
+    "walk",
+    "zeros",
+]

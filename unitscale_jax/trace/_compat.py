@@ -13,6 +13,8 @@ import jax
 from jax.experimental.layout import Format
 from jax.extend import core, source_info_util
 
+from unitscale_jax.trace._trips import turns
+
 Jaxpr = core.Jaxpr
 ClosedJaxpr = core.ClosedJaxpr
 Equation = core.JaxprEqn
@@ -61,27 +63,11 @@ def while_counts(eqn: Equation) -> tuple[int, int]:
 
 
 def while_trips(eqn: Equation) -> int | None:
-    """How often a while loop that counts by ones to a known limit runs; None for any other."""
-    jaxpr = opened(eqn.params["cond_jaxpr"])[0]
-    of_cond, of_body = while_counts(eqn)
-    if of_cond or len(jaxpr.eqns) != 1 or jaxpr.eqns[0].primitive.name != "lt":
-        return None
-    counter, limit = jaxpr.eqns[0].invars
-    body = opened(eqn.params["body_jaxpr"])[0]
-    if isinstance(counter, Literal) or not isinstance(limit, Literal):
-        return None
-    k = jaxpr.invars.index(counter)
-    start, after = eqn.invars[of_cond + of_body + k], body.outvars[k]
-    if not isinstance(start, Literal) or not _adds_one(body, body.invars[of_body + k], after):
-        return None
-    return max(0, int(limit.val) - int(start.val))
-
-
-def _adds_one(jaxpr: Jaxpr, before: Var, after: Any) -> bool:
-    made = next((e for e in jaxpr.eqns if after in e.outvars), None)
-    if made is None or made.primitive.name != "add" or before not in made.invars:
-        return False
-    return any(isinstance(v, Literal) and v.val == 1 for v in made.invars)
+    """How often a while loop that counts up or down to a known limit runs; None for any other."""
+    cond, body = (opened(eqn.params[key])[0] for key in ("cond_jaxpr", "body_jaxpr"))
+    consts = sum(while_counts(eqn))
+    inside = lambda e: opened(call_body(e))[0] if e.primitive.name in INLINABLE else None
+    return turns(cond, body, eqn.invars[:consts], eqn.invars[consts:], inside)
 
 
 def scope(eqn: Equation) -> str:

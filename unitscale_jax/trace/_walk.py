@@ -123,6 +123,12 @@ class Flow(Generic[V]):
         """What is known of a value that is either of two: branches, or a loop's carry."""
         raise NotImplementedError
 
+    def met(self, site: Site, inputs: list[V]) -> None:
+        """Told of every equation, calls and loops included, before it is followed."""
+
+    def settled(self, site: Site, values: list[V]) -> None:
+        """Told of what is known in the end of a loop's carry and of a branch's results."""
+
     def chosen(self, site: Site, by: V, out: V) -> V:
         """What is known of a result of a branch or a loop that a value decides on."""
         del site, by
@@ -164,7 +170,9 @@ def walk(
     for index, eqn in enumerate(jaxpr.eqns):
         step = _STRUCTURES.get(eqn.primitive.name, flow.__class__.visit)
         site = Site(eqn, index, body, parent)
-        known.update(zip(eqn.outvars, step(flow, site, [read(v) for v in eqn.invars]), strict=True))
+        operands = [read(v) for v in eqn.invars]
+        flow.met(site, operands)
+        known.update(zip(eqn.outvars, step(flow, site, operands), strict=True))
     return [read(v) for v in jaxpr.outvars]
 
 
@@ -181,7 +189,9 @@ def _cond(flow: Flow[V], site: Site, inputs: list[V]) -> list[V]:
     index, *operands = inputs
     branches = [_enter(flow, site, k, operands) for k in range(len(site.eqn.params["branches"]))]
     joined = [functools.reduce(flow.join, results) for results in zip(*branches, strict=True)]
-    return [flow.chosen(site, index, out) for out in joined]
+    out = [flow.chosen(site, index, out) for out in joined]
+    flow.settled(site, out)
+    return out
 
 
 def _scan(flow: Flow[V], site: Site, inputs: list[V]) -> list[V]:
@@ -192,6 +202,7 @@ def _scan(flow: Flow[V], site: Site, inputs: list[V]) -> list[V]:
         out = _enter(flow, site, 0, [*before, *carry, *rows])
         grown = [flow.join(a, b) for a, b in zip(carry, out[:carries], strict=True)]
         if grown == carry:
+            flow.settled(site, carry)
             return [*carry, *(flow.stacked(site, y) for y in out[carries:])]
         carry = grown
 
@@ -205,6 +216,7 @@ def _while(flow: Flow[V], site: Site, inputs: list[V]) -> list[V]:
         out = [flow.chosen(site, stops, c) for c in _enter(flow, site, 1, [*body_consts, *carry])]
         grown = [flow.join(a, b) for a, b in zip(carry, out, strict=True)]
         if grown == carry:
+            flow.settled(site, carry)
             return carry
         carry = grown
 

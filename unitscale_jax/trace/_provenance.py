@@ -1,0 +1,138 @@
+"""Where a value comes from: the parameter it holds, and the inputs that reach it.
+
+Rules of every op-level technique name parameters, the one thing that Linen, NNX and plain JAX
+share. A value *holds* a parameter as long as it was only moved (cast, reshaped, transposed,
+broadcast, sliced from a scanned stack, passed into a call) and is *derived* from parameters when no
+other input reaches it (a gain plus one, a masked kernel, a fused one).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from unitscale_jax.trace._compat import Equation, Jaxpr
+from unitscale_jax.trace._walk import Flow, Place, Site, walk
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a value is made of.
+
+    Attributes:
+        holds: Name of the parameter whose numbers it holds, moved but not computed with.
+        parameters: Names of all the parameters that reach it.
+        active: Whether an input that is no parameter reaches it.
+    """
+
+    holds: str | None = None
+    parameters: frozenset[str] = frozenset()
+    active: bool = False
+
+    @property
+    def parameter(self) -> str | None:
+        """The one parameter it holds or is derived from; None for anything else."""
+        alone = not self.active and len(self.parameters) == 1
+        return next(iter(self.parameters)) if alone and self.holds is None else self.holds
+
+
+CONSTANT = Origin()
+ACTIVATION = Origin(active=True)
+
+_NAMES = """
+convert_element_type reshape transpose broadcast_in_dim squeeze expand_dims copy copy_p rev slice
+split dynamic_slice stop_gradient reduce_precision sharding_constraint pcast pvary reshard
+mesh_cast device_put optimization_barrier name unit_scale straight_through
+"""
+MOVES = frozenset(_NAMES.split())
+"""Primitives whose results hold the numbers of their first operand (a barrier: of each)."""
+
+
+def provenance(jaxpr: Jaxpr, inputs: Sequence[Origin]) -> dict[Place, tuple[Origin, ...]]:
+    """The origin of every operand of every equation, calls and loops themselves included.
+
+    Args:
+        jaxpr: The equations of a function.
+        inputs: What its inputs are: `Origin(name, frozenset({name}))` for a parameter,
+            `ACTIVATION` for anything else. See `parameter`.
+
+    Returns:
+        Place of an equation (`Site.place`) -> origins of its operands.
+
+    Law: a parameter is among `parameters` of an operand if changing it changes the operand.
+    """
+    flow = Provenance()
+    walk(flow, jaxpr, inputs)
+    return flow.operands
+
+
+def parameter(name: str) -> Origin:
+    """The origin of a parameter itself.
+
+    Example:
+        >>> from unitscale_jax.trace import trace
+        >>> double = trace(lambda w, x: x @ (2 * w), jnp.ones((2, 2)), jnp.ones((1, 2)))
+        >>> at = provenance(double.closed.jaxpr, [parameter("w"), ACTIVATION])
+        >>> [origin.parameter for origin in at[(1,)]]
+        [None, 'w']
+    """
+    return Origin(name, frozenset({name}))
+
+
+@dataclass
+class Provenance(Flow[Origin]):
+    """The flow of origins; `operands` collects those of every equation's operands by place."""
+
+    operands: dict[Place, tuple[Origin, ...]] = field(default_factory=dict)
+
+    def constant(self, value: Any) -> Origin:
+        """A constant comes from nowhere."""
+        del value
+        return CONSTANT
+
+    def met(self, site: Site, inputs: list[Origin]) -> None:
+        """Records the operands; in a loop the last walk knows most."""
+        self.operands[site.place] = tuple(inputs)
+
+    def visit(self, site: Site, inputs: list[Origin]) -> list[Origin]:
+        """Moves keep what they move; everything else mixes."""
+        if site.name == "optimization_barrier":
+            return inputs
+        if site.name in MOVES and inputs and inputs[0].holds:
+            return [inputs[0]] * len(site.eqn.outvars)
+        names = frozenset().union(*(origin.parameters for origin in inputs))
+        mixed = Origin(None, names, any(origin.active for origin in inputs))
+        return [mixed] * len(site.eqn.outvars)
+
+    def join(self, a: Origin, b: Origin) -> Origin:
+        """Either of two values."""
+        holds = a.holds if a.holds == b.holds else None
+        return Origin(holds, a.parameters | b.parameters, a.active or b.active)
+
+    def chosen(self, site: Site, by: Origin, out: Origin) -> Origin:
+        """Which branch runs, and how often a loop does, is part of the value."""
+        return Origin(out.holds, out.parameters | by.parameters, out.active or by.active)
+
+
+_CONTRACTIONS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
+
+
+def addresses(site: Site, origins: Sequence[Origin]) -> list[str]:
+    """The names by which a rule may address an equation, the most telling first.
+
+    The parameters of its operands; without one its named scopes, where it has any, and its kind:
+    "attention" for a product of two activations with batch axes, "dot" for any other product,
+    else the name of the primitive.
+    """
+    found = [origin.parameter for origin in origins if origin.parameter is not None]
+    if found:
+        return list(dict.fromkeys(found))
+    return [name for name in (site.scope, kind(site.eqn)) if name]
+
+
+def kind(eqn: Equation) -> str:
+    """What sort of operation an equation is, as rules call it."""
+    name = eqn.primitive.name
+    if name != "dot_general":
+        return "conv" if name in _CONTRACTIONS and name.startswith("conv") else name
+    batch = eqn.params["dimension_numbers"][1][0]
+    return "attention" if batch else "dot"
