@@ -1,7 +1,6 @@
 """Models in Flax Linen."""
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -311,12 +310,10 @@ def linen_cond():
 
 
 class Damped(nn.Module):
-    kernel_init: Callable = nn.initializers.ones
-
     @nn.compact
     def __call__(self, x):  # (batch, width)
         h = jnp.tanh(nn.Dense(FFN, name="inner")(x))
-        return damped(h, self.param("outer", self.kernel_init, (FFN, HEAD)))
+        return damped(h, self.param("outer", nn.initializers.ones, (FFN, HEAD)))
 
 
 @entry("mlp", "custom_vjp")

@@ -27,7 +27,7 @@ class Model:
         inputs: Float32 activations, int32 tokens or bool masks; the batch is on axis 0.
         apply: A pure function, `apply(params, *inputs)` is a pytree of arrays.
         kind: The framework.
-        tags: What it is made of.
+        tags: What it is made of, its kind, and "differentiable".
         differentiable: Whether it has a gradient in reverse mode.
     """
 
