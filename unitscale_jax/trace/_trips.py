@@ -67,8 +67,9 @@ def _line(side: Count, start: Sequence[Known], after: Sequence[Known]) -> tuple[
     if side.carry is None:
         return side.number, 0
     s, a = start[side.carry], after[side.carry]
-    counts = isinstance(s, Count) and isinstance(a, Count) and a.carry == side.carry
-    return (s.number + side.number, a.number) if counts else None
+    if not (isinstance(s, Count) and isinstance(a, Count) and a.carry == side.carry):
+        return None
+    return s.number + side.number, a.number
 
 
 def _until(name: str, gap: int, step: int) -> int | None:
@@ -98,7 +99,12 @@ def _literal(v: Any) -> Known:
 
 
 def _is_integer(v: Any) -> bool:
-    return v.aval.shape == () and jnp.issubdtype(v.aval.dtype, jnp.integer)
+    aval = _aval(v)
+    return aval.shape == () and jnp.issubdtype(aval.dtype, jnp.integer)
+
+
+def _aval(v: Any) -> Any:
+    return v.aval
 
 
 def _counted(
@@ -111,7 +117,7 @@ def _counted(
 
     @functools.cache
     def of(v: Any) -> Known:
-        if v not in made or v.aval.shape:
+        if v not in made or _aval(v).shape:
             return given.get(v)
         eqn, number = made[v]
         inner, rule = enter(eqn), _RULES.get(eqn.primitive.name)
@@ -123,22 +129,22 @@ def _counted(
     return [read(v) for v in wanted]
 
 
-def _add(eqn: JaxprEqn, a: Known, b: Known) -> Known:
+def _add(eqn: JaxprEqn, a: Known, b: Known, sign: int = 1) -> Known:
     del eqn
-    if not (isinstance(a, Count) and isinstance(b, Count)) or None not in (a.carry, b.carry):
+    if not (isinstance(a, Count) and isinstance(b, Count)):
         return None
-    return Count(b.carry if a.carry is None else a.carry, a.number + b.number)
+    if b.carry is None:
+        return Count(a.carry, a.number + sign * b.number)
+    return Count(b.carry, a.number + b.number) if a.carry is None and sign == 1 else None
 
 
 def _sub(eqn: JaxprEqn, a: Known, b: Known) -> Known:
-    minus = isinstance(b, Count) and b.carry is None
-    return _add(eqn, a, Count(None, -b.number)) if minus else None
+    return _add(eqn, a, b, sign=-1)
 
 
 def _convert(eqn: JaxprEqn, a: Known) -> Known:
-    before, after = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
-    keeps = _is_integer(eqn.outvars[0]) and np.can_cast(before, after, "safe")
-    return a if keeps else None
+    before, after = (_aval(v).dtype for v in (eqn.invars[0], eqn.outvars[0]))
+    return a if _is_integer(eqn.outvars[0]) and np.can_cast(before, after, "safe") else None
 
 
 def _compare(eqn: JaxprEqn, a: Known, b: Known) -> Known:
