@@ -1,0 +1,79 @@
+"""The walk that finds which axes are the same dimension.
+
+What is known of a value is its axes; what an equation says of them is said once and for all, by
+unifying factors, so a loop's body is walked once.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from unitscale_jax.trace._axis_rules import RULES, cut_to, opaque, shape, shapes
+from unitscale_jax.trace._factors import Axes, Axis, new_axes, new_axis, unify
+from unitscale_jax.trace._walk import Flow, Place, Site, bodies
+
+
+class Couplings(Flow[Axes]):
+    """The walk that unifies axes.
+
+    Attributes:
+        record: For each equation without a body, by place: axes of its operands, of its results.
+        unknown: How often a primitive without a rule was met.
+    """
+
+    def __init__(self) -> None:
+        """A walk that has met nothing."""
+        self.record: dict[Place, tuple[list[Axes], list[Axes]]] = {}
+        self.unknown: Counter[str] = Counter()
+        self._stacks: dict[Place, Axis] = {}  # the axis that a scan runs along
+
+    def constant(self, value: Any) -> Axes:
+        """An array's values say which position is which."""
+        return new_axes(np.shape(value), "constant")
+
+    def join(self, a: Axes, b: Axes) -> Axes:
+        """The same axes, from now on."""
+        for x, y in zip(a, b, strict=True):
+            unify(x, y)
+        return a
+
+    def visit(self, site: Site, inputs: list[Axes]) -> list[Axes]:
+        """By the table."""
+        rule = RULES.get(site.name, opaque)
+        if rule is opaque:
+            self.unknown[site.name] += 1
+        outs = list(rule(site.eqn, inputs))
+        self.record[site.place] = inputs, outs
+        return outs
+
+    def unstacked(self, site: Site, x: Axes) -> Axes:
+        """A row, without the axis that the scan runs along."""
+        unify(x[0], self._stack(site))
+        return x[1:]
+
+    def stacked(self, site: Site, y: Axes) -> Axes:
+        """Rows, along the axis that the scan runs along."""
+        return self._stack(site), *y
+
+    def _stack(self, site: Site) -> Axis:
+        length = site.eqn.params["length"]
+        return self._stacks.setdefault(site.place, new_axis(length, "layer"))
+
+    def entered(self, site: Site, inputs: list[Axes]) -> list[Axes]:
+        """The same axes; inside `shard_map` those of another size than outside are others."""
+        if site.name != "shard_map":
+            return inputs
+        return _sharded(inputs, [shape(v) for v in bodies(site.eqn)[0][0].invars])
+
+    def left(self, site: Site, outputs: list[Axes]) -> list[Axes]:
+        """The same axes, with the same exception."""
+        return _sharded(outputs, shapes(site.eqn)) if site.name == "shard_map" else outputs
+
+
+def _sharded(values: Iterable[Axes], sizes: Iterable[Sequence[int]]) -> list[Axes]:
+    return [
+        tuple(cut_to(axis, n, "sharded") for axis, n in zip(axes, those, strict=True))
+        for axes, those in zip(values, sizes, strict=True)
+    ]
