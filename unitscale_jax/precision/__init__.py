@@ -1,5 +1,6 @@
 """Mixed precision: dtypes by policy, loss scaling, and weights of 16 bits."""
 
+from unitscale_jax.precision._autocast import autocast as autocast
 from unitscale_jax.precision._cast import cast as cast
 from unitscale_jax.precision._float16 import (
     Float16Report as Float16Report,

@@ -70,6 +70,11 @@ def while_trips(eqn: Equation) -> int | None:
     return turns(cond, body, eqn.invars[:consts], eqn.invars[consts:], inside)
 
 
+def dtype(value: Any) -> Any:
+    """The dtype of a variable or a literal; None for a token."""
+    return getattr(value.aval, "dtype", None)
+
+
 def scope(eqn: Equation) -> str:
     """The named scopes an equation was traced under, inside its own body."""
     return str(eqn.source_info.name_stack)
@@ -178,9 +183,9 @@ def reshard_map(eqn: Equation, body: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
-def bind(eqn: Equation, operands: Sequence[Any]) -> list[Any]:
-    """Evaluates one equation on new operands."""
-    got = eqn.primitive.get_bind_params(eqn.params)
+def bind(eqn: Equation, operands: Sequence[Any], **changed: Any) -> list[Any]:
+    """Evaluates one equation on new operands, some of its parameters changed."""
+    got = eqn.primitive.get_bind_params(eqn.params | changed)
     subfuns, params = got if isinstance(got, tuple) else ((), got)
     out = eqn.primitive.bind(*subfuns, *operands, **params)
     return list(out) if eqn.primitive.multiple_results else [out]

@@ -47,13 +47,17 @@ MOVES = frozenset(_NAMES.split())
 """Primitives whose results hold the numbers of their first operand (a barrier: of each)."""
 
 
-def provenance(jaxpr: Jaxpr, inputs: Sequence[Origin]) -> dict[Place, tuple[Origin, ...]]:
+def provenance(
+    jaxpr: Jaxpr, inputs: Sequence[Origin], parent: Site | None = None, body: int = 0
+) -> dict[Place, tuple[Origin, ...]]:
     """The origin of every operand of every equation, calls and loops themselves included.
 
     Args:
         jaxpr: The equations of a function.
         inputs: What its inputs are: `Origin(name, frozenset({name}))` for a parameter,
             `ACTIVATION` for anything else. See `parameter`.
+        parent: The call whose body number `body` this is; None at the top.
+        body: See `parent`.
 
     Returns:
         Place of an equation (`Site.place`) -> origins of its operands.
@@ -61,7 +65,7 @@ def provenance(jaxpr: Jaxpr, inputs: Sequence[Origin]) -> dict[Place, tuple[Orig
     Law: a parameter is among `parameters` of an operand if changing it changes the operand.
     """
     flow = Provenance()
-    walk(flow, jaxpr, inputs)
+    walk(flow, jaxpr, inputs, [None] * len(jaxpr.constvars), parent, body)
     return flow.operands
 
 
@@ -110,6 +114,7 @@ class Provenance(Flow[Origin]):
 
     def chosen(self, site: Site, by: Origin, out: Origin) -> Origin:
         """Which branch runs, and how often a loop does, is part of the value."""
+        del site
         return Origin(out.holds, out.parameters | by.parameters, out.active or by.active)
 
 

@@ -117,7 +117,7 @@ class Rewriter:
         rule = self.rules.get(site.name)
         if rule is not None:
             return rule(site, operands)
-        if not self.touches(site.eqn):
+        if not self.touches(site):
             return site.bind(operands)
         structure = _STRUCTURES.get(site.name)
         if structure is not None:
@@ -125,8 +125,11 @@ class Rewriter:
         assert self.default is not None  # for what else touches an equation without a body?
         return self.default(site, operands)
 
-    def touches(self, eqn: Equation) -> bool:
-        """Whether a rule applies to an equation or to one inside it."""
+    def touches(self, site: Site) -> bool:
+        """Whether the equation at `site` is to be replaced, or one inside it."""
+        return self._applies(site.eqn)
+
+    def _applies(self, eqn: Equation) -> bool:
         if eqn.primitive.name in self.rules:
             return True
         inside = bodies(eqn)
@@ -134,7 +137,7 @@ class Rewriter:
 
     def _touches(self, jaxpr: Jaxpr) -> bool:
         if id(jaxpr) not in self._touched:
-            self._touched[id(jaxpr)] = jaxpr, any(self.touches(eqn) for eqn in jaxpr.eqns)
+            self._touched[id(jaxpr)] = jaxpr, any(self._applies(eqn) for eqn in jaxpr.eqns)
         return self._touched[id(jaxpr)][1]
 
     def enter(self, site: Site, number: int, operands: Sequence[Any]) -> list[Any]:

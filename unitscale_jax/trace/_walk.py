@@ -45,14 +45,24 @@ class Site:
         above = () if self.parent is None else self.parent.place
         return (*above, self.body, self.index) if above else (self.index,)
 
-    def bind(self, operands: Sequence[Any]) -> list[Any]:
-        """Evaluates the equation on new operands, as it stands."""
-        return _compat.bind(self.eqn, operands)
+    def bind(self, operands: Sequence[Any], **params: Any) -> list[Any]:
+        """Evaluates the equation on new operands, as it stands but for the parameters given."""
+        return _compat.bind(self.eqn, operands, **params)
 
     @property
     def name(self) -> str:
         """The name of the primitive."""
         return self.eqn.primitive.name
+
+    @functools.cached_property
+    def operands(self) -> tuple[Any, ...]:
+        """Dtypes of the operands, as traced."""
+        return tuple(_compat.dtype(v) for v in self.eqn.invars)
+
+    @functools.cached_property
+    def results(self) -> tuple[Any, ...]:
+        """Dtypes of the results, as traced."""
+        return tuple(_compat.dtype(v) for v in self.eqn.outvars)
 
     @functools.cached_property
     def scope(self) -> str:
@@ -93,6 +103,11 @@ def bodies(eqn: Equation) -> list[tuple[Jaxpr, Sequence[Any]]]:
     return []
 
 
+def is_call(eqn: Equation) -> bool:
+    """Whether an equation evaluates one body, once, on its own operands: jit, remat, .."""
+    return eqn.primitive.name in _compat.CALLS
+
+
 def sites(jaxpr: Jaxpr, parent: Site | None = None, body: int = 0) -> Iterator[Site]:
     """Every equation without a body that can be entered, in order of evaluation."""
     for index, eqn in enumerate(jaxpr.eqns):
@@ -125,6 +140,9 @@ class Flow(Generic[V]):
 
     def met(self, site: Site, inputs: list[V]) -> None:
         """Told of every equation, calls and loops included, before it is followed."""
+
+    def made(self, site: Site, outputs: list[V]) -> None:
+        """Told of every equation, calls and loops included, after it was followed."""
 
     def settled(self, site: Site, values: list[V]) -> None:
         """Told of what is known in the end of a loop's carry and of a branch's results."""
@@ -172,7 +190,9 @@ def walk(
         site = Site(eqn, index, body, parent)
         operands = [read(v) for v in eqn.invars]
         flow.met(site, operands)
-        known.update(zip(eqn.outvars, step(flow, site, operands), strict=True))
+        out = step(flow, site, operands)
+        flow.made(site, out)
+        known.update(zip(eqn.outvars, out, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
 

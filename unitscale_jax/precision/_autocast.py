@@ -1,0 +1,254 @@
+"""Autocast: each operation of a function in the arithmetic that it is safe in.
+
+    products in the compute dtype; softmax, norms, logs and sums in float32; the rest follows
+
+It rewrites the equations of the function, so it works for any model, written in any way, inside
+loops, `remat` and custom derivatives, and casts a parameter where it is used, one layer at a time.
+Compose as `grad(autocast(fn))`: a cast's transpose is the cast back, and float32 parameters get
+float32 gradients.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unitscale_jax import rules as named_rules, tree as trees
+from unitscale_jax.precision._classes import CLASSES, OPS, OpClass
+from unitscale_jax.precision._plan import FLOAT32, Known, Plan
+from unitscale_jax.trace import (
+    ACTIVATION,
+    ClosedJaxpr,
+    Origin,
+    Rewriter,
+    Site,
+    Staged,
+    addresses,
+    parameter,
+    sites,
+    stage,
+    walk,
+)
+from unitscale_jax.typing import DType
+
+Products: TypeAlias = DType | tuple[DType, DType]
+
+
+def autocast(
+    fn: Callable[..., Any],
+    compute: Products = "bfloat16",
+    *,
+    rules: named_rules.Rules[Products] = (),
+    keep_float32: Sequence[named_rules.Pattern] = (),
+    ops: Mapping[str, OpClass] | None = None,
+) -> Callable[..., Any]:
+    """Evaluates `fn` with products in `compute` and what needs it in float32.
+
+    Args:
+        fn: A function whose first argument is the parameters: a model's `apply`, a loss, or any
+            other. Its arrays are float32, or what the user made them.
+        compute: The dtype of products (matrix products and convolutions): bfloat16 or float16,
+            or a pair `(operands, result)`. An 8-bit float is a dtype of operands: alone, it gives
+            results in bfloat16.
+        rules: Pairs (pattern, dtype or pair); the first that matches a parameter of a product
+            decides on it. A product of two activations is addressed by its named scope and its
+            kind, `"attention"` (with batch axes) or `"dot"`.
+        keep_float32: Patterns of products that stay in float32; they come before `rules`.
+        ops: Primitive name -> class, over the table `OPS` in this module's neighbor: `"low"`,
+            `"float32"`, `"prefix"`, `"follow"`, `"each"` or `"keep"`.
+
+    Returns:
+        A function of the signature of `fn`. Results have the dtypes they had.
+
+    Raises:
+        ValueError: A dtype is not one to compute in; or, at the call, a rule reaches no product.
+
+    With `compute="float32"` it is the identity on a float32 function; twice is once. A product
+    that asks for `precision="highest"` or for a wider result keeps what it asks for, unless a
+    rule names it. Integers, 64-bit and 8-bit floats, and primitives it does not know stay as they
+    are; `unitscale_jax.explain` shows them.
+
+    Example:
+        >>> fn = lambda params, x: jax.nn.softmax(x @ params["w"])
+        >>> low = autocast(fn, "bfloat16")
+        >>> params, x = {"w": jnp.eye(2)}, jnp.array([[1.0, 1.001]])
+        >>> bool(low(params, x)[0, 0] == low(params, x)[0, 1]), low(params, x).dtype
+        (True, dtype('float32'))
+        >>> precise = autocast(fn, "bfloat16", keep_float32=["w"])
+        >>> bool(precise(params, x)[0, 0] == precise(params, x)[0, 1])
+        False
+    """
+    low = _products(compute)
+    decided = [(pattern, (FLOAT32, FLOAT32)) for pattern in keep_float32]
+    decided += [(pattern, _products(to)) for pattern, to in named_rules.pairs_of(rules)]
+    table = {**OPS, **_checked(ops or {})}
+
+    @functools.wraps(fn)
+    def autocast_fn(*args: Any, **kwargs: Any) -> Any:
+        staged = stage(fn, *args, **kwargs)
+        caster = _Autocast(Plan(low, decided, table))
+        results = caster.program(staged, origins(staged, args[0] if args else ()))
+        _check_used(caster.plan, staged)
+        return staged.finish(results)
+
+    return autocast_fn
+
+
+def origins(staged: Staged, params: Any) -> list[Origin]:
+    """Where the operands of a call come from, whose first argument is `params`."""
+    names = trees.names(params)
+    name = lambda k: parameter(names[k]) if k < len(names) else ACTIVATION
+    return [name(k) for k in staged.positions]
+
+
+class _Autocast(Rewriter):
+    """Replays a program in the dtypes of a plan."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__({}, self.evaluate)
+        self.plan = plan
+        self.casts: dict[tuple[int, Any], tuple[Any, Any]] = {}  # a body casts a value once
+
+    def program(self, staged: Staged, inputs: list[Origin]) -> list[Any]:
+        jaxpr, consts = staged.closed.jaxpr, staged.closed.consts
+        self.plan.prepare(jaxpr, inputs)
+        known = [Known(v.aval.dtype, o.active) for v, o in zip(jaxpr.invars, inputs, strict=True)]
+        walk(self.plan, jaxpr, known, consts)
+        out = self(jaxpr, consts, staged.operands)
+        return [self.cast(x, v.aval.dtype) for x, v in zip(out, jaxpr.outvars, strict=True)]
+
+    def __call__(self, *args: Any) -> list[Any]:
+        # A cast made in a loop's body must not be seen outside, even if it is one of a constant.
+        outside, self.casts = self.casts, {}
+        try:
+            return super().__call__(*args)
+        finally:
+            self.casts = outside
+
+    def touches(self, site: Site) -> bool:
+        return site.place in self.plan.changed
+
+    def evaluate(self, site: Site, operands: list[Any]) -> list[Any]:
+        """Every equation without a body, as decided."""
+        decision = self.plan.decisions[site.place]
+        pairs = zip(operands, decision.operands, strict=True)
+        given = [x if dtype is None else self.cast(x, dtype) for x, dtype in pairs]
+        if site.name in _TYPED and decision.why != "cast by the user":
+            out = _TYPED[site.name](site, given, decision.results[0])
+        else:
+            out = site.bind(given)
+        return [self.cast(x, d) for x, d in zip(out, decision.results, strict=True)]
+
+    def cast(self, x: Any, dtype: Any) -> Any:
+        if not jnp.issubdtype(dtype, jnp.floating) or jnp.result_type(x) == dtype:
+            return x
+        if not isinstance(x, jax.Array):
+            return np.asarray(x).astype(dtype)
+        if (id(x), dtype) not in self.casts:
+            self.casts[id(x), dtype] = x, _convert(x, dtype)
+        return self.casts[id(x), dtype][1]
+
+    def carried(self, site: Site, carry: list[Any]) -> list[Any]:
+        return self._settled(site, carry)
+
+    def returned(self, site: Site, results: list[Any]) -> list[Any]:
+        settled = self._settled(site, results)
+        return [*settled, *results[len(settled) :]] if site.name == "scan" else settled
+
+    def _settled(self, site: Site, values: list[Any]) -> list[Any]:
+        known = self.plan.carries.get(site.place)
+        if known is None:
+            return values
+        return [self.cast(x, k.dtype) for x, k in zip(values, known, strict=False)]
+
+    def derived(
+        self, site: Site, number: int, closed: ClosedJaxpr, operands: list[Any]
+    ) -> list[Any]:
+        """A custom derivative is planned for the dtypes that its call received."""
+        called = self.plan.operands[site.place]
+        from_call = self.plan.origins[site.place]
+        forward = number == 1
+        own = list(from_call) if forward else []
+        sources = [*own, *[ACTIVATION] * (len(operands) - len(own))]
+        self.plan.prepare(closed.jaxpr, sources, site, number)
+        pairs = zip(operands, sources, strict=True)
+        known = [Known(jnp.result_type(x), origin.active) for x, origin in pairs]
+        walk(self.plan, closed.jaxpr, known, closed.consts, site, number)
+        out = self(closed.jaxpr, closed.consts, operands, site, number)
+        return self._as_called(site, number, called, out)
+
+    def _as_called(self, site: Site, number: int, called: list[Known], out: list[Any]) -> list[Any]:
+        """Results and tangents in the dtypes of the call's results, gradients in its operands'."""
+        if number == 2:
+            real = [k.dtype for k in called if jnp.issubdtype(k.dtype, jnp.floating)]
+            return [self.cast(x, dtype) for x, dtype in zip(out, real, strict=True)]
+        results = [k.dtype for k in self.plan.results[site.place]]
+        if site.name == "custom_jvp_call":
+            results += [dtype for dtype in results if jnp.issubdtype(dtype, jnp.floating)]
+        count = len(results)
+        return [*(self.cast(x, d) for x, d in zip(out[:count], results, strict=True)), *out[count:]]
+
+
+def _convert(x: jax.Array, dtype: Any) -> jax.Array:
+    """A cast; to an 8-bit float a saturating one, since a plain one makes NaN of what is large."""
+    if jnp.finfo(dtype).bits > 8:
+        return jax.lax.convert_element_type(x, dtype)
+    limit = np.asarray(jnp.finfo(dtype).max).astype(x.dtype)
+    bounded = jnp.where(jnp.isfinite(x), jnp.clip(x, -limit, limit), x)
+    return jax.lax.convert_element_type(bounded, dtype)
+
+
+def _product(site: Site, operands: list[Any], dtype: Any) -> list[Any]:
+    return site.bind(operands, preferred_element_type=np.dtype(dtype))
+
+
+def _cast_again(site: Site, operands: list[Any], dtype: Any) -> list[Any]:
+    return site.bind(operands, new_dtype=np.dtype(dtype))
+
+
+_TYPED: dict[str, Callable[[Site, list[Any], Any], list[Any]]] = {
+    "dot_general": _product,
+    "ragged_dot_general": _product,
+    "conv_general_dilated": _product,
+    "convert_element_type": _cast_again,
+}
+
+
+def _products(to: Products) -> tuple[np.dtype, np.dtype]:
+    """The dtypes of a product's operands and of its result."""
+    given, result = to if isinstance(to, tuple) else (to, None)
+    given = np.dtype(given)
+    narrow = jnp.issubdtype(given, jnp.floating) and jnp.finfo(given).bits < 16
+    result = np.dtype(result if result is not None else jnp.bfloat16 if narrow else given)
+    for dtype in (given, result):
+        if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits > 32:
+            raise ValueError(
+                f"autocast cannot compute in {dtype.name}; choose bfloat16, float16, float32 or an "
+                "8-bit float, or a pair of them for the operands and the result of a product."
+            )
+    return given, result
+
+
+def _checked(ops: Mapping[str, OpClass]) -> Mapping[str, OpClass]:
+    for name, chosen in ops.items():
+        if chosen not in CLASSES:
+            raise ValueError(f"ops[{name!r}] is {chosen!r}; choose among {', '.join(CLASSES)}.")
+    return ops
+
+
+def _check_used(plan: Plan, staged: Staged) -> None:
+    """Every rule must have decided on a product."""
+    missing = [k for k in range(len(plan.rules)) if k not in plan.used]
+    if not missing:
+        return
+    met = [s for s in sites(staged.closed.jaxpr) if plan.ops.get(s.name) == "low"]
+    names = sorted({name for s in met for name in addresses(s, plan.origins[s.place])})
+    pattern = plan.rules[missing[0]][0]
+    named_rules.match([(pattern, None)], names, noun="product")
+    raise ValueError(
+        f"rule {missing[0]}, {pattern!r}, decided on no product: an earlier rule decides on all "
+        "that it matches. Remove it, or put it first."
+    )

@@ -1,0 +1,272 @@
+"""The dtype of every value of a program under autocast, decided before anything is evaluated.
+
+Two walks. Backwards, the demand for float32: from the operands of float32 operations through the
+prefix operations that feed them, across calls, to the product, sum or boundary where it stops.
+Forwards, the dtypes: each equation's from those of its operands, loops to a fixpoint.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unitscale_jax import rules as named_rules
+from unitscale_jax.precision._classes import OpClass
+from unitscale_jax.trace import (
+    Flow,
+    Jaxpr,
+    Literal,
+    Origin,
+    Place,
+    Site,
+    addresses,
+    bodies,
+    is_call,
+    provenance,
+)
+
+FLOAT32 = np.dtype(np.float32)
+DTypes: TypeAlias = tuple[np.dtype | None, ...]
+
+
+@dataclass(frozen=True)
+class Known:
+    """The dtype of a value, and whether it is an activation or adapts to those it meets."""
+
+    dtype: Any
+    active: bool = False
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What autocast does with an equation.
+
+    Attributes:
+        operands: The dtype each operand is cast to; None leaves it.
+        results: The dtype of each result.
+        why: The class of the primitive, or the rule that decided.
+    """
+
+    operands: DTypes
+    results: DTypes
+    why: str
+
+
+@dataclass
+class Plan(Flow[Known]):
+    """Decisions by place, as the forward walk makes them."""
+
+    low: tuple[np.dtype, np.dtype]  # of the operands of a product, and of its result
+    rules: Sequence[tuple[Any, tuple[np.dtype, np.dtype]]]
+    ops: Mapping[str, OpClass]
+    origins: dict[Place, tuple[Origin, ...]] = field(default_factory=dict)
+    demanded: set[Place] = field(default_factory=set)
+    decisions: dict[Place, Decision] = field(default_factory=dict)
+    operands: dict[Place, list[Known]] = field(default_factory=dict)  # of calls and loops
+    results: dict[Place, list[Known]] = field(default_factory=dict)  # likewise
+    carries: dict[Place, list[Known]] = field(default_factory=dict)  # of loops and branches
+    changed: set[Place] = field(default_factory=set)  # equations with another dtype, or one inside
+    used: set[int] = field(default_factory=set)  # rules that reached an operation
+
+    def prepare(
+        self, jaxpr: Jaxpr, origins: Sequence[Origin], parent: Site | None = None, body: int = 0
+    ) -> None:
+        """Finds origins and demands of a program, or of the derived body of a call."""
+        self.origins |= provenance(jaxpr, origins, parent, body)
+        self.demand(jaxpr, [False] * len(jaxpr.outvars), parent, body)
+
+    def demand(
+        self, jaxpr: Jaxpr, wanted: Sequence[bool], parent: Site | None = None, body: int = 0
+    ) -> list[bool]:
+        """Whether float32 is wanted of each input, given whether it is of each result."""
+        needed = {v for v, want in zip(jaxpr.outvars, wanted, strict=True) if want and _is_var(v)}
+        for index in reversed(range(len(jaxpr.eqns))):
+            site = Site(jaxpr.eqns[index], index, body, parent)
+            wide = [v in needed for v in site.eqn.outvars]
+            passed = self._passed(site, wide)
+            needed |= {v for v, p in zip(site.eqn.invars, passed, strict=True) if p and _is_var(v)}
+        return [v in needed for v in jaxpr.invars]
+
+    def _passed(self, site: Site, wide: Sequence[bool]) -> Sequence[bool]:
+        eqn = site.eqn
+        if is_call(eqn):
+            return self.demand(bodies(eqn)[0][0], wide, site)
+        for number, (inner, _) in enumerate(bodies(eqn)):
+            self.demand(inner, [False] * len(inner.outvars), site, number)
+        if self._class(site) == "float32":
+            return [True] * len(eqn.invars)
+        if self._class(site) == "prefix" and any(wide):
+            self.demanded.add(site.place)
+            return [True] * len(eqn.invars)
+        return [False] * len(eqn.invars)
+
+    def _class(self, site: Site) -> OpClass:
+        """The class of a primitive; scaling by a literal belongs to a prefix."""
+        scaled = site.name in ("mul", "div") and any(
+            isinstance(v, Literal) for v in site.eqn.invars
+        )
+        return "prefix" if scaled else self.ops.get(site.name, "keep")
+
+    def constant(self, value: Any) -> Known:
+        """Constants adapt."""
+        return Known(jnp.result_type(value))
+
+    def join(self, a: Known, b: Known) -> Known:
+        """The widest of two activations; a value that adapts takes the other's dtype."""
+        if a.active != b.active and _is_float(a.dtype):
+            return a if a.active else b
+        same = a.dtype == b.dtype
+        return Known(a.dtype if same else _widest(a.dtype, b.dtype), a.active or b.active)
+
+    def met(self, site: Site, inputs: list[Known]) -> None:
+        """Keeps what calls and loops are called with."""
+        if bodies(site.eqn):
+            self.operands[site.place] = inputs
+        if any(k.dtype != traced for k, traced in zip(inputs, site.operands, strict=True)):
+            self._change(site)
+
+    def made(self, site: Site, outputs: list[Known]) -> None:
+        """Keeps what calls and loops return."""
+        if bodies(site.eqn):
+            self.results[site.place] = outputs
+
+    def settled(self, site: Site, values: list[Known]) -> None:
+        """Keeps the dtypes of carries and branches."""
+        self.carries[site.place] = values
+
+    def chosen(self, site: Site, by: Known, out: Known) -> Known:
+        """A value that an activation decides on is an activation."""
+        del site
+        return Known(out.dtype, out.active or by.active)
+
+    def visit(self, site: Site, inputs: list[Known]) -> list[Known]:
+        """Decides on an equation."""
+        decision = self._decide(site, inputs)
+        self.decisions[site.place] = decision
+        casts = zip(decision.operands, site.operands, strict=True)
+        if decision.results != site.results or any(to not in (None, of) for to, of in casts):
+            self._change(site)
+        active = any(known.active for known in inputs)
+        return [Known(dtype, active) for dtype in decision.results]
+
+    def _change(self, site: Site | None) -> None:
+        while site is not None and site.place not in self.changed:
+            self.changed.add(site.place)
+            site = site.parent
+
+    def _decide(self, site: Site, inputs: list[Known]) -> Decision:
+        traced = [*site.operands, *site.results]
+        floats = [dtype for dtype in traced if _is_float(dtype)]
+        if not floats:
+            return _kept(site, "no floats")
+        if any(jnp.finfo(dtype).bits not in (16, 32) for dtype in floats):
+            return _back(_kept(site, "kept: not a float of 16 or 32 bits"), site, inputs)
+        return getattr(self, f"_{self._class(site)}")(site, inputs)
+
+    def _low(self, site: Site, inputs: list[Known]) -> Decision:
+        """A product, by the first rule that addresses it, else in the compute dtype."""
+        operands = site.operands
+        if not all(map(_is_float, operands[:2])):
+            return _kept(site, "kept: integers")
+        (given, result), why = self.low, "low"
+        names = addresses(site, self.origins[site.place])
+        for index, (pattern, dtypes) in enumerate(self.rules):
+            if any(named_rules.matches(pattern, name) for name in names):
+                (given, result), why = dtypes, f"rule {index}"
+                self.used.add(index)
+                break
+        else:
+            if _is_precise(site.eqn.params.get("precision")):
+                return _back(_kept(site, "kept: precision"), site, inputs)
+        asked = site.results[0]  # wider than its operands, if the user asked for it
+        wider = _widest(*operands[:2]) != asked and jnp.finfo(asked).bits > jnp.finfo(result).bits
+        casts = tuple(given if _is_float(d) else None for d in operands)
+        return Decision(casts, (asked if wider else result,), why)
+
+    def _float32(self, site: Site, inputs: list[Known], why: str = "float32") -> Decision:
+        del inputs
+        return _uniform(site, FLOAT32, why)
+
+    def _prefix(self, site: Site, inputs: list[Known]) -> Decision:
+        if site.place in self.demanded:
+            return self._float32(site, inputs, "prefix of float32")
+        return self._follow(site, inputs)
+
+    def _follow(self, site: Site, inputs: list[Known]) -> Decision:
+        if site.name == "convert_element_type":
+            return self._convert(site, inputs[0])
+        active = [k.dtype for k in inputs if k.active and _is_float(k.dtype)]
+        if active:
+            target = _widest(*active)
+            return _uniform(site, target, "follow")
+        if any(known.active for known in inputs) and site.name in ("gather", "dynamic_slice"):
+            results = tuple(self.low[1] if _is_float(dtype) else dtype for dtype in site.results)
+            return Decision((None,) * len(inputs), results, "lookup")
+        return _kept(site, "follow")
+
+    def _convert(self, site: Site, known: Known) -> Decision:
+        """A user's cast wins; a truth value is exact in any dtype, so it takes the narrow one."""
+        before, after = site.operands[0], site.results[0]
+        if before == np.bool_ and after == FLOAT32 and known.active:
+            return Decision((None,), (self.low[1],), "follow")
+        if _is_float(before) and before == after:  # a change of weak type only
+            return Decision((None,), (known.dtype,), "follow")
+        return Decision((None,), (after,), "cast by the user")
+
+    def _each(self, site: Site, inputs: list[Known]) -> Decision:
+        del site
+        return Decision((None,) * len(inputs), tuple(k.dtype for k in inputs), "each")
+
+    def _keep(self, site: Site, inputs: list[Known]) -> Decision:
+        return _back(_kept(site, "kept: unknown"), site, inputs)
+
+
+def _kept(site: Site, why: str) -> Decision:
+    operands = tuple(d if _is_float(d) else None for d in site.operands)
+    return Decision(operands, site.results, why)
+
+
+def _back(decision: Decision, site: Site, inputs: list[Known]) -> Decision:
+    """The same, with results back in the dtype that the activations came in."""
+    pairs = zip(inputs, site.operands, strict=True)
+    narrow = [
+        k.dtype for k, traced in pairs if k.active and _is_float(k.dtype) and k.dtype != traced
+    ]
+    if not narrow:
+        return decision
+    results = tuple(_widest(*narrow) if d == FLOAT32 else d for d in decision.results)
+    return Decision(decision.operands, results, decision.why)
+
+
+def _uniform(site: Site, dtype: Any, why: str) -> Decision:
+    """Every float in one dtype."""
+    cast = lambda traced: dtype if _is_float(traced) else None
+    results = tuple(cast(d) or d for d in site.results)
+    return Decision(tuple(cast(d) for d in site.operands), results, why)
+
+
+def _is_precise(precision: Any) -> bool:
+    """Whether a user asked for the highest precision of a product."""
+    given = precision if isinstance(precision, tuple) else (precision,)
+    return jax.lax.Precision.HIGHEST in given
+
+
+def _is_float(dtype: Any) -> bool:
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+
+
+def _widest(*dtypes: Any) -> np.dtype:
+    """The dtype that holds all; bfloat16 and float16 meet in float32."""
+    out = dtypes[0]
+    for dtype in dtypes[1:]:
+        if out != dtype:
+            wider = [d for d in (out, dtype) if jnp.finfo(d).bits > 16]
+            out = max(wider, key=lambda d: jnp.finfo(d).bits) if wider else FLOAT32
+    return np.dtype(out)
+
+
+def _is_var(v: Any) -> bool:
+    return not isinstance(v, Literal)
