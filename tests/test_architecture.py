@@ -10,7 +10,7 @@ import unitscale_jax
 ROOT = pathlib.Path(unitscale_jax.__file__).parent
 FLOOR = ["typing", "tree", "rules", "formats", "fwd_bwd", "trace", "loss"]  # in order
 SLICES = ["accumulate", "precision", "quantize", "prune", "distill", "parallel", "optimize", "unit"]
-ROOF = ["compose", "bridge", "recipe", "plan", "checkpoint", "testing", "__init__"]
+ROOF = ["compose", "bridge", "report", "recipe", "plan", "checkpoint", "testing", "__init__"]
 VISIBLE = {name: FLOOR[: i + 1] for i, name in enumerate(FLOOR)}
 VISIBLE |= {name: [*FLOOR, name] for name in SLICES} | dict.fromkeys(ROOF, FLOOR + SLICES + ROOF)
 GROUND = {"jax", "numpy", "unitscale_jax"} | sys.stdlib_module_names

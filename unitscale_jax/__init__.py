@@ -26,6 +26,7 @@ from unitscale_jax.precision import (
     overflowing,
     to_float16,
 )
+from unitscale_jax.report import Operation, Report, explain
 
 __version__ = "0.1.0"
 
@@ -39,13 +40,16 @@ __all__ = [
     "LowPrecisionState",
     "Mean",
     "MultiStepsState",
+    "Operation",
     "Policy",
+    "Report",
     "StaticScale",
     "accumulated",
     "autocast",
     "cast",
     "chain",
     "current_scale",
+    "explain",
     "formats",
     "from_linen",
     "from_nnx",

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unitscale_jax import rules as named_rules, tree as trees
+from unitscale_jax import rules as named_rules
 from unitscale_jax.precision._classes import CLASSES, OPS, OpClass
 from unitscale_jax.precision._plan import FLOAT32, Known, Plan
 from unitscale_jax.trace import (
@@ -27,9 +27,11 @@ from unitscale_jax.trace import (
     Site,
     Staged,
     addresses,
-    parameter,
+    noted,
+    origins,
     sites,
     stage,
+    taking,
     walk,
 )
 from unitscale_jax.typing import DType
@@ -97,13 +99,6 @@ def autocast(
     return autocast_fn
 
 
-def origins(staged: Staged, params: Any) -> list[Origin]:
-    """Where the operands of a call come from, whose first argument is `params`."""
-    names = trees.names(params)
-    name = lambda k: parameter(names[k]) if k < len(names) else ACTIVATION
-    return [name(k) for k in staged.positions]
-
-
 class _Autocast(Rewriter):
     """Replays a program in the dtypes of a plan."""
 
@@ -129,18 +124,19 @@ class _Autocast(Rewriter):
             self.casts = outside
 
     def touches(self, site: Site) -> bool:
-        return site.place in self.plan.changed
+        return site.place in self.plan.changed or taking()
 
     def evaluate(self, site: Site, operands: list[Any]) -> list[Any]:
         """Every equation without a body, as decided."""
         decision = self.plan.decisions[site.place]
-        pairs = zip(operands, decision.operands, strict=True)
-        given = [x if dtype is None else self.cast(x, dtype) for x, dtype in pairs]
-        if site.name in _TYPED and decision.why != "cast by the user":
-            out = _TYPED[site.name](site, given, decision.results[0])
-        else:
-            out = site.bind(given)
-        return [self.cast(x, d) for x, d in zip(out, decision.results, strict=True)]
+        with noted(autocast=decision.why, before=" ".join(map(str, site.operands))):
+            pairs = zip(operands, decision.operands, strict=True)
+            given = [x if dtype is None else self.cast(x, dtype) for x, dtype in pairs]
+            if site.name in _TYPED and decision.why != "cast by the user":
+                out = _TYPED[site.name](site, given, decision.results[0])
+            else:
+                out = site.bind(given)
+            return [self.cast(x, d) for x, d in zip(out, decision.results, strict=True)]
 
     def cast(self, x: Any, dtype: Any) -> Any:
         if not jnp.issubdtype(dtype, jnp.floating) or jnp.result_type(x) == dtype:

@@ -2,15 +2,36 @@
 
 from unitscale_jax.trace._axes import agree, varying, zeros
 from unitscale_jax.trace._compat import ClosedJaxpr, Jaxpr, Literal, varying_axes
+from unitscale_jax.trace._cost import Cost, cost
+from unitscale_jax.trace._dims import dims
 from unitscale_jax.trace._function import Staged, Traced, stage, trace
-from unitscale_jax.trace._provenance import ACTIVATION, Origin, addresses, parameter, provenance
+from unitscale_jax.trace._notes import noted, notes_at, scope_without_notes, taking, taking_notes
+from unitscale_jax.trace._provenance import (
+    ACTIVATION,
+    Origin,
+    addresses,
+    origins,
+    parameter,
+    provenance,
+)
 from unitscale_jax.trace._reach import reach, sliced
 from unitscale_jax.trace._rewrite import Rewriter, Rule, Rules, rewritten
-from unitscale_jax.trace._walk import Flow, Place, Site, bodies, is_call, sites, walk
+from unitscale_jax.trace._walk import (
+    Flow,
+    Place,
+    Site,
+    bodies,
+    is_call,
+    is_constant,
+    producers,
+    sites,
+    walk,
+)
 
 __all__ = [
     "ACTIVATION",
     "ClosedJaxpr",
+    "Cost",
     "Flow",
     "Jaxpr",
     "Literal",
@@ -25,14 +46,24 @@ __all__ = [
     "addresses",
     "agree",
     "bodies",
+    "cost",
+    "dims",
     "is_call",
+    "is_constant",
+    "noted",
+    "notes_at",
+    "origins",
     "parameter",
+    "producers",
     "provenance",
     "reach",
     "rewritten",
+    "scope_without_notes",
     "sites",
     "sliced",
     "stage",
+    "taking",
+    "taking_notes",
     "trace",
     "varying",
     "varying_axes",

@@ -266,7 +266,10 @@ def _pad(eqn: Equation, ins: list[Axes]) -> list[Axes]:
 
 
 def _window(eqn: Equation, ins: list[Axes]) -> list[Axes]:
-    wide = [k for k, n in enumerate(eqn.params["window_dimensions"]) if n != 1]
+    names = ("window_dimensions", "window_strides", "base_dilation", "padding")
+    alone = (1, 1, 1, (0, 0))  # a position that is a window of its own
+    hows = zip(*(eqn.params[name] for name in names), strict=True)
+    wide = [k for k, how in enumerate(hows) if how != alone]
     return [_kept_sizes(eqn, ins[0], shapes(eqn)[0], wide)]
 
 

@@ -13,8 +13,6 @@ import jax
 from jax.experimental.layout import Format
 from jax.extend import core, source_info_util
 
-from unitscale_jax.trace._trips import turns
-
 Jaxpr = core.Jaxpr
 ClosedJaxpr = core.ClosedJaxpr
 Equation = core.JaxprEqn
@@ -60,14 +58,6 @@ def scan_counts(eqn: Equation) -> tuple[int, int]:
 def while_counts(eqn: Equation) -> tuple[int, int]:
     """`(constants of the condition, constants of the body)` of a while equation."""
     return eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-
-
-def while_trips(eqn: Equation) -> int | None:
-    """How often a while loop that counts up or down to a known limit runs; None for any other."""
-    cond, body = (opened(eqn.params[key])[0] for key in ("cond_jaxpr", "body_jaxpr"))
-    consts = sum(while_counts(eqn))
-    inside = lambda e: opened(call_body(e))[0] if e.primitive.name in INLINABLE else None
-    return turns(cond, body, eqn.invars[:consts], eqn.invars[consts:], inside)
 
 
 def dtype(value: Any) -> Any:

@@ -18,6 +18,7 @@ from unitscale_jax.trace import _compat
 from unitscale_jax.trace._compat import Equation, Jaxpr, Literal
 from unitscale_jax.trace._function import Traced, trace
 from unitscale_jax.trace._op_cost import OpCost, cost_of, is_counted, operand_dtype
+from unitscale_jax.trace._trips import while_trips
 from unitscale_jax.trace._walk import Site, bodies
 
 K = TypeVar("K", bound=Hashable)
@@ -116,7 +117,7 @@ class Cost:
             for row in self.rows
             if row.runs
             for site in _around(row.site)
-            if site.name == "while" and _compat.while_trips(site.eqn) is None
+            if site.name == "while" and while_trips(site.eqn) is None
         }
         return tuple(loops.values())
 

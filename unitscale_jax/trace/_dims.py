@@ -147,10 +147,10 @@ def dims(traced: Traced) -> Dims:
         >>> params = {"up": jnp.ones((8, 16)), "bias": jnp.ones(16), "down": jnp.ones((16, 8))}
         >>> mlp = lambda p, x: jax.nn.relu(x @ p["up"] + p["bias"]) @ p["down"]
         >>> print(dims(trace(mlp, params, jnp.ones((2, 8)))))
-        size  flags or reasons        members
-          16  exact                   bias:0 down:0 up:1
-           8  refused: input          up:0
-           8  refused: output         down:1
+        size  flags or reasons  members
+          16  exact             bias:0 down:0 up:1
+           8  refused: output   down:1
+           8  refused: input    up:0
     """
     params, *inputs = jax.tree.unflatten(traced.inputs, traced.closed.in_avals)
     axes = {path: new_axes(leaf.shape) for path, leaf in tree.named_leaves(params).items()}

@@ -69,6 +69,12 @@ class Staged:
     positions: list[int]
     finish: Callable[[Sequence[Any]], Any]
 
+    @property
+    def traced(self) -> Traced:
+        """The call as a function of its operands that returns a list."""
+        inputs = jax.tree.structure(tuple(self.operands))
+        return Traced(self.closed, inputs, jax.tree.structure(list(self.closed.out_avals)))
+
 
 def stage(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Staged:
     """Traces one call; what is not an array, going in or coming out, stays as it is.

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from unitscale_jax import tree as trees
 from unitscale_jax.trace._compat import Equation, Jaxpr
+from unitscale_jax.trace._function import Staged
 from unitscale_jax.trace._walk import Flow, Place, Site, walk
 
 
@@ -80,6 +82,13 @@ def parameter(name: str) -> Origin:
         [None, 'w']
     """
     return Origin(name, frozenset({name}))
+
+
+def origins(staged: Staged, params: Any) -> list[Origin]:
+    """Where the operands of a call come from, whose first argument is `params`."""
+    names = trees.names(params)
+    origin = lambda k: parameter(names[k]) if k < len(names) else ACTIVATION
+    return [origin(k) for k in staged.positions]
 
 
 @dataclass

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Jaxpr, JaxprEqn, Literal
+
+from unitscale_jax.trace import _compat
+from unitscale_jax.trace._compat import Equation, Jaxpr, Literal
 
 
 class Count(NamedTuple):
@@ -32,7 +34,16 @@ class Test(NamedTuple):
 
 
 Known = Count | Test | None
-Enter = Callable[[JaxprEqn], Jaxpr | None]
+Enter = Callable[[Equation], Jaxpr | None]
+
+
+def while_trips(eqn: Equation) -> int | None:
+    """How often a while loop that counts up or down to a known limit runs; None for any other."""
+    opened, inlinable = _compat.opened, _compat.INLINABLE
+    cond, body = (opened(eqn.params[key])[0] for key in ("cond_jaxpr", "body_jaxpr"))
+    consts = sum(_compat.while_counts(eqn))
+    inside = lambda e: opened(_compat.call_body(e))[0] if e.primitive.name in inlinable else None
+    return turns(cond, body, eqn.invars[:consts], eqn.invars[consts:], inside)
 
 
 def turns(
@@ -129,7 +140,7 @@ def _counted(
     return [read(v) for v in wanted]
 
 
-def _add(eqn: JaxprEqn, a: Known, b: Known, sign: int = 1) -> Known:
+def _add(eqn: Equation, a: Known, b: Known, sign: int = 1) -> Known:
     del eqn
     if not (isinstance(a, Count) and isinstance(b, Count)):
         return None
@@ -138,16 +149,16 @@ def _add(eqn: JaxprEqn, a: Known, b: Known, sign: int = 1) -> Known:
     return Count(b.carry, a.number + b.number) if a.carry is None and sign == 1 else None
 
 
-def _sub(eqn: JaxprEqn, a: Known, b: Known) -> Known:
+def _sub(eqn: Equation, a: Known, b: Known) -> Known:
     return _add(eqn, a, b, sign=-1)
 
 
-def _convert(eqn: JaxprEqn, a: Known) -> Known:
+def _convert(eqn: Equation, a: Known) -> Known:
     before, after = (_aval(v).dtype for v in (eqn.invars[0], eqn.outvars[0]))
     return a if _is_integer(eqn.outvars[0]) and np.can_cast(before, after, "safe") else None
 
 
-def _compare(eqn: JaxprEqn, a: Known, b: Known) -> Known:
+def _compare(eqn: Equation, a: Known, b: Known) -> Known:
     both = isinstance(a, Count) and isinstance(b, Count)
     return Test(eqn.primitive.name, a, b) if both else None
 

@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 from unitscale_jax.trace import _compat
 from unitscale_jax.trace._compat import Equation, Jaxpr, Literal, Var
+from unitscale_jax.trace._trips import while_trips
 
 V = TypeVar("V")
 Place: TypeAlias = tuple[int, ...]
@@ -84,7 +85,7 @@ def _trips(site: Site, body: int) -> int | None:
     if site.name == "scan":
         return site.eqn.params["length"]
     if site.name == "while":
-        trips = _compat.while_trips(site.eqn)
+        trips = while_trips(site.eqn)
         return None if trips is None else trips + (body == 0)  # it asks once more than it runs
     return 1
 
@@ -116,6 +117,26 @@ def sites(jaxpr: Jaxpr, parent: Site | None = None, body: int = 0) -> Iterator[S
             yield site
         for number, (inner, _) in enumerate(inside):
             yield from sites(inner, site, number)
+
+
+def producers(
+    jaxpr: Jaxpr, parent: Site | None = None, body: int = 0
+) -> dict[Place, tuple[Site | None, ...]]:
+    """For each equation the one in its body that made each of its operands; None for others."""
+    made: dict[Any, Site] = {}
+    found: dict[Place, tuple[Site | None, ...]] = {}
+    for index, eqn in enumerate(jaxpr.eqns):
+        site = Site(eqn, index, body, parent)
+        found[site.place] = tuple(None if is_constant(v) else made.get(v) for v in eqn.invars)
+        made |= dict.fromkeys(eqn.outvars, site)
+        for number, (inner, _) in enumerate(bodies(eqn)):
+            found |= producers(inner, site, number)
+    return found
+
+
+def is_constant(operand: Any) -> bool:
+    """Whether an operand is written into the equation."""
+    return isinstance(operand, Literal)
 
 
 class Flow(Generic[V]):

@@ -1,0 +1,222 @@
+"""What a function really does: every operation with its dtypes, its cost, and who decided on it.
+
+    print(us.explain(us.autocast(apply))(params, x))
+
+It reads the equations of the function after all transforms, so it shows what will be compiled and
+not what was meant. A transform adds columns by leaving notes at its equations (`trace.noted`).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from unitscale_jax.trace import (
+    Cost,
+    Site,
+    cost,
+    is_constant,
+    notes_at,
+    origins,
+    producers,
+    provenance,
+    scope_without_notes,
+    stage,
+    taking_notes,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of a function, as often as it runs.
+
+    Attributes:
+        place: Where it stands, counted through calls and loops.
+        module: Named scopes around it; "" without any.
+        name: Its primitive.
+        parameters: Names of the parameters that its operands are.
+        operands: Dtypes of the operands.
+        results: Dtypes of the results.
+        flops: Arithmetic operations in all its evaluations.
+        bytes: Bytes of operands and results in all of them.
+        repeats: How often it is evaluated.
+        notes: What transforms say of it, by column: `{"autocast": "low"}`.
+        warnings: What may be wrong with it.
+    """
+
+    place: tuple[int, ...]
+    module: str
+    name: str
+    parameters: tuple[str, ...]
+    operands: tuple[str, ...]
+    results: tuple[str, ...]
+    flops: int
+    bytes: int
+    repeats: int
+    notes: dict[str, Any]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The operations of a function, in order of evaluation; printed, a table.
+
+    Attributes:
+        rows: All of them.
+        cost: Their totals; see `unitscale_jax.trace.cost`.
+    """
+
+    rows: tuple[Operation, ...]
+    cost: Cost
+
+    @property
+    def upcasts(self) -> tuple[Operation, ...]:
+        """Operations that a float32 operand made wider than their 16-bit one."""
+        return tuple(row for row in self.rows if _UPCAST in row.warnings)
+
+    @property
+    def left(self) -> tuple[Operation, ...]:
+        """Operations that some transform left as they were; its note says "kept: ..." and why."""
+        kept = lambda row: any(str(note).startswith("kept") for note in row.notes.values())
+        return tuple(row for row in self.rows if kept(row))
+
+    @property
+    def flops_by_dtype(self) -> dict[str, int]:
+        """FLOPs by the dtype of the operands."""
+        return self.cost.by_dtype
+
+    @property
+    def warnings(self) -> tuple[tuple[Operation, str], ...]:
+        """Every warning with its operation."""
+        return tuple((row, warning) for row in self.rows for warning in row.warnings)
+
+    def data(self) -> list[dict[str, Any]]:
+        """The rows as plain dicts."""
+        return [asdict(row) for row in self.rows]
+
+    def table(self) -> "Table":
+        """The rows as a table of `rich`, one column for every kind of note."""
+        from rich.table import Table
+
+        columns = list(dict.fromkeys(name for row in self.rows for name in row.notes))
+        table = Table(title=f"{len(self.rows)} operations, {self.cost.flops:,} FLOPs")
+        for title in ("module or parameter", "operation", "dtypes", *columns, "FLOPs", "warnings"):
+            table.add_column(title, justify="right" if title == "FLOPs" else "left")
+        for row in self.rows:
+            noted = [str(row.notes.get(name, "")) for name in columns]
+            dtypes = f"{' '.join(row.operands)} -> {' '.join(row.results)}"
+            where = ", ".join(row.parameters) or row.module
+            flops = f"{row.flops:,}" if row.flops else ""
+            table.add_row(where, row.name, dtypes, *noted, flops, ", ".join(row.warnings))
+        return table
+
+    def __str__(self) -> str:
+        """The table as text."""
+        from rich.console import Console
+
+        console = Console(width=160)
+        with console.capture() as capture:
+            console.print(self.table())
+        return capture.get()
+
+
+def explain(fn: Callable[..., Any]) -> Callable[..., Report]:
+    """Lists every operation of `fn` at a call, without running it.
+
+    Args:
+        fn: A function whose first argument is the parameters, under any transforms.
+
+    Returns:
+        A function of the same arguments that returns a `Report`.
+
+    Warnings: a *silent upcast*, where a float32 operand widens a 16-bit one outside the operations
+    that need it; a *cast back and forth*; *float64*; and *integer overflow*, where integers of less
+    than 32 bits are summed or a wide integer is cast to a narrow one.
+
+    Example:
+        >>> import unitscale_jax as us
+        >>> apply = lambda params, x: jnp.tanh(x @ params["w"])
+        >>> params, x = {"w": jnp.ones((2, 2))}, jnp.ones((3, 2))
+        >>> report = us.explain(us.autocast(apply, "bfloat16"))(params, x)
+        >>> [(row.name, *row.parameters, row.operands) for row in report.rows if row.parameters]
+        [('convert_element_type', 'w', ('float32',)), ('dot_general', 'w', ('bfloat16', 'bfloat16'))]
+        >>> report.rows[-3].notes
+        {'autocast': 'low', 'before': 'float32 float32'}
+    """
+
+    def explain_fn(*args: Any, **kwargs: Any) -> Report:
+        with taking_notes() as notes:
+            staged = stage(fn, *args, **kwargs)
+        jaxpr = staged.closed.jaxpr
+        sources = provenance(jaxpr, origins(staged, args[0] if args else ()))
+        bill, before = cost(staged.traced), producers(jaxpr)
+        rows = []
+        for row in bill.rows:
+            site, said = row.site, notes_at(row.site, notes)
+            found = [origin.parameter for origin in sources.get(site.place, ())]
+            operation = Operation(
+                place=site.place,
+                module=scope_without_notes(site),
+                name=site.name,
+                parameters=tuple(dict.fromkeys(name for name in found if name is not None)),
+                operands=tuple(map(str, site.operands)),
+                results=tuple(map(str, site.results)),
+                flops=row.total.flops,
+                bytes=row.total.bytes,
+                repeats=row.repeats,
+                notes=said,
+                warnings=tuple(_warnings(site, before.get(site.place, ()), said)),
+            )
+            rows.append(operation)
+        return Report(tuple(rows), bill)
+
+    return explain_fn
+
+
+_UPCAST = "silent upcast"
+_WIDENED = frozenset(
+    ["add", "add_any", "sub", "mul", "div", "max", "min", "select_n", "concatenate", "atan2"]
+)
+_SUMS = frozenset(["reduce_sum", "reduce_prod", "cumsum", "cumprod", "dot_general"])
+
+
+def _warnings(site: Site, before: Sequence[Site | None], notes: dict[str, Any]) -> Iterator[str]:
+    if any(dtype == np.float64 for dtype in (*site.operands, *site.results)):
+        yield "float64"
+    if site.name == "convert_element_type":
+        yield from _cast_warnings(site, before)
+    widened = [made is not None and _widens(made) for made in before]
+    wide = [
+        dtype == np.float32 and not cast and not is_constant(v)
+        for dtype, cast, v in zip(site.operands, widened, site.eqn.invars, strict=True)
+    ]
+    wanted = any(str(note).endswith("float32") for key, note in notes.items() if key != "before")
+    if site.name in _WIDENED and any(widened) and any(wide) and not wanted:
+        yield _UPCAST
+    if site.name in _SUMS and _integer_bits(site.results[0]) < 32:
+        yield "integer overflow"
+
+
+def _cast_warnings(site: Site, before: Sequence[Site | None]) -> Iterator[str]:
+    made = before[0] if before else None
+    if made is not None and made.name == site.name and made.operands[0] == site.results[0]:
+        yield "cast back and forth"
+    if _integer_bits(site.results[0]) < _integer_bits(site.operands[0]) < 128:
+        yield "integer overflow"
+
+
+def _widens(site: Site) -> bool:
+    """Whether an equation is a cast from 16 bits to 32."""
+    bits = lambda dtype: jnp.finfo(dtype).bits if jnp.issubdtype(dtype, jnp.floating) else 0
+    cast = site.name == "convert_element_type"
+    return cast and bits(site.operands[0]) == 16 and bits(site.results[0]) == 32
+
+
+def _integer_bits(dtype: Any) -> int:
+    """Width of an integer dtype; of anything else more than any integer has."""
+    return jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 128
