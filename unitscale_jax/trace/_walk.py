@@ -165,6 +165,15 @@ class Flow(Generic[V]):
     def made(self, site: Site, outputs: list[V]) -> None:
         """Told of every equation, calls and loops included, after it was followed."""
 
+    def repeated(self, site: Site, carry: list[V]) -> list[V]:
+        """What the next walk of a loop's body starts from; what it knew in the end is enough.
+
+        A loop inside a loop is walked again with each walk of the outer body. Starting where it
+        ended, instead of at its first operands, it is walked as often as it learns something.
+        """
+        del site
+        return carry
+
     def settled(self, site: Site, values: list[V]) -> None:
         """Told of what is known in the end of a loop's carry and of a branch's results."""
 
@@ -240,6 +249,7 @@ def _scan(flow: Flow[V], site: Site, inputs: list[V]) -> list[V]:
     before, carry = inputs[:consts], inputs[consts : consts + carries]
     rows = [flow.unstacked(site, x) for x in inputs[consts + carries :]]
     while True:
+        carry = flow.repeated(site, carry)
         out = _enter(flow, site, 0, [*before, *carry, *rows])
         grown = [flow.join(a, b) for a, b in zip(carry, out[:carries], strict=True)]
         if grown == carry:
@@ -253,6 +263,7 @@ def _while(flow: Flow[V], site: Site, inputs: list[V]) -> list[V]:
     cond_consts, body_consts = inputs[:of_cond], inputs[of_cond : of_cond + of_body]
     carry = inputs[of_cond + of_body :]
     while True:
+        carry = flow.repeated(site, carry)
         (stops,) = _enter(flow, site, 0, [*cond_consts, *carry])
         out = [flow.chosen(site, stops, c) for c in _enter(flow, site, 1, [*body_consts, *carry])]
         grown = [flow.join(a, b) for a, b in zip(carry, out, strict=True)]

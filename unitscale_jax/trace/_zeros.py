@@ -78,6 +78,13 @@ class Zeros(Flow[Known]):
         del site
         return _shifted(y, 1)
 
+    def repeated(self, site: Site, carry: list[Known]) -> list[Known]:
+        """Zeros only become fewer, so what a loop has lost once it has lost for good."""
+        before = self._loops.get(site.place, carry)
+        joined = [self.join(a, b) for a, b in zip(before, carry, strict=True)]
+        self._loops[site.place] = joined
+        return joined
+
     def visit(self, site: Site, inputs: list[Known]) -> list[Known]:
         """By the tables: what is mixed, and what the results know."""
         call = Operation(site.eqn, *self._record[site.place], inputs)
