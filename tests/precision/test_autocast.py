@@ -279,3 +279,212 @@ def test_gradients_work_wherever_a_product_stands(kind):
     got = jax.grad(low)(params)["w"]
     assert got.dtype == F32
     np.testing.assert_allclose(got, full, atol=0.02 * float(jnp.abs(full).max()))
+
+
+def test_a_wrong_derivative_stays_wrong():
+    """The derivative is the user's, and nothing is differentiated anew."""
+
+    @jax.custom_jvp
+    def forward(w, x):
+        return x @ w
+
+    forward.defjvp(lambda primals, ts: (forward(*primals), 7.0 * (primals[1] @ ts[0])))
+
+    @jax.custom_vjp
+    def reverse(w, x):
+        return x @ w
+
+    reverse.defvjp(lambda w, x: (x @ w, x), lambda x, g: (7.0 * (x.T @ g), jnp.zeros_like(x)))
+    for wrong in (forward, reverse):
+        low = autocast(lambda params, wrong=wrong: wrong(params["w"], jnp.ones((2, 4))).sum())
+        np.testing.assert_allclose(jax.grad(low)({"w": jnp.eye(4)})["w"], 14.0)
+
+
+# Rules.
+
+
+def by_product(**options):
+    """The dtypes of the inner and of the outer product of two layers."""
+    return products(autocast(two_layers, **options), PARAMS, X)
+
+
+LOW, FULL = (BF16, BF16, BF16), (F32, F32, F32)
+
+
+def test_a_rule_changes_exactly_the_products_of_its_parameter():
+    assert by_product() == [LOW, LOW]
+    assert by_product(rules=[("inner/*", "float32")]) == [FULL, LOW]
+    assert by_product(rules={"outer/kernel": "float16"}) == [LOW, (F16, F16, F16)]
+    assert by_product(rules=[("outer/*", ("bfloat16", "float32"))]) == [LOW, (BF16, BF16, F32)]
+    assert by_product(keep_float32=["outer/**"]) == [LOW, FULL]
+    assert by_product(compute=("bfloat16", "float32")) == [(BF16, BF16, F32)] * 2
+
+
+def test_the_first_rule_wins_and_keep_float32_comes_before():
+    rules = [("inner/*", "float32"), ("**", "float16")]
+    assert by_product(rules=rules) == [FULL, (F16, F16, F16)]
+    assert by_product(rules=[("**", "float16")], keep_float32=["inner/*"]) == [FULL, (F16,) * 3]
+
+
+@pytest.mark.parametrize("name", ["plain_scan_remat", "plain_gqa", "linen_lstm", "nnx_custom_jvp"])
+def test_a_rule_for_all_is_the_compute_dtype(name):
+    model = zoo.model(name)
+    args = model.params, *model.inputs
+    ruled = autocast(model.apply, "float32", rules={"**": "bfloat16"})
+    assert source(ruled, *args) == source(autocast(model.apply), *args)
+
+
+@pytest.mark.parametrize(("name", "stacks"), [("plain_transformer", 2), ("plain_scan_remat", 1)])
+def test_products_of_activations_are_called_attention(name, stacks):
+    model = zoo.model(name)
+    args = model.params, *model.inputs
+    found = products(autocast(model.apply, rules={"attention": "float32"}), *args)
+    assert found.count(FULL) == 2 * stacks  # of queries and keys, and of weights and values
+    assert found.count(LOW) == len(found) - 2 * stacks
+
+
+def test_products_of_activations_without_batch_axes_are_called_dot():
+    fn = lambda params, x: (x @ params["w"]) @ x.T
+    low = autocast(fn, rules={"dot": "float32"})
+    assert products(low, {"w": jnp.eye(4)}, X) == [LOW, FULL]
+
+
+def test_products_of_activations_are_called_by_their_scope():
+    def fn(params, x):
+        with jax.named_scope("encoder"):
+            similar = jax.jit(jax.named_scope("scores")(lambda x: x @ x.T))(x)
+        return similar + x @ x.T + (x @ params["w"]).sum()
+
+    low = autocast(fn, rules={"encoder/**/scores": "float32"})
+    assert sorted(products(low, {"w": jnp.eye(4)}, X)) == sorted([FULL, LOW, LOW])
+
+
+def test_a_class_can_be_chosen_for_a_primitive():
+    fn = lambda params, x: jnp.tanh(x @ params["w"])
+    args = {"w": jnp.eye(4)}, X
+    assert dtypes(autocast(fn), *args, name="tanh") == [BF16]
+    assert dtypes(autocast(fn, ops={"tanh": "float32"}), *args, name="tanh") == [F32]
+    assert products(autocast(fn, ops={"dot_general": "keep"}), *args) == [FULL]
+
+
+def test_a_rule_that_reaches_nothing_is_an_error_with_the_closest_names():
+    with pytest.raises(ValueError, match="rule 0, 'iner/kernel'.*closest: 'inner/kernel'"):
+        by_product(rules=[("iner/kernel", "float32")])
+    with pytest.raises(ValueError, match="'inner/bias', matched none of 2 products"):
+        by_product(rules=[("inner/bias", "float32")])  # a bias is in no product
+
+
+def test_a_rule_behind_another_that_takes_all_it_matches_is_an_error():
+    with pytest.raises(ValueError, match="rule 1, 'inner/kernel', decided on no product.*first"):
+        by_product(rules=[("inner/*", "float32"), ("inner/kernel", "float16")])
+    with pytest.raises(ValueError, match="decided on no product"):
+        by_product(keep_float32=["**"], rules=[("outer/*", "float16")])
+
+
+def test_a_dtype_or_a_class_that_there_is_not_is_an_error():
+    for wrong in ("int8", "float64", ("bfloat16", "int32")):
+        with pytest.raises(ValueError, match="cannot compute in (int|float).*choose bfloat16"):
+            autocast(two_layers, wrong)
+    with pytest.raises(ValueError, match=r"ops\['exp'\] is 'wide'; choose among low, float32"):
+        autocast(two_layers, ops={"exp": "wide"})
+
+
+# 8-bit floats.
+
+
+def test_8_bit_operands_are_seen_by_the_product():
+    narrow = autocast(dot, "float8_e4m3fn")
+    assert products(narrow, {"w": jnp.eye(4)}, X) == [(F8, F8, BF16)]
+    pair = autocast(dot, ("float8_e5m2", "float32"))
+    assert products(pair, {"w": jnp.eye(4)}, X) == [(np.dtype(jnp.float8_e5m2),) * 2 + (F32,)]
+
+
+def test_8_bit_operands_saturate_and_keep_what_is_not_finite():
+    times_one = lambda x: autocast(dot, "float8_e4m3fn")({"w": jnp.ones((1, 1))}, x)
+    out = times_one(jnp.array([[1e4], [-1e4], [448.0], [1.0], [jnp.nan]]))
+    np.testing.assert_array_equal(out[:, 0], [448, -448, 448, 1, np.nan])
+    # There is no infinity in this format, so it becomes NaN rather than a number.
+    assert not jnp.isfinite(times_one(jnp.full((1, 1), jnp.inf))).any()
+
+
+def test_8_bit_products_have_gradients_in_the_dtype_of_their_result():
+    """In 8 bits a gradient of 3000 is NaN and one of 1e-4 is zero."""
+    narrow = autocast(dot, "float8_e4m3fn")
+    for size in (3000.0, 1e-4):
+        params, x = {"w": 2.0 * jnp.ones((4, 4))}, jnp.ones((2, 4))
+        grads = jax.grad(lambda p, x, s=size: s * narrow(p, x).sum(), (0, 1))(params, x)
+        np.testing.assert_allclose(grads[0]["w"], 2 * size, rtol=0.01)
+        np.testing.assert_allclose(grads[1], 8 * size, rtol=0.01)
+    saturated = jax.grad(lambda p: narrow(p, 1e4 * jnp.ones((2, 4))).sum())(params)["w"]
+    np.testing.assert_allclose(saturated, 2 * 448.0)
+
+
+def test_8_bit_convolutions_have_gradients_too():
+    model = zoo.model("plain_cnn")
+    narrow = autocast(lambda params: model.loss(params, *model.inputs), "float8_e4m3fn")
+    grads = jax.tree.leaves(jax.grad(narrow)(model.params))
+    assert all(bool(jnp.isfinite(g).all()) and bool(jnp.any(g)) for g in grads)
+
+
+# What stays as it is.
+
+
+def test_integers_stay():
+    fn = lambda params, x: x @ params["w"]
+    args = {"w": jnp.eye(4, dtype=jnp.int32)}, jnp.ones((3, 4), jnp.int32)
+    assert source(autocast(fn), *args) == source(fn, *args)
+
+
+def test_64_bits_stay():
+    with jax.enable_x64(True):
+        args = {"w": jnp.eye(4, dtype=jnp.float64)}, jnp.ones((3, 4), jnp.float64)
+        fn = lambda params, x: jax.nn.softmax(x @ params["w"])
+        assert source(autocast(fn), *args) == source(fn, *args)
+
+
+def test_the_highest_precision_stays_unless_a_rule_names_it():
+    fn = lambda params, x: jnp.dot(x, params["w"], precision="highest")
+    assert products(autocast(fn), {"w": jnp.eye(4)}, X) == [FULL]
+    assert products(autocast(fn, rules={"w": "bfloat16"}), {"w": jnp.eye(4)}, X) == [LOW]
+
+
+def test_a_wider_result_stays():
+    fn = lambda params, x: jnp.dot(x, params["w"], preferred_element_type=jnp.float32)
+    args = {"w": jnp.eye(4, dtype=BF16)}, X.astype(BF16)
+    assert products(autocast(fn), *args) == [(BF16, BF16, F32)]
+
+
+@pytest.mark.parametrize("compute", ["bfloat16", "float16"])
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
+def test_what_is_not_finite_passes_through(value, compute):
+    x = jnp.ones((2, 1)).at[0].set(value)
+    out = autocast(dot, compute)({"w": jnp.ones((1, 1))}, x)
+    np.testing.assert_array_equal(out, x)
+
+
+# A function like any other.
+
+
+def test_commutes_with_jit_and_vmap():
+    low = autocast(two_layers)
+    out = jax.jit(low)(PARAMS, X)
+    np.testing.assert_allclose(jax.jit(autocast(jax.jit(two_layers)))(PARAMS, X), out)
+    inside = jax.jit(autocast(jax.vmap(two_layers, (None, 0))))(PARAMS, X)
+    outside = jax.jit(jax.vmap(low, (None, 0)))(PARAMS, X)
+    np.testing.assert_allclose(inside, outside, rtol=1e-2, atol=1e-2)
+    assert set(products(jax.vmap(low, (None, 0)), PARAMS, X)) == {LOW}
+
+
+def test_takes_keywords_flags_and_returns_what_is_no_array():
+    def fn(params, *, x, scale, mode="train", flag=False):
+        h = x @ params["w"] * scale
+        return {"out": -h if flag else h, "mode": mode, "none": None, "pair": (3, h.sum())}
+
+    low = autocast(fn)
+    assert low.__name__ == "fn"
+    given = dict(x=X, scale=2, mode="eval", flag=True)
+    out, expected = low({"w": jnp.eye(4)}, **given), fn({"w": jnp.eye(4)}, **given)
+    assert jax.tree.structure(out) == jax.tree.structure(expected)
+    assert (out["mode"], out["none"], out["pair"][0]) == ("eval", None, 3)
+    np.testing.assert_allclose(out["out"], expected["out"], rtol=0.01)
+    assert products(lambda p, x: low(p, x=x, scale=2)["out"], {"w": jnp.eye(4)}, X) == [LOW]

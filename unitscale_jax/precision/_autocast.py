@@ -18,7 +18,7 @@ import numpy as np
 
 from unitscale_jax import rules as named_rules
 from unitscale_jax.precision._classes import CLASSES, OPS, OpClass
-from unitscale_jax.precision._plan import FLOAT32, Known, Plan
+from unitscale_jax.precision._plan import FLOAT32, Decision, Known, Plan
 from unitscale_jax.trace import (
     ACTIVATION,
     ClosedJaxpr,
@@ -130,7 +130,9 @@ class _Autocast(Rewriter):
         """Every equation without a body, as decided."""
         decision = self.plan.decisions[site.place]
         with noted(autocast=decision.why, before=" ".join(map(str, site.operands))):
-            pairs = zip(operands, decision.operands, strict=True)
+            pairs = list(zip(operands, decision.operands, strict=True))
+            if site.name in _TYPED and any(_narrows(x, dtype) for x, dtype in pairs):
+                return _narrow_product(site, operands, decision)
             given = [x if dtype is None else self.cast(x, dtype) for x, dtype in pairs]
             if site.name in _TYPED and decision.why != "cast by the user":
                 out = _TYPED[site.name](site, given, decision.results[0])
@@ -190,14 +192,52 @@ class _Autocast(Rewriter):
 
 def _convert(x: jax.Array, dtype: Any) -> jax.Array:
     """A cast; to an 8-bit float a saturating one, since a plain one makes NaN of what is large."""
-    if jnp.finfo(dtype).bits > 8:
+    if not _is_8bit(dtype):
         return jax.lax.convert_element_type(x, dtype)
     limit = np.asarray(jnp.finfo(dtype).max).astype(x.dtype)
     bounded = jnp.where(jnp.isfinite(x), jnp.clip(x, -limit, limit), x)
     return jax.lax.convert_element_type(bounded, dtype)
 
 
-def _product(site: Site, operands: list[Any], dtype: Any) -> list[Any]:
+def _narrows(x: Any, dtype: Any) -> bool:
+    """Whether autocast casts an operand to 8 bits; a user's own 8-bit floats stay the user's."""
+    return dtype is not None and _is_8bit(dtype) and jnp.result_type(x) != dtype
+
+
+def _is_8bit(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
+
+
+def _narrow_product(site: Site, operands: list[Any], decision: Decision) -> list[Any]:
+    """A product of 8-bit floats, whose derivative is that of the rounded values, in its result's.
+
+    JAX would give the gradient of an operand the operand's dtype, and a gradient in 8 bits is zero
+    where it is small, and NaN where it is large.
+    """
+    dtype = np.dtype(decision.results[0])
+    rounded = lambda xs: [
+        x if to is None else _convert(jnp.asarray(x), to)
+        for x, to in zip(xs, decision.operands, strict=True)
+    ]
+    wide = lambda xs: [
+        x if to is None else jax.lax.convert_element_type(x, dtype)
+        for x, to in zip(xs, decision.operands, strict=True)
+    ]
+
+    @jax.custom_jvp
+    def product(*xs: Any) -> list[Any]:
+        return _product(site, rounded(xs), dtype)
+
+    @product.defjvp
+    def jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        by = wide(rounded(primals))
+        _, moving = jax.jvp(lambda *xs: _product(site, xs, dtype), by, wide(tangents))
+        return product(*primals), moving
+
+    return product(*operands)
+
+
+def _product(site: Site, operands: Sequence[Any], dtype: Any) -> list[Any]:
     return site.bind(operands, preferred_element_type=np.dtype(dtype))
 
 
@@ -205,7 +245,7 @@ def _cast_again(site: Site, operands: list[Any], dtype: Any) -> list[Any]:
     return site.bind(operands, new_dtype=np.dtype(dtype))
 
 
-_TYPED: dict[str, Callable[[Site, list[Any], Any], list[Any]]] = {
+_TYPED: dict[str, Callable[[Site, Any, Any], list[Any]]] = {
     "dot_general": _product,
     "ragged_dot_general": _product,
     "conv_general_dilated": _product,
@@ -217,8 +257,7 @@ def _products(to: Products) -> tuple[np.dtype, np.dtype]:
     """The dtypes of a product's operands and of its result."""
     given, result = to if isinstance(to, tuple) else (to, None)
     given = np.dtype(given)
-    narrow = jnp.issubdtype(given, jnp.floating) and jnp.finfo(given).bits < 16
-    result = np.dtype(result if result is not None else jnp.bfloat16 if narrow else given)
+    result = np.dtype(result if result is not None else jnp.bfloat16 if _is_8bit(given) else given)
     for dtype in (given, result):
         if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits > 32:
             raise ValueError(
