@@ -175,6 +175,7 @@ def f32(*shape):
     return array(shape, "float32")
 
 
+MATRICES = (((1,), (0,)), ((), ()))
 IMAGE, KERNEL = f32(2, 4, 9, 10), f32(6, 4, 3, 3)
 LAST = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 PRODUCTS = {
@@ -487,6 +488,12 @@ def test_the_costliest_branch_is_found_through_loops():
     assert found.by_primitive["dot_general"].flops == 3 * 32
 
 
+def test_the_costliest_branch_is_not_the_longest():
+    long = lambda x, w: jnp.sin(jnp.sin(jnp.sin(jnp.sin(x))))
+    found = cost(lambda p, x, w: lax.cond(p, long, step, x, w), array((), "bool"), VECTOR, W)
+    assert set(found.by_primitive) == {"dot_general", "tanh", "convert_element_type"}
+
+
 def test_what_no_result_depends_on_costs_nothing():
     @jax.jit
     def both(x, w):
@@ -501,6 +508,12 @@ def test_what_no_result_depends_on_costs_nothing():
     assert [row.site.name for row in found.rows if not row.runs] == ["dot_general", "sin"]
 
 
+def test_what_only_a_dropped_result_of_a_call_needs_costs_nothing():
+    both = jax.jit(lambda a, b: (jnp.cos(a), jnp.tan(b)))
+    found = cost(lambda x: both(x, jnp.sin(x))[0], VECTOR)
+    assert set(found.by_primitive) == {"cos"}
+
+
 def test_a_carry_that_a_later_turn_needs_is_not_dropped():
     turn = lambda c, w: ((step(c[1], w), jnp.sin(c[0])), None)
     fn = lambda x, w: lax.scan(lambda c, _: turn(c, w), (x, x), None, length=4)[0][0]
@@ -508,13 +521,20 @@ def test_a_carry_that_a_later_turn_needs_is_not_dropped():
 
 
 def test_what_has_an_effect_is_not_dropped():
+    @jax.jit
+    def shown(x):
+        jax.debug.print("{}", jnp.cos(x))
+
     def fn(x):
         ref = jax.new_ref(x)
         ref[...] = jnp.sin(x)
-        jax.debug.print("{}", jnp.cos(x))
+        shown(x)
         return ref[...]
 
-    assert cost(fn, VECTOR).transcendentals == 8
+    found = cost(fn, VECTOR)
+    assert found.by_primitive["cos"].transcendentals == 4
+    assert found.by_primitive["sin"].transcendentals == 4
+    assert found.by_primitive["swap"].bytes == 2 * 16
 
 
 @pytest.mark.parametrize(
@@ -602,9 +622,11 @@ def test_flops_are_split_by_the_dtype_they_are_computed_in():
     assert found["float32"] == 3 * STEP.flops + conversions
     assert found["bfloat16"] == 2 * 4 * 4 + 4 + 1  # and two comparisons
     assert cost(lax.select, BOOL, F32, F32).by_dtype == {"float32": 60}
-    codes = lax.dot_general, array((2, 3), "int8"), array((3, 4), "bfloat16")
-    mixed = lambda x, y: codes[0](x, y, (((1,), (0,)), ((), ())), preferred_element_type="float32")
-    assert cost(mixed, *codes[1:]).by_dtype == {"bfloat16": 2 * 2 * 3 * 4}
+    added = lambda x, i, y: lax.scatter_add(x, i, y, INTO)
+    x, y = array((6, 10), "bfloat16"), array((2, 10), "bfloat16")
+    assert cost(added, x, PAIR, y).by_dtype == {"bfloat16": 20}  # though indices are wider
+    mixed = contracted(array((2, 3), "int8"), array((3, 4), "bfloat16"), MATRICES)
+    assert cost(*mixed).by_dtype == {"bfloat16": 2 * 2 * 3 * 4}
 
 
 def test_a_row_has_the_place_of_its_equation():

@@ -75,6 +75,7 @@ COUNTERS = {
     "down ge": (lambda i: i >= 1, lambda i: i - 2, 9),
     "down by adding": (lambda i: i >= 0, lambda i: i + -2, 9),
     "ne": (lambda i: i != 9, lambda i: i + 3, 0),
+    "ne never": (lambda i: i != 4, lambda i: i + 1, 4),
     "ne down": (lambda i: i != 0, lambda i: i - 1, 4),
     "eq": (lambda i: i == 3, lambda i: i + 1, 3),
     "eq never": (lambda i: i == 3, lambda i: i + 1, 2),

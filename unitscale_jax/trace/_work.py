@@ -12,6 +12,7 @@ meets a pixel, neither padding nor a hole of dilation. Deliberately different ar
 
     cumsum, ..       n - 1 steps a row, not windows of n that the lowering writes down and XLA
                      takes apart again
+    top_k            n ⌈log₂(k + 1)⌉ comparisons of a heap; XLA calls a library
     fft              5 n log₂ n, half of it for a real one; XLA multiplies the logarithms of axes
     ragged_dot       2 m k n: every row meets one group; XLA counts one dense product for each
     linear algebra   the leading terms of Golub and Van Loan, *Matrix Computations*; XLA cannot
