@@ -126,12 +126,12 @@ def cost(fn: Callable[..., Any], *args: Any) -> Cost:
     """Counts the operations of a function and the bytes they move, without running it.
 
     FLOPs and transcendentals equal XLA's own count of the program before it is optimized
-    (`jax.jit(fn).lower(*args).cost_analysis()`) where that has no loop, but for constants that
-    are folded there, and a few primitives that `trace._work` lists with the reason. They are exact through scans, nested ones too,
-    and through while loops that count. A cond costs its costliest branch. What no result depends on
-    costs nothing, as `jit` drops it. The body of a `shard_map` counts once for every device of the
-    axes it makes manual, so a cost is that of the whole computation, and the same for any mesh if
-    no work is done twice.
+    (`jax.jit(fn).lower(*args).cost_analysis()`) where that has no loop, but for constants that it
+    folds and a few primitives that `trace._work` lists with the reason. They are exact through
+    scans, nested ones too, and through while loops that count. A cond costs its costliest branch.
+    What no result depends on costs nothing, as `jit` drops it. The body of a `shard_map` counts
+    once for every device of the axes it makes manual, so a cost is that of the whole computation,
+    and the same for any mesh if no work is done twice.
 
     Bytes are an upper bound of the traffic with memory: a fused program moves less.
 
