@@ -11,6 +11,7 @@ os.environ["BENCHMARK"] = __file__
 
 import functools
 import importlib.util
+import itertools
 
 import harness
 import jax
@@ -42,6 +43,7 @@ def casts(params, batch, runs):
     forms = {
         "float32": apply,
         "cast": us.cast(apply, BF16),
+        "autocast": us.autocast(functools.partial(lm.apply, dtype=jnp.float32), "bfloat16"),
         "by_hand": functools.partial(lm.apply, dtype=jnp.bfloat16),
     }
     if importlib.util.find_spec("jmp"):
@@ -50,10 +52,10 @@ def casts(params, batch, runs):
     programs = {name: harness.compiled(fn, params, batch) for name, fn in grads.items()}
     costs = {name: harness.cost(program) for name, program in programs.items()}
     times = harness.seconds({n: lambda p=p: p(params, batch) for n, p in programs.items()}, runs)
-    for name in forms.keys() - {"float32", "cast"}:
-        for key in ("flops", "bytes", "temp_bytes"):
-            share = harness.ratio(costs["cast"][key], costs[name][key])
-            harness.claim(f"cast: {key} <= 1.01x {name}", share <= 1.01, ratio=share)
+    for ours, theirs in itertools.product(("cast", "autocast"), ("by_hand", "jmp")):
+        for key in ("flops", "bytes", "temp_bytes") if theirs in forms else ():
+            share = harness.ratio(costs[ours][key], costs[theirs][key])
+            harness.claim(f"{ours}: {key} <= 1.01x {theirs}", share <= 1.01, ratio=share)
     harness.claim("gradients in bfloat16", None, seconds=times, costs=costs)
 
 

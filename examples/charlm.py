@@ -137,8 +137,7 @@ def build(settings: argparse.Namespace):
         rngs=nnx.Rngs(settings.seed),
     )
     apply, params, _ = us.from_nnx(model)
-    policy = us.Policy(compute=settings.policy, overrides=[("**/norm*/**", "float32")])
-    return us.cast(apply, policy), params
+    return us.autocast(apply, settings.policy), params  # products; norms, softmax stay in float32
 
 
 # --- training -----------------------------------------------------------------------------------
