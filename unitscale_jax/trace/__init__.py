@@ -2,10 +2,11 @@
 
 from unitscale_jax.trace._axes import agree, varying, zeros
 from unitscale_jax.trace._compat import ClosedJaxpr, Jaxpr, Literal, varying_axes
-from unitscale_jax.trace._cost import Cost, cost
-from unitscale_jax.trace._dims import dims
+from unitscale_jax.trace._cost import Cost, Row, cost
+from unitscale_jax.trace._dims import Dims, Group, dims
 from unitscale_jax.trace._function import Staged, Traced, stage, trace
 from unitscale_jax.trace._notes import noted, notes_at, scope_without_notes, taking, taking_notes
+from unitscale_jax.trace._op_cost import OpCost, cost_of
 from unitscale_jax.trace._provenance import (
     ACTIVATION,
     Origin,
@@ -32,12 +33,16 @@ __all__ = [
     "ACTIVATION",
     "ClosedJaxpr",
     "Cost",
+    "Dims",
     "Flow",
+    "Group",
     "Jaxpr",
     "Literal",
+    "OpCost",
     "Origin",
     "Place",
     "Rewriter",
+    "Row",
     "Rule",
     "Rules",
     "Site",
@@ -47,6 +52,7 @@ __all__ = [
     "agree",
     "bodies",
     "cost",
+    "cost_of",
     "dims",
     "is_call",
     "is_constant",
