@@ -488,3 +488,9 @@ def test_takes_keywords_flags_and_returns_what_is_no_array():
     assert (out["mode"], out["none"], out["pair"][0]) == ("eval", None, 3)
     np.testing.assert_allclose(out["out"], expected["out"], rtol=0.01)
     assert products(lambda p, x: low(p, x=x, scale=2)["out"], {"w": jnp.eye(4)}, X) == [LOW]
+
+
+def test_what_16_bits_lose_is_in_float32():
+    """Listed here again, so that the table cannot lose one unseen."""
+    unsafe = "exp exp2 expm1 log log1p pow sqrt rsqrt cbrt reduce_sum cumsum cumprod lgamma fft"
+    assert {OPS[name] for name in unsafe.split()} == {"float32"}
