@@ -231,6 +231,6 @@ def test_the_kinds_of_products():
 
 
 def test_the_parameter_that_a_branch_is_chosen_by_is_part_of_the_value():
-    fn = lambda w, v, x: x @ lax.cond(v[0, 0] > 0, lambda w: w, lambda w: w, w)
+    fn = lambda w, v, x: x @ lax.cond(v[0, 0] > 0, lambda w: w, lambda w: -w, w)
     ((_, w),) = at(fn, "dot_general", *map(parameter, "wv"), ACTIVATION, args=(W, W, X))
     assert w.parameters == frozenset("wv")
