@@ -94,7 +94,9 @@ def evaluated(found, plan, traced):
 
     @rule("gather")
     def _(site, xs, ins, outs):
-        sizes = zip(site.eqn.params["slice_sizes"], site.eqn.invars[0].aval.shape, ins[0])
+        sizes = zip(
+            site.eqn.params["slice_sizes"], site.eqn.invars[0].aval.shape, ins[0], strict=True
+        )
         return {"slice_sizes": tuple(size(a, keep) if n == all_ else n for n, all_, a in sizes)}
 
     @rule("conv_general_dilated")

@@ -1,4 +1,4 @@
-"""Laws of dimensions: groups are what can be removed, and how a function is written is no matter."""
+"""Laws of dimensions: groups are what can be removed, however a function is written."""
 
 import itertools
 
@@ -318,7 +318,8 @@ def test_jit_and_remat_change_no_group(name):
 def test_renaming_parameters_changes_no_group(name):
     model = zoo.model(name)
     leaves, structure = jax.tree.flatten(model.params)
-    new = dict(zip(us.tree.names(model.params), map("{:03}".format, range(999, 0, -1))))
+    numbers = map("{:03}".format, range(999, 0, -1))
+    new = dict(zip(us.tree.names(model.params), numbers, strict=False))
     params = dict(zip(new.values(), leaves, strict=True))
     apply = lambda p, *xs: model.apply(
         jax.tree.unflatten(structure, [p[name] for name in new.values()]), *xs

@@ -66,7 +66,9 @@ def test_reshaping_there_and_back_is_the_identity(there):
 def test_reshaping_that_no_product_expresses_is_marked():
     before = reshaped(new_axes((24,)), (6, 4))
     after = reshaped(before, (4, 6))
-    assert all(factor.marks == {"reshape"} for axis in (*before, *after) for factor in factors(axis))
+    assert all(
+        factor.marks == {"reshape"} for axis in (*before, *after) for factor in factors(axis)
+    )
 
 
 def test_a_shared_factor_is_refined_everywhere():
