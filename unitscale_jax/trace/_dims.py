@@ -142,6 +142,9 @@ def dims(traced: Traced) -> Dims:
         remat or stacking layers changes no group. An unknown primitive makes fewer groups, never
         wrong ones. Time is linear in the number of equations.
 
+    Groups are those of the traced equations: what Python reads from a shape leaves no trace in
+    them. `ones_like(h)` is not tied to h, and a divisor `sqrt(h.shape[-1])` stays what it was.
+
     Example:
         >>> from unitscale_jax.trace import trace
         >>> params = {"up": jnp.ones((8, 16)), "bias": jnp.ones(16), "down": jnp.ones((16, 8))}
