@@ -93,6 +93,13 @@ def test_an_axis_of_products_is_cut_along_its_first_factor():
     assert not is_marked(axis)
 
 
+def test_a_cut_inside_the_last_factor_is_marked():
+    (axis,) = reshaped(new_axes((4, 6)), (24,))
+    parts = pieces(axis, [10, 14])
+    assert [size(part) for part in parts] == [10, 14] and is_marked(axis)
+    assert all(factor.marks == {"cut"} for part in parts for factor in factors(part))
+
+
 def test_a_piece_can_be_cut_again():
     axis = new_axis(24)
     first, rest = pieces(axis, [8, 16])

@@ -126,8 +126,9 @@ BETWEEN = {
         SUMMED,
     ),
     "maximum of windows of which some see nothing": (
-        lambda h, p: h * window(h, lax.max, -1e3, (2, 1), ((2, 2), (0, 0)))[:4].sum(-1)[:, None],
-        set(),  # with a start that is not the least number it is a primitive without a rule
+        lambda h, p: h
+        * jnp.sign(window(h, lax.max, -jnp.inf, (2, 1), ((2, 2), (0, 0))))[:4].sum(-1)[:, None],
+        MIXED,
     ),
     "sum of windows": (
         lambda h, p: h * window(h, lax.add, 0.0, (3, 1), "SAME").sum(-1)[:, None],
@@ -157,12 +158,19 @@ BETWEEN = {
     ),
     "positions": (lambda h, p: h * jnp.arange(16.0, dtype=h.dtype), set()),
     "broadcast to an axis that is the same": (
-        lambda h, p: h + jax.nn.sigmoid(h) @ (p["s"] + p["c"]),
+        lambda h, p: h + jax.nn.sigmoid(h) @ (p["s"] + jnp.broadcast_to(p["c"], p["s"].shape)),
         MIXED,  # the rows of the kernel that are removed are p["c"], not zero
     ),
     "broadcast along an axis that is the same": (
         lambda h, p: h + jax.nn.sigmoid(h) @ (p["s"] + p["c"][:, None]),
         EXACT,
+    ),
+    "convolution with a kernel that is not zero where channels come out": (
+        lambda h, p: h
+        * (h + conv(h[:, None, None], (p["s"] + p["c"][:, None])[None, None])[:, 0, 0]).sum(-1)[
+            :, None
+        ],
+        MIXED,
     ),
     "rows looked up by column": (
         lambda h, p: h + jax.nn.sigmoid(h) @ (p["s"] + p["s"][p["s"].argmax(1) * 0]),
@@ -291,8 +299,8 @@ def test_channels_of_a_convolution_are_groups_and_channels_in_a_group(name):
     params = {"in": draw(1, 1, 2, 6), "c": draw(6), "w": draw(*shape), "out": draw(shape[-1], 5)}
 
     def fn(p, x):
-        h = jax.nn.sigmoid(conv(conv(x, p["in"]) + p["c"], p["w"], groups))
-        return h.mean((1, 2)) @ p["out"]
+        h = jax.nn.sigmoid(conv(x, p["in"]) + p["c"])
+        return jax.nn.sigmoid(conv(h, p["w"], groups)).mean((1, 2)) @ p["out"]
 
     x = draw(2, 5, 5, 2)
     traced = trace(fn, params, x)
