@@ -77,7 +77,7 @@ class Block(nnx.Module):
         self.down = dense(4 * width, width)
 
     def __call__(self, x):  # (rows, time, width)
-        qkv = self.qkv(normed(self.norm_1, x))
+        qkv = self.qkv(self.norm_1(x))
         q, k, v = (
             part.reshape(*part.shape[:-1], self.heads, -1)  # (rows, time, heads, width / heads)
             for part in jnp.split(qkv, 3, axis=-1)
@@ -85,7 +85,7 @@ class Block(nnx.Module):
         mixed = attention(q, k, v)
         x = x + self.out(mixed.reshape(x.shape))
         # The square of a ReLU is as good as a GELU here, and a CPU computes it sooner.
-        return x + self.down(jnp.square(nnx.relu(self.up(normed(self.norm_2, x)))))
+        return x + self.down(jnp.square(nnx.relu(self.up(self.norm_2(x)))))
 
 
 def attention(q, k, v):
@@ -119,12 +119,7 @@ class GPT(nnx.Module):
         x = self.recent[recent].sum(axis=2) + self.places[: text.shape[1]]
         for block in self.blocks:
             x = block(x)
-        return self.head(normed(self.norm, x))
-
-
-def normed(norm: nnx.RMSNorm, x: jax.Array) -> jax.Array:
-    """A norm whose float32 gain does not widen what follows it."""
-    return norm(x).astype(x.dtype)
+        return self.head(self.norm(x))
 
 
 def build(settings: argparse.Namespace):

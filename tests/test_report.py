@@ -105,3 +105,10 @@ def test_what_a_transform_left_is_listed_with_its_reason():
 def test_data_is_the_rows():
     report = us.explain(model)(PARAMS, X)
     assert [row["name"] for row in report.data()] == [row.name for row in report.rows]
+
+
+def test_a_solver_is_shown_with_its_equations():
+    solve = lambda p, x: jnp.linalg.solve(p["w"] + jnp.eye(4), x[0])
+    names = [row.name for row in us.explain(solve)(PARAMS, X).rows]
+    assert "triangular_solve" in names
+    assert "custom_linear_solve" not in names

@@ -15,6 +15,8 @@ import numpy as np
 
 from unitscale_jax.trace import (
     Cost,
+    Origin,
+    Row,
     Site,
     cost,
     is_constant,
@@ -104,6 +106,7 @@ class Report:
         from rich.table import Table
 
         columns = list(dict.fromkeys(name for row in self.rows for name in row.notes))
+        columns = [name for name in columns if name != "wide"]
         table = Table(title=f"{len(self.rows)} operations, {self.cost.flops:,} FLOPs")
         for title in ("module or parameter", "operation", "dtypes", *columns, "FLOPs", "warnings"):
             table.add_column(title, justify="right" if title == "FLOPs" else "left")
@@ -155,27 +158,34 @@ def explain(fn: Callable[..., Any]) -> Callable[..., Report]:
         jaxpr = staged.closed.jaxpr
         sources = provenance(jaxpr, origins(staged, args[0] if args else ()))
         bill, before = cost(staged.traced), producers(jaxpr)
-        rows = []
+        operations = []
         for row in bill.rows:
-            site, said = row.site, notes_at(row.site, notes)
-            found = [origin.parameter for origin in sources.get(site.place, ())]
-            operation = Operation(
-                place=site.place,
-                module=scope_without_notes(site),
-                name=site.name,
-                parameters=tuple(dict.fromkeys(name for name in found if name is not None)),
-                operands=tuple(map(str, site.operands)),
-                results=tuple(map(str, site.results)),
-                flops=row.total.flops,
-                bytes=row.total.bytes,
-                repeats=row.repeats,
-                notes=said,
-                warnings=tuple(_warnings(site, before.get(site.place, ()), said)),
-            )
-            rows.append(operation)
-        return Report(tuple(rows), bill)
+            place = row.site.place
+            made = before.get(place, (None,) * len(row.site.operands))  # a solver's own equations
+            operations.append(_operation(row, notes, sources.get(place, ()), made))
+        return Report(tuple(operations), bill)
 
     return explain_fn
+
+
+def _operation(
+    row: Row, notes: list[dict[str, Any]], sources: Sequence[Origin], before: Sequence[Site | None]
+) -> Operation:
+    site, said = row.site, notes_at(row.site, notes)
+    names = [origin.parameter for origin in sources]
+    return Operation(
+        place=site.place,
+        module=scope_without_notes(site),
+        name=site.name,
+        parameters=tuple(dict.fromkeys(name for name in names if name is not None)),
+        operands=tuple(map(str, site.operands)),
+        results=tuple(map(str, site.results)),
+        flops=row.total.flops,
+        bytes=row.total.bytes,
+        repeats=row.repeats,
+        notes=said,
+        warnings=tuple(_warnings(site, before, said)),
+    )
 
 
 _UPCAST = "silent upcast"
@@ -195,8 +205,7 @@ def _warnings(site: Site, before: Sequence[Site | None], notes: dict[str, Any]) 
         dtype == np.float32 and not cast and not is_constant(v)
         for dtype, cast, v in zip(site.operands, widened, site.eqn.invars, strict=True)
     ]
-    wanted = any(str(note).endswith("float32") for key, note in notes.items() if key != "before")
-    if site.name in _WIDENED and any(widened) and any(wide) and not wanted:
+    if site.name in _WIDENED and any(widened) and any(wide) and not notes.get("wide"):
         yield _UPCAST
     if site.name in _SUMS and _integer_bits(site.results[0]) < 32:
         yield "integer overflow"

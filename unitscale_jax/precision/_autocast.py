@@ -58,8 +58,9 @@ def autocast(
         rules: Pairs (pattern, dtype or pair); the first that matches a parameter of a product
             decides on it. A product of two activations is addressed by its named scope and its
             kind, `"attention"` (with batch axes) or `"dot"`.
-        keep_float32: Patterns of products that stay in float32; they come before `rules`.
-        ops: Primitive name -> class, over the table `OPS` in this module's neighbor: `"low"`,
+        keep_float32: Patterns of products that stay in float32; they come before `rules`, and
+            are counted first where an error says "rule 0".
+        ops: Primitive name -> class, over the table in `precision/_classes.py`: `"low"`,
             `"float32"`, `"prefix"`, `"follow"`, `"each"` or `"keep"`.
 
     Returns:
@@ -129,7 +130,8 @@ class _Autocast(Rewriter):
     def evaluate(self, site: Site, operands: list[Any]) -> list[Any]:
         """Every equation without a body, as decided."""
         decision = self.plan.decisions[site.place]
-        with noted(autocast=decision.why, before=" ".join(map(str, site.operands))):
+        before = " ".join(map(str, site.operands))
+        with noted(autocast=decision.why, before=before, **decision.meant):
             pairs = list(zip(operands, decision.operands, strict=True))
             if site.name in _TYPED and any(_narrows(x, dtype) for x, dtype in pairs):
                 return _narrow_product(site, operands, decision)
@@ -281,8 +283,8 @@ def _check_used(plan: Plan, staged: Staged) -> None:
         return
     met = [s for s in sites(staged.closed.jaxpr) if plan.ops.get(s.name) == "low"]
     names = sorted({name for s in met for name in addresses(s, plan.origins[s.place])})
+    named_rules.match(plan.rules, names, noun="product")
     pattern = plan.rules[missing[0]][0]
-    named_rules.match([(pattern, None)], names, noun="product")
     raise ValueError(
         f"rule {missing[0]}, {pattern!r}, decided on no product: an earlier rule decides on all "
         "that it matches. Remove it, or put it first."

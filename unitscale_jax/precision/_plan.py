@@ -54,6 +54,11 @@ class Decision:
     results: DTypes
     why: str
 
+    @property
+    def meant(self) -> dict[str, bool]:
+        """The note that float32 is what the operation needs, for those where it is."""
+        return {"wide": True} if self.why in ("float32", "prefix of float32") else {}
+
 
 @dataclass
 class Plan(Flow[Known]):
@@ -170,12 +175,12 @@ class Plan(Flow[Known]):
         """A product, by the first rule that addresses it, else in the compute dtype."""
         operands = site.operands
         if not all(map(_is_float, operands[:2])):
-            return _kept(site, "kept: integers")
+            return _kept(site, "kept: no floats")
         (given, result), why = self.low, "low"
         names = addresses(site, self.origins[site.place])
         for index, (pattern, dtypes) in enumerate(self.rules):
             if any(named_rules.matches(pattern, name) for name in names):
-                (given, result), why = dtypes, f"rule {index}"
+                (given, result), why = dtypes, f"rule {_text(pattern)}"
                 self.used.add(index)
                 break
         else:
@@ -246,6 +251,10 @@ def _uniform(site: Site, dtype: Any, why: str) -> Decision:
     cast = lambda traced: dtype if _is_float(traced) else None
     results = tuple(cast(d) or d for d in site.results)
     return Decision(tuple(cast(d) for d in site.operands), results, why)
+
+
+def _text(pattern: Any) -> str:
+    return repr(pattern if isinstance(pattern, str) else pattern.pattern)
 
 
 def _is_precise(precision: Any) -> bool:

@@ -6,6 +6,7 @@ other.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -58,6 +59,22 @@ def scan_counts(eqn: Equation) -> tuple[int, int]:
 def while_counts(eqn: Equation) -> tuple[int, int]:
     """`(constants of the condition, constants of the body)` of a while equation."""
     return eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+
+
+def devices(eqn: Equation) -> int:
+    """On how many devices a `shard_map` equation evaluates its body."""
+    mesh = eqn.params["mesh"]
+    return math.prod(mesh.shape[axis] for axis in eqn.params["newly_manual_axes"])
+
+
+def solver(eqn: Equation) -> Jaxpr:
+    """The body that evaluates a `custom_linear_solve`."""
+    return opened(eqn.params["jaxprs"].solve)[0]
+
+
+def is_concrete(value: Any) -> bool:
+    """Whether a constant's numbers are known now, outside of any transformation around."""
+    return not isinstance(value, jax.core.Tracer)
 
 
 def dtype(value: Any) -> Any:

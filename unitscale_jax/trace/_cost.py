@@ -9,16 +9,15 @@ compiler's own analysis takes their body once.
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from unitscale_jax.trace import _compat
-from unitscale_jax.trace._compat import Equation, Jaxpr, Literal
+from unitscale_jax.trace._compat import Equation, Jaxpr
 from unitscale_jax.trace._function import Traced, trace
+from unitscale_jax.trace._live import live
 from unitscale_jax.trace._op_cost import OpCost, cost_of, is_counted, operand_dtype
-from unitscale_jax.trace._trips import while_trips
 from unitscale_jax.trace._walk import Site, bodies
 
 K = TypeVar("K", bound=Hashable)
@@ -117,7 +116,7 @@ class Cost:
             for row in self.rows
             if row.runs
             for site in _around(row.site)
-            if site.name == "while" and while_trips(site.eqn) is None
+            if site.trips(1) is None
         }
         return tuple(loops.values())
 
@@ -170,14 +169,14 @@ def _rows(
     body: int = 0,
 ) -> Iterator[Row]:
     """The rows of a body of which some results are wanted."""
-    for index, (eqn, live) in enumerate(zip(jaxpr.eqns, _live(jaxpr, wanted)[0], strict=True)):
+    for index, (eqn, own) in enumerate(zip(jaxpr.eqns, _live(jaxpr, wanted)[0], strict=True)):
         site = Site(eqn, index, body, parent)
-        run, inside = runs and (any(live) or bool(eqn.effects)), _bodies(eqn)
+        run, inside = runs and (any(own) or bool(eqn.effects)), _bodies(eqn)
         if not inside:
             yield Row(site, cost_of(eqn), repeats, run)
             continue
         within = [
-            list(_rows(inner, _wanted(eqn, live, k), run, repeats * _times(site, k), site, k))
+            list(_rows(inner, _wanted(eqn, own, k), run, repeats * _times(site, k), site, k))
             for k, inner in enumerate(inside)
         ]
         yield from itertools.chain(*(_costliest(within) if site.name == "cond" else within))
@@ -186,17 +185,15 @@ def _rows(
 def _bodies(eqn: Equation) -> list[Jaxpr]:
     """As `bodies`, and of a linear solve the solver, which is what evaluates it."""
     if eqn.primitive.name == "custom_linear_solve":
-        return [_compat.opened(eqn.params["jaxprs"].solve)[0]]
+        return [_compat.solver(eqn)]
     return [jaxpr for jaxpr, _ in bodies(eqn)]
 
 
 def _times(site: Site, body: int) -> int:
     """How often a body is evaluated, on all devices, when the equation around it is."""
     if site.name == "shard_map":
-        mesh = site.eqn.params["mesh"]
-        return math.prod(mesh.shape[axis] for axis in site.eqn.params["newly_manual_axes"])
-    alone = replace(site, parent=None)
-    times = Site(site.eqn, 0, body, alone).repeats
+        return _compat.devices(site.eqn)
+    times = site.trips(body)
     return 1 if times is None else times
 
 
@@ -224,27 +221,7 @@ def _costliest(branches: list[list[Row]]) -> list[list[Row]]:
 
 
 def _live(jaxpr: Jaxpr, wanted: Sequence[bool]) -> tuple[list[list[bool]], list[bool]]:
-    """For each equation which of its results are needed, and which inputs of the body are."""
-    needed = {
-        v
-        for v, want in zip(jaxpr.outvars, wanted, strict=True)
-        if want and not isinstance(v, Literal)
-    }
-    found = []
-    for eqn in reversed(jaxpr.eqns):
-        live = [v in needed for v in eqn.outvars]
-        found.append(live)
-        if any(live) or eqn.effects:
-            uses = zip(eqn.invars, _uses(eqn, live), strict=True)
-            needed |= {v for v, use in uses if use and not isinstance(v, Literal)}
-    return found[::-1], [v in needed for v in jaxpr.invars]
-
-
-def _uses(eqn: Equation, live: Sequence[bool]) -> list[bool]:
-    """Which operands the live results of an equation need."""
-    if eqn.primitive.name in _compat.CALLS:
-        return _live(_compat.opened(_compat.call_body(eqn))[0], live)[1]
-    return [True] * len(eqn.invars)
+    return live(jaxpr, wanted, _compat.CALLS, effects=True)
 
 
 def _wanted(eqn: Equation, live: Sequence[bool], body: int) -> Sequence[bool]:

@@ -5,6 +5,8 @@
 While notes are taken, the equations made inside carry the number of the note among their named
 scopes. So a note follows its equations through jit, loops, differentiation and other transforms,
 and a transform written later shows its decisions without a change to who reads them.
+
+One note is for the reader itself: `wide=True` says that a wider dtype is meant here.
 """
 
 import contextlib

@@ -5,13 +5,14 @@ entered passes every operand to every result, so what it calls independent is in
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, TypeAlias
 
 import jax
 
 from unitscale_jax.trace import _compat
-from unitscale_jax.trace._compat import Equation, Jaxpr, Literal, Var
+from unitscale_jax.trace._compat import Jaxpr, Literal, Var
 from unitscale_jax.trace._function import Traced
+from unitscale_jax.trace._live import live
 from unitscale_jax.trace._walk import Flow, Site, walk
 
 Reach: TypeAlias = frozenset[int]
@@ -85,42 +86,14 @@ def _evaluate(
     env: dict[Var, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env |= dict(zip(jaxpr.invars, args, strict=True))
     read = lambda v: v.val if isinstance(v, Literal) else env.get(v)
-    for eqn, live in _live(jaxpr, wanted)[0]:
+    needed, _ = live(jaxpr, wanted, _compat.INLINABLE, effects=False)
+    for eqn, own in zip(jaxpr.eqns, needed, strict=True):
+        if not any(own):
+            continue
         operands = [read(v) for v in eqn.invars]
         if eqn.primitive.name in _compat.INLINABLE:
-            out = _evaluate(*_compat.opened(_compat.call_body(eqn)), operands, live)
+            out = _evaluate(*_compat.opened(_compat.call_body(eqn)), operands, own)
         else:
             out = _compat.bind(eqn, operands)
         env.update(zip(eqn.outvars, out, strict=True))
     return [read(v) if want else None for v, want in zip(jaxpr.outvars, wanted, strict=True)]
-
-
-def _live(
-    jaxpr: Jaxpr, wanted: Sequence[bool]
-) -> tuple[list[tuple[Equation, list[bool]]], set[Var]]:
-    """The equations the wanted results need, each with which of its own results are needed.
-
-    Also all variables they need, of which those among the inputs are what a caller must supply.
-    """
-    needed = {v for v, want in zip(jaxpr.outvars, wanted, strict=True) if want and _is_var(v)}
-    kept = []
-    for eqn in reversed(jaxpr.eqns):
-        live = [v in needed for v in eqn.outvars]
-        if any(live):
-            kept.append((eqn, live))
-            needed |= _uses(eqn, live)
-    return kept[::-1], needed
-
-
-def _uses(eqn: Equation, live: Sequence[bool]) -> set[Var]:
-    """The operands an equation needs for its live results; a call needs what its body needs."""
-    if eqn.primitive.name not in _compat.INLINABLE:
-        return {v for v in eqn.invars if _is_var(v)}
-    body = _compat.opened(_compat.call_body(eqn))[0]
-    inside = _live(body, live)[1]
-    pairs = zip(eqn.invars, body.invars, strict=True)
-    return {v for v, inner in pairs if _is_var(v) and inner in inside}
-
-
-def _is_var(v: Any) -> TypeGuard[Var]:
-    return not isinstance(v, Literal)

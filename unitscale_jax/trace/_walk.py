@@ -10,6 +10,7 @@ A jitted function has one body, however often it is called, so what an analysis 
 keyed by the *place* of an equation, which counts through calls, and never by the equation.
 """
 
+import abc
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -77,17 +78,21 @@ class Site:
         """How often it runs in one evaluation of the function; None if that depends on data."""
         if self.parent is None:
             return 1
-        above, times = self.parent.repeats, _trips(self.parent, self.body)
+        above, times = self.parent.repeats, self.parent.trips(self.body)
         return None if above is None or times is None else above * times
 
+    def trips(self, body: int) -> int | None:
+        """How often one evaluation of the equation runs a body; None if that depends on data."""
+        if self.name == "scan":
+            return self.eqn.params["length"]
+        if self.name == "while":
+            turns = self._turns
+            return None if turns is None else turns + (body == 0)  # it asks once more than it runs
+        return 1
 
-def _trips(site: Site, body: int) -> int | None:
-    if site.name == "scan":
-        return site.eqn.params["length"]
-    if site.name == "while":
-        trips = while_trips(site.eqn)
-        return None if trips is None else trips + (body == 0)  # it asks once more than it runs
-    return 1
+    @functools.cached_property
+    def _turns(self) -> int | None:
+        return while_trips(self.eqn)
 
 
 def bodies(eqn: Equation) -> list[tuple[Jaxpr, Sequence[Any]]]:
@@ -139,7 +144,7 @@ def is_constant(operand: Any) -> bool:
     return isinstance(operand, Literal)
 
 
-class Flow(Generic[V]):
+class Flow(abc.ABC, Generic[V]):
     """What an analysis knows of a value, and how knowledge passes an equation.
 
     Knowledge must be comparable, and grow when joined: `join(a, join(a, b)) == join(a, b)`. A flow
@@ -147,17 +152,17 @@ class Flow(Generic[V]):
     loop's body is walked once.
     """
 
+    @abc.abstractmethod
     def constant(self, value: Any) -> V:
         """What is known of a literal or of an array that the function closes over."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def visit(self, site: Site, inputs: list[V]) -> list[V]:
         """What is known of the results of an equation without a body that can be entered."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def join(self, a: V, b: V) -> V:
         """What is known of a value that is either of two: branches, or a loop's carry."""
-        raise NotImplementedError
 
     def met(self, site: Site, inputs: list[V]) -> None:
         """Told of every equation, calls and loops included, before it is followed."""
@@ -216,11 +221,11 @@ def walk(
     known |= {v: flow.constant(c) for v, c in zip(jaxpr.constvars, consts, strict=True)}
     read = lambda v: flow.constant(v.val) if isinstance(v, Literal) else known[v]
     for index, eqn in enumerate(jaxpr.eqns):
-        step = _STRUCTURES.get(eqn.primitive.name, flow.__class__.visit)
         site = Site(eqn, index, body, parent)
         operands = [read(v) for v in eqn.invars]
         flow.met(site, operands)
-        out = step(flow, site, operands)
+        enter = _STRUCTURES.get(site.name)
+        out = enter(flow, site, operands) if enter else flow.visit(site, operands)
         flow.made(site, out)
         known.update(zip(eqn.outvars, out, strict=True))
     return [read(v) for v in jaxpr.outvars]

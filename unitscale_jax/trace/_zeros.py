@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax.trace._axis_rules import REDUCTIONS
+from unitscale_jax.trace._compat import is_concrete
 from unitscale_jax.trace._factors import Axes, Factor
 from unitscale_jax.trace._walk import Flow, Place, Site
 from unitscale_jax.trace._zero_rules import (
@@ -57,7 +58,7 @@ class Zeros(Flow[Known]):
 
     def constant(self, value: Any) -> Known:
         """Zero, or nothing in particular."""
-        if isinstance(value, jax.core.Tracer) or np.ndim(value):
+        if not is_concrete(value) or np.ndim(value):
             return NOTHING
         if jnp.issubdtype(jnp.result_type(value), jax.dtypes.extended):
             return NOTHING
