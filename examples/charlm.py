@@ -89,14 +89,14 @@ class Block(nnx.Module):
 
 
 def attention(q, k, v):
-    """Causal attention, (rows, time, heads, size) each; its softmax in float32 whatever they are.
+    """Causal attention, (rows, time, heads, size) each.
 
     By hand, because `jax.nn.dot_product_attention` has no float16 on a CPU.
     """
     scores = jnp.einsum("bqhd,bkhd->bhqk", q / math.sqrt(q.shape[-1]), k)
     earlier = jnp.tril(jnp.ones(scores.shape[-2:], bool))  # (time, time)
-    weights = jax.nn.softmax(jnp.where(earlier, scores.astype(jnp.float32), -jnp.inf))
-    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v)
+    weights = jax.nn.softmax(jnp.where(earlier, scores, -jnp.inf))
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
 class GPT(nnx.Module):
@@ -115,8 +115,9 @@ class GPT(nnx.Module):
         # A byte and those just before it, each place with a table of its own: what an n-gram sees
         # is there from the first step, and need not be found by attention. Zeros precede a text.
         back = [jnp.pad(text, ((0, 0), (i, 0)))[:, : text.shape[1]] for i in range(RECENT)]
-        recent = jnp.stack(back, axis=-1) + VOCABULARY * jnp.arange(RECENT)  # (rows, time, RECENT)
-        x = self.recent[recent].sum(axis=2) + self.places[: text.shape[1]]
+        x = self.places[: text.shape[1]]
+        for i, bytes_before in enumerate(back):
+            x = x + self.recent[VOCABULARY * i + bytes_before]
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))
