@@ -54,25 +54,32 @@ def test_a_later_transform_adds_its_column():
     assert "codes" in str(report)
 
 
-def test_the_inner_of_two_notes_of_one_name_is_shown():
-    def fn(params, x):
-        with trace.noted(rule="outer", only="outer"), trace.noted(rule="inner"):
-            return jnp.sin(x)
-
-    (row,) = rows_of(fn, "sin", PARAMS, X)
-    assert row.notes == {"rule": "inner", "only": "outer"}
-
-
-def test_no_marks_are_left_in_a_program_that_nobody_explains():
-    us.explain(us.autocast(model))(PARAMS, X)
-    assert "note:" not in jax.jit(us.autocast(model)).lower(PARAMS, X).as_text(debug_info=True)
-
-
 def test_an_activation_that_widens_another_is_a_silent_upcast():
     upcast = lambda p, x: x.astype(jnp.float32) * jnp.sin(p["w"][:3])
     (row,) = us.explain(upcast)(PARAMS, X.astype(jnp.bfloat16)).upcasts
     assert row.name == "mul"
-    assert not us.explain(model)(PARAMS, X).upcasts
+
+
+def test_a_product_with_a_float32_operand_is_a_silent_upcast():
+    upcast = lambda p, x: jnp.matmul(x.astype(jnp.float32), p["w"])
+    (row,) = us.explain(upcast)(PARAMS, X.astype(jnp.bfloat16)).upcasts
+    assert row.name == "dot_general"
+
+
+def test_a_cast_that_nothing_forces_is_none():
+    square = lambda p, x: (x.astype(jnp.float32) * x.astype(jnp.float32) * 2.0).sum()
+    assert not us.explain(square)(PARAMS, X.astype(jnp.bfloat16)).upcasts
+
+
+def test_float32_in_a_softmax_is_no_upcast():
+    assert not us.explain(us.autocast(model))(PARAMS, X).upcasts
+
+
+def test_a_loop_multiplies_what_its_operations_cost():
+    step = lambda c, _: (c @ jnp.ones((4, 4)), None)
+    loop = lambda p, x: jax.lax.scan(step, x, None, length=5)[0]
+    (row,) = rows_of(loop, "dot_general", PARAMS, X)
+    assert (row.repeats, row.flops) == (5, 5 * 2 * 3 * 4 * 4)
 
 
 def test_a_cast_back_and_forth_is_reported():

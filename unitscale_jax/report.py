@@ -189,9 +189,6 @@ def _operation(
 
 
 _UPCAST = "silent upcast"
-_WIDENED = frozenset(
-    ["add", "add_any", "sub", "mul", "div", "max", "min", "select_n", "concatenate", "atan2"]
-)
 _SUMS = frozenset(["reduce_sum", "reduce_prod", "cumsum", "cumprod", "dot_general"])
 
 
@@ -205,7 +202,7 @@ def _warnings(site: Site, before: Sequence[Site | None], notes: dict[str, Any]) 
         dtype == np.float32 and not cast and not is_constant(v)
         for dtype, cast, v in zip(site.operands, widened, site.eqn.invars, strict=True)
     ]
-    if site.name in _WIDENED and any(widened) and any(wide) and not notes.get("wide"):
+    if any(widened) and any(wide) and not notes.get("wide"):
         yield _UPCAST
     if site.name in _SUMS and _integer_bits(site.results[0]) < 32:
         yield "integer overflow"

@@ -6,12 +6,14 @@ other.
 """
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 from jax.experimental.layout import Format
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend import core, source_info_util
 
 Jaxpr = core.Jaxpr
@@ -59,6 +61,19 @@ def scan_counts(eqn: Equation) -> tuple[int, int]:
 def while_counts(eqn: Equation) -> tuple[int, int]:
     """`(constants of the condition, constants of the body)` of a while equation."""
     return eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+
+
+_TRACINGS = itertools.count()
+
+
+@contextlib.contextmanager
+def traced_apart() -> Iterator[None]:
+    """What is traced inside is traced anew, and what is traced outside does not find it again.
+
+    JAX remembers the trace of a jitted function under the settings of the moment; this is one.
+    """
+    with set_xla_metadata(unitscale_jax_tracing=str(next(_TRACINGS))):
+        yield
 
 
 def devices(eqn: Equation) -> int:

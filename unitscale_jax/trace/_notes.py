@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 
+from unitscale_jax.trace._compat import traced_apart
 from unitscale_jax.trace._walk import Site
 
 _TAKEN: contextvars.ContextVar[list[dict[str, Any]] | None] = contextvars.ContextVar("notes")
@@ -28,7 +29,8 @@ def taking_notes() -> Iterator[list[dict[str, Any]]]:
     """Collects the notes of everything traced inside; see `notes_at`."""
     token = _TAKEN.set(notes := [])
     try:
-        yield notes
+        with traced_apart():  # a trace made before has no notes, and this one is not for running
+            yield notes
     finally:
         _TAKEN.reset(token)
 
