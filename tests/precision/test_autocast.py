@@ -144,6 +144,19 @@ def test_a_softmax_is_as_precise_as_its_logits():
     np.testing.assert_allclose(got, jax.nn.softmax(rounded), rtol=1e-3)
 
 
+def test_a_temperature_is_divided_by_in_float32():
+    fn = lambda params, x: jax.nn.softmax(x @ params["w"] / np.float32(3))
+    assert set(dtypes(autocast(fn), {"w": jnp.eye(4)}, X, name="div")) == {F32}
+
+
+def test_a_cast_made_in_a_loop_stays_in_it():
+    """A kernel that a loop closes over is cast in its condition and in its body, each for itself."""
+    again = lambda params: lambda c: (c @ params["w"]).sum() < 9
+    loop = lambda params, x: lax.while_loop(again(params), lambda c: c @ params["w"] + 1, x)
+    fn = lambda params, x: loop(params, x) @ params["w"]
+    assert jnp.isfinite(jax.jit(autocast(fn))({"w": jnp.eye(4)}, X)).all()
+
+
 def test_demand_goes_through_calls_and_stops_at_a_sum():
     def fn(params, x):
         residual = x @ params["w"] + jnp.tanh(x @ params["w"])
@@ -166,6 +179,8 @@ ADAPTING = {
     "mask": lambda p, h: mask_of(h),
     "relu": lambda p, h: jax.nn.relu(h),
     "max": lambda p, h: jnp.maximum(h, jnp.zeros(4)),
+    "mask of data": lambda p, h: h + jnp.where(h > 0, jnp.float32(0), jnp.float32(-1e9)),
+    "branch of data": lambda p, h: h * lax.cond(h.sum() > 0, lambda: p["b"], lambda: 2 * p["b"]),
     "truth": lambda p, h: h * (h > 0).astype(jnp.float32),
 }
 

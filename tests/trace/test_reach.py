@@ -138,6 +138,15 @@ def test_a_slice_has_no_effects_of_what_it_leaves_out():
     assert seen == []
 
 
+def test_a_slice_computes_nothing_for_effects_that_it_leaves_out():
+    def program(x):
+        jax.debug.callback(lambda y: None, jnp.sin(x))
+        return x + 1, x
+
+    left = jax.make_jaxpr(sliced(trace(program, X), [True, False]))(X)
+    assert [eqn.primitive.name for eqn in left.jaxpr.eqns] == ["add"]
+
+
 def test_a_slice_leaves_out_the_matmul_it_does_not_need():
     def program(w, x):
         return jnp.sum(jnp.tanh(x @ w)), jnp.sum(x > 0)

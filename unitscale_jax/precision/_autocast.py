@@ -27,6 +27,7 @@ from unitscale_jax.trace import (
     Site,
     Staged,
     addresses,
+    dtype_of,
     noted,
     origins,
     sites,
@@ -111,10 +112,10 @@ class _Autocast(Rewriter):
     def program(self, staged: Staged, inputs: list[Origin]) -> list[Any]:
         jaxpr, consts = staged.closed.jaxpr, staged.closed.consts
         self.plan.prepare(jaxpr, inputs)
-        known = [Known(v.aval.dtype, o.active) for v, o in zip(jaxpr.invars, inputs, strict=True)]
+        known = [Known(dtype_of(v), o.active) for v, o in zip(jaxpr.invars, inputs, strict=True)]
         walk(self.plan, jaxpr, known, consts)
         out = self(jaxpr, consts, staged.operands)
-        return [self.cast(x, v.aval.dtype) for x, v in zip(out, jaxpr.outvars, strict=True)]
+        return [self.cast(x, dtype_of(v)) for x, v in zip(out, jaxpr.outvars, strict=True)]
 
     def __call__(self, *args: Any) -> list[Any]:
         # A cast made in a loop's body must not be seen outside, even if it is one of a constant.

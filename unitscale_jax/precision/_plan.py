@@ -29,6 +29,7 @@ from unitscale_jax.trace import (
 )
 
 FLOAT32 = np.dtype(np.float32)
+_LOOKUPS = frozenset({"gather", "dynamic_slice"})
 DTypes: TypeAlias = tuple[np.dtype | None, ...]
 
 
@@ -142,11 +143,6 @@ class Plan(Flow[Known]):
         """Keeps the dtypes of carries and branches."""
         self.carries[site.place] = values
 
-    def chosen(self, site: Site, by: Known, out: Known) -> Known:
-        """A value that an activation decides on is an activation."""
-        del site
-        return Known(out.dtype, out.active or by.active)
-
     def visit(self, site: Site, inputs: list[Known]) -> list[Known]:
         """Decides on an equation."""
         decision = self._decide(site, inputs)
@@ -154,8 +150,18 @@ class Plan(Flow[Known]):
         casts = zip(decision.operands, site.operands, strict=True)
         if decision.results != site.results or any(to not in (None, of) for to, of in casts):
             self._change(site)
-        active = any(known.active for known in inputs)
+        active = any(known.active for known in self._shaping(site, inputs))
         return [Known(dtype, active) for dtype in decision.results]
+
+    def _shaping(self, site: Site, inputs: list[Known]) -> list[Known]:
+        """The operands whose dtype the results follow.
+
+        What only chooses among constants (a mask between 0 and -1e9) does not make them an
+        activation; what looks a row of a table up does.
+        """
+        floats = [known for known in inputs if _is_float(known.dtype)]
+        chosen = floats and site.name not in _LOOKUPS and self._class(site) != "keep"
+        return floats if chosen else inputs
 
     def _change(self, site: Site | None) -> None:
         while site is not None and site.place not in self.changed:
@@ -207,7 +213,7 @@ class Plan(Flow[Known]):
         if active:
             target = _widest(*active)
             return _uniform(site, target, "follow")
-        if any(known.active for known in inputs) and site.name in ("gather", "dynamic_slice"):
+        if any(known.active for known in inputs) and site.name in _LOOKUPS:
             results = tuple(self.low[1] if _is_float(dtype) else dtype for dtype in site.results)
             return Decision((None,) * len(inputs), results, "lookup")
         return _kept(site, "follow")

@@ -1,7 +1,7 @@
 """A function seen as dataflow: what every op-level technique of the library is built on."""
 
 from unitscale_jax.trace._axes import agree, varying, zeros
-from unitscale_jax.trace._compat import ClosedJaxpr, Jaxpr, Literal, varying_axes
+from unitscale_jax.trace._compat import ClosedJaxpr, Jaxpr, Literal, dtype_of, varying_axes
 from unitscale_jax.trace._cost import Cost, Row, cost
 from unitscale_jax.trace._dims import Dims, Group, dims
 from unitscale_jax.trace._function import Staged, Traced, stage, trace
@@ -54,6 +54,7 @@ __all__ = [
     "cost",
     "cost_of",
     "dims",
+    "dtype_of",
     "is_call",
     "is_constant",
     "noted",

@@ -92,7 +92,7 @@ def is_concrete(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer)
 
 
-def dtype(value: Any) -> Any:
+def dtype_of(value: Any) -> Any:
     """The dtype of a variable or a literal; None for a token."""
     return getattr(value.aval, "dtype", None)
 

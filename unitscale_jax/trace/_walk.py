@@ -59,12 +59,12 @@ class Site:
     @functools.cached_property
     def operands(self) -> tuple[Any, ...]:
         """Dtypes of the operands, as traced."""
-        return tuple(_compat.dtype(v) for v in self.eqn.invars)
+        return tuple(_compat.dtype_of(v) for v in self.eqn.invars)
 
     @functools.cached_property
     def results(self) -> tuple[Any, ...]:
         """Dtypes of the results, as traced."""
-        return tuple(_compat.dtype(v) for v in self.eqn.outvars)
+        return tuple(_compat.dtype_of(v) for v in self.eqn.outvars)
 
     @functools.cached_property
     def scope(self) -> str:

@@ -19,7 +19,7 @@ from unitscale_jax.trace._axis_rules import (
     others,
     shape,
 )
-from unitscale_jax.trace._compat import Equation, dtype
+from unitscale_jax.trace._compat import Equation, dtype_of
 from unitscale_jax.trace._elementwise import ELEMENTWISE, State, all_zero, any_zero, at_zero
 from unitscale_jax.trace._factors import Axes, Factor
 
@@ -239,7 +239,7 @@ def _fills_with_zeros(call: Operation) -> bool:
     """Out of bounds a gather gives a fill value: zero, or NaN, which no law survives anyway."""
     params = call.eqn.params
     fills, value = "FILL" in str(params["mode"]), params["fill_value"]
-    floating = jnp.issubdtype(dtype(call.eqn.outvars[0]), jnp.inexact)
+    floating = jnp.issubdtype(dtype_of(call.eqn.outvars[0]), jnp.inexact)
     return not fills or (floating if value is None else bool(value == 0 or value != value))
 
 
