@@ -150,7 +150,7 @@ def test_a_temperature_is_divided_by_in_float32():
 
 
 def test_a_cast_made_in_a_loop_stays_in_it():
-    """A kernel that a loop closes over is cast in its condition and in its body, each for itself."""
+    """A kernel that a loop closes over is cast in its condition and in its body, each alone."""
     again = lambda params: lambda c: (c @ params["w"]).sum() < 9
     loop = lambda params, x: lax.while_loop(again(params), lambda c: c @ params["w"] + 1, x)
     fn = lambda params, x: loop(params, x) @ params["w"]
