@@ -117,6 +117,18 @@ def test_tangents_of_any_program_are_its_own_when_replayed(program):
     chex.assert_trees_all_equal(pushed(replayed(program)), pushed(program), strict=True)
 
 
+def test_each_branch_keeps_the_constants_that_its_rules_bring():
+    tables = {"sin": jnp.arange(4.0), "cos": -jnp.ones(4)}
+    scaled = lambda name: lambda site, operands: [operands[0] * tables[name]]
+    fn = rewritten(
+        lambda i, x: lax.switch(i, [jnp.sin, jnp.cos, jnp.tanh], x),
+        {name: scaled(name) for name in tables},
+    )
+    x = jnp.linspace(1.0, 2.0, 4)
+    for i, want in enumerate([x * tables["sin"], -x, jnp.tanh(x)]):
+        chex.assert_trees_all_equal(jax.jit(fn)(jnp.int32(i), x), want)
+
+
 # Rewriting commutes with the transformations of JAX.
 
 
