@@ -1,7 +1,8 @@
 """Claim: casts and loss scaling cost only the casts; float32 masters keep what bfloat16 loses.
 
-On the language model of `lm.py`: the policy cast against the same model with its dtype written by
-hand (and `jmp`, when installed: the extra `bench`); a step with `loss_scaled` against the same step
+On the language model of `lm.py`: the policy cast and autocast against the same model with its dtype
+written by hand (and `jmp`, when installed: the extra `bench`); on a Linen transformer, autocast
+against Flax's own `dtype=`; a step with `loss_scaled` against the same step
 with flax's `DynamicScale`; and 1,000 small steps on bfloat16 weights, with and without a master.
 """
 
@@ -16,6 +17,7 @@ import itertools
 import harness
 import jax
 import jax.numpy as jnp
+import linen_lm
 import lm
 import optax
 from flax.training.dynamic_scale import DynamicScale
@@ -57,6 +59,27 @@ def casts(params, batch, runs):
             share = harness.ratio(costs[ours][key], costs[theirs][key])
             harness.claim(f"{ours}: {key} <= 1.01x {theirs}", share <= 1.01, ratio=share)
     harness.claim("gradients in bfloat16", None, seconds=times, costs=costs)
+
+
+def flax(layers, width, rows, time, runs):
+    """Autocast of a Linen model against the same model with `dtype=bfloat16` in every layer."""
+    plain = linen_lm.Language(layers, width)
+    by_hand = linen_lm.Language(layers, width, dtype=jnp.bfloat16)
+    tokens = jax.random.randint(jax.random.key(0), (rows, time), 0, 256)
+    params = plain.init(jax.random.key(1), tokens)
+    forms = {"float32": plain.apply, "dtype": by_hand.apply, "autocast": us.autocast(plain.apply)}
+    grads = {name: jax.grad(linen_lm.loss_of(apply)) for name, apply in forms.items()}
+    programs = {name: harness.compiled(fn, params, tokens) for name, fn in grads.items()}
+    costs = {name: harness.cost(program) for name, program in programs.items()}
+    times = harness.seconds({n: lambda p=p: p(params, tokens) for n, p in programs.items()}, runs)
+    for key in ("flops", "bytes", "temp_bytes"):
+        share = harness.ratio(costs["autocast"][key], costs["dtype"][key])
+        harness.claim(f"autocast: {key} <= 1.0x Flax's dtype=", share <= 1.0, ratio=share)
+    exact, *low = (programs[name](params, tokens) for name in ("float32", "dtype", "autocast"))
+    errors = [float(optax.tree.norm(jax.tree.map(jnp.subtract, g, exact))) for g in low]
+    share = harness.ratio(errors[1], errors[0])
+    harness.claim("autocast: gradient error <= 1.1x Flax's dtype=", share <= 1.1, ratio=share)
+    harness.claim("gradients of the Linen model", None, seconds=times, costs=costs)
 
 
 def _with_jmp():
@@ -162,6 +185,7 @@ def main():
     params = lm.init(jax.random.key(0), layers=1 if small else 4, width=16 if small else 256)
     batch = lm.batch(jax.random.key(1), *((8, 8) if small else (4, 128)))
     casts(params, batch, options.runs)
+    flax(*((1, 16, 2, 8) if small else (4, 256, 4, 128)), options.runs)
     scaling(params, batch, options.runs)
     masters(20 if small else 1000)
 

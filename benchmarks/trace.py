@@ -13,50 +13,21 @@ os.environ["BENCHMARK"] = __file__
 
 import functools
 
-import flax.linen as nn
 import harness
 import jax
 import jax.numpy as jnp
+import linen_lm
 
 import unitscale_jax as us
 from unitscale_jax.trace import Rewriter, rewritten, stage
 
 
-class Block(nn.Module):
-    heads: int
-
-    @nn.compact
-    def __call__(self, x):  # (batch, time, width)
-        width, heads = x.shape[-1], self.heads
-        mask = nn.make_causal_mask(x[..., 0])
-        x = x + nn.MultiHeadDotProductAttention(num_heads=heads)(nn.LayerNorm()(x), mask=mask)
-        hidden = nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x)))
-        return x + nn.Dense(width)(hidden)
-
-
-class Language(nn.Module):
-    layers: int
-    width: int
-
-    @nn.compact
-    def __call__(self, tokens):  # (batch, time)
-        x = nn.Embed(256, self.width)(tokens)
-        for _ in range(self.layers):
-            x = Block(heads=2)(x)
-        return nn.Dense(256)(nn.LayerNorm()(x))
-
-
 def model(layers, width, time):
     """A forward pass and a loss, with abstract arguments: tracing and compiling need no numbers."""
-    module = Language(layers, width)
+    module = linen_lm.Language(layers, width)
     tokens = jax.ShapeDtypeStruct((2, time), jnp.int32)
     params = jax.eval_shape(module.init, jax.random.key(0), tokens)
-
-    def loss(params, tokens):
-        log_probs = jax.nn.log_softmax(module.apply(params, tokens)[:, :-1])
-        return -jnp.mean(jnp.take_along_axis(log_probs, tokens[:, 1:, None], -1))
-
-    return module.apply, loss, (params, tokens)
+    return module.apply, linen_lm.loss_of(module.apply), (params, tokens)
 
 
 def every(fn):

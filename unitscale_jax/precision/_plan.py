@@ -5,6 +5,7 @@ prefix operations that feed them, across calls, to the product, sum or boundary 
 Forwards, the dtypes: each equation's from those of its operands, loops to a fixpoint.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -173,7 +174,7 @@ class Plan(Flow[Known]):
         floats = [dtype for dtype in traced if _is_float(dtype)]
         if not floats:
             return _kept(site, "no floats")
-        if any(jnp.finfo(dtype).bits not in (16, 32) for dtype in floats):
+        if any(_bits(dtype) not in (16, 32) for dtype in floats):
             return _back(_kept(site, "kept: not a float of 16 or 32 bits"), site, inputs)
         return getattr(self, f"_{self._class(site)}")(site, inputs)
 
@@ -193,7 +194,7 @@ class Plan(Flow[Known]):
             if _is_precise(site.eqn.params.get("precision")):
                 return _back(_kept(site, "kept: precision"), site, inputs)
         asked = site.results[0]  # wider than its operands, if the user asked for it
-        wider = _widest(*operands[:2]) != asked and jnp.finfo(asked).bits > jnp.finfo(result).bits
+        wider = _widest(*operands[:2]) != asked and _bits(asked) > _bits(result)
         casts = tuple(given if _is_float(d) else None for d in operands)
         return Decision(casts, (asked if wider else result,), why)
 
@@ -263,12 +264,18 @@ def _text(pattern: Any) -> str:
     return repr(pattern if isinstance(pattern, str) else pattern.pattern)
 
 
+@functools.lru_cache
+def _bits(dtype: Any) -> int:
+    return jnp.finfo(dtype).bits
+
+
 def _is_precise(precision: Any) -> bool:
     """Whether a user asked for the highest precision of a product."""
     given = precision if isinstance(precision, tuple) else (precision,)
     return jax.lax.Precision.HIGHEST in given
 
 
+@functools.lru_cache  # asked for every operand of every equation, of a handful of dtypes
 def _is_float(dtype: Any) -> bool:
     return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
 
@@ -278,8 +285,8 @@ def _widest(*dtypes: Any) -> np.dtype:
     out = dtypes[0]
     for dtype in dtypes[1:]:
         if out != dtype:
-            wider = [d for d in (out, dtype) if jnp.finfo(d).bits > 16]
-            out = max(wider, key=lambda d: jnp.finfo(d).bits) if wider else FLOAT32
+            wider = [d for d in (out, dtype) if _bits(d) > 16]
+            out = max(wider, key=_bits) if wider else FLOAT32
     return np.dtype(out)
 
 
