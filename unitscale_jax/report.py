@@ -139,7 +139,8 @@ def explain(fn: Callable[..., Any]) -> Callable[..., Report]:
 
     Warnings: a *silent upcast*, where a float32 operand widens a 16-bit one outside the operations
     that need it; a *cast back and forth*; *float64*; and *integer overflow*, where integers of less
-    than 32 bits are summed or a wide integer is cast to a narrow one.
+    than 32 bits are summed or a wide integer is cast to a narrow one; *not entered*, where a kernel
+    or a solver has operations that no transform sees.
 
     Example:
         >>> import unitscale_jax as us
@@ -204,6 +205,8 @@ def _warnings(site: Site, before: Sequence[Site | None], notes: dict[str, Any]) 
     ]
     if any(widened) and any(wide) and not notes.get("wide"):
         yield _UPCAST
+    if site.is_opaque:
+        yield "not entered"
     if site.name in _SUMS and _integer_bits(site.results[0]) < 32:
         yield "integer overflow"
 

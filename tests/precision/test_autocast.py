@@ -144,6 +144,13 @@ def test_a_softmax_is_as_precise_as_its_logits():
     np.testing.assert_allclose(got, jax.nn.softmax(rounded), rtol=1e-3)
 
 
+def test_a_row_that_is_masked_whole_is_no_nan():
+    lowest = np.finfo(np.float32).min  # -inf in 16 bits
+    fn = lambda params, x: jax.nn.softmax(jnp.where(x > 9, x @ params["w"], lowest))
+    for compute in (BF16, F16):
+        assert (autocast(fn, compute)({"w": jnp.eye(4)}, X) == 0.25).all()
+
+
 def test_a_temperature_is_divided_by_in_float32():
     fn = lambda params, x: jax.nn.softmax(x @ params["w"] / np.float32(3))
     assert set(dtypes(autocast(fn), {"w": jnp.eye(4)}, X, name="div")) == {F32}

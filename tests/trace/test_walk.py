@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from unitscale_jax.trace._walk import Flow, sites, walk
+from unitscale_jax.trace._walk import Flow, opaque, sites, walk
 
 X = jnp.arange(1.0, 4.0)
 
@@ -124,3 +124,11 @@ def test_every_kind_of_body_is_entered():
     assert "sin" not in {site.parent and site.parent.name for site in sites_of(everything, X)}
     opaque = {"jit", "pjit", "scan", "while", "cond", "checkpoint", "remat2"}
     assert not opaque & {site.name for site in sites_of(everything, X)}
+
+
+def test_only_what_hides_its_equations_is_opaque():
+    def fn(x):
+        scattered = x.at[jnp.array([0, 2])].add(1.0)  # has a body that adds two numbers
+        return everything(lax.custom_linear_solve(lambda v: 2 * v, scattered, lambda _, b: b / 2))
+
+    assert [site.name for site in opaque(jax.make_jaxpr(fn)(X).jaxpr)] == ["custom_linear_solve"]

@@ -92,6 +92,15 @@ def is_concrete(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer)
 
 
+_COMBINERS = ("scatter", "reduce", "select_and_scatter")  # their bodies combine two numbers
+
+
+def is_closed(eqn: Equation) -> bool:
+    """Whether an equation has equations of its own among its parameters, of any kind."""
+    combines = eqn.primitive.name.startswith(_COMBINERS)
+    return not combines and next(iter(core.jaxprs_in_params(eqn.params)), None) is not None
+
+
 def dtype_of(value: Any) -> Any:
     """The dtype of a variable or a literal; None for a token."""
     return getattr(value.aval, "dtype", None)

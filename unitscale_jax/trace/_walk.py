@@ -73,6 +73,12 @@ class Site:
         above = "" if self.parent is None else self.parent.scope
         return "/".join(part for part in (above, here) if part)
 
+    @property
+    def is_opaque(self) -> bool:
+        """Whether it stands for equations that cannot be entered, or is one of those; `opaque`."""
+        closed = _compat.is_closed(self.eqn) and not bodies(self.eqn)
+        return closed or (self.parent is not None and self.parent.is_opaque)
+
     @functools.cached_property
     def repeats(self) -> int | None:
         """How often it runs in one evaluation of the function; None if that depends on data."""
@@ -122,6 +128,19 @@ def sites(jaxpr: Jaxpr, parent: Site | None = None, body: int = 0) -> Iterator[S
             yield site
         for number, (inner, _) in enumerate(inside):
             yield from sites(inner, site, number)
+
+
+def opaque(jaxpr: Jaxpr) -> list[Site]:
+    """Equations that have a body which cannot be entered: kernels, solvers, others' primitives.
+
+    Rewriting leaves what is inside as it stands, and every analysis takes it for one operation.
+
+    Example:
+        >>> solve = jax.make_jaxpr(lambda a, b: jnp.linalg.solve(a, b))(jnp.eye(2), jnp.ones(2))
+        >>> [site.name for site in opaque(solve.jaxpr)]
+        ['custom_linear_solve']
+    """
+    return [site for site in sites(jaxpr) if site.is_opaque]
 
 
 def producers(
