@@ -125,7 +125,8 @@ class _Autocast(Rewriter):
         finally:
             self.casts = outside
 
-    def touches(self, site: Site) -> bool:
+    def touches(self, site: Site, operands: list[Any]) -> bool:
+        del operands
         return site.place in self.plan.changed or taking()
 
     def evaluate(self, site: Site, operands: list[Any]) -> list[Any]:
