@@ -4,6 +4,7 @@ Linen's dicts, `nnx.State` and plain pytrees give the same names, so rules, repo
 the whole library speak of parameters and never of frameworks.
 """
 
+import abc
 import functools
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +15,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax.typing import DType
+
+
+class Compound(abc.ABC):
+    """A node of a tree that stands for one array, such as a quantized one.
+
+    What treats a tree by its arrays (casts, rules, layouts) treats a compound as a whole, and what
+    treats it by its leaves (jit, loops, checkpoints) never notices.
+    """
+
+    dtype: Any
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array it stands for."""
+
+    @abc.abstractmethod
+    def astype(self, dtype: DType) -> "Compound":
+        """The same, standing for an array of another dtype."""
+
+
+def is_compound(node: Any) -> bool:
+    """Whether a node of a tree stands for one array."""
+    return isinstance(node, Compound)
 
 
 def names(tree: Any, *, is_leaf: Callable[[Any], bool] | None = None) -> list[str]:
@@ -100,12 +125,19 @@ def wide(dtype: DType) -> np.dtype:
 def cast(tree: Any, dtype: DType) -> Any:
     """Casts the floating leaves; integers, booleans and random keys stay as they are.
 
+    A `Compound` stands for an array of another dtype from then on; its own arrays stay.
+
     Example:
         >>> cast({"w": jnp.ones(2), "n": jnp.arange(2)}, "bfloat16")["w"].dtype
         dtype(bfloat16)
     """
-    cast_leaf = lambda leaf: jnp.asarray(leaf).astype(dtype) if is_floating(leaf) else leaf
-    return jax.tree.map(cast_leaf, tree)
+    return jax.tree.map(functools.partial(_cast_leaf, dtype), tree, is_leaf=is_compound)
+
+
+def _cast_leaf(dtype: DType, leaf: Any) -> Any:
+    if is_compound(leaf):
+        return leaf.astype(dtype)
+    return jnp.asarray(leaf).astype(dtype) if is_floating(leaf) else leaf
 
 
 def partition(tree: Any, predicate: Callable[[str, Any], bool]) -> tuple[Any, Any]:

@@ -153,7 +153,8 @@ class _Autocast(Rewriter):
             self.casts[id(x), dtype] = x, _convert(x, dtype)
         return self.casts[id(x), dtype][1]
 
-    def carried(self, site: Site, carry: list[Any]) -> list[Any]:
+    def carried(self, site: Site, carry: list[Any], step: Any) -> list[Any]:
+        del step
         return self._settled(site, carry)
 
     def returned(self, site: Site, results: list[Any]) -> list[Any]:

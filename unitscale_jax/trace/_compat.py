@@ -126,7 +126,12 @@ def scan_options(eqn: Equation) -> dict[str, Any]:
     return {name: eqn.params[name] for name in names if name in eqn.params}
 
 
-def rejit(eqn: Equation, body: Callable[..., Any]) -> Callable[..., Any]:
+def rejit(
+    eqn: Equation,
+    body: Callable[..., Any],
+    operands: Sequence[Any],
+    partitioned: Callable[[Any, Any], Any],
+) -> Callable[..., Any]:
     """`body` jitted as an equation's own was: donation, shardings, layouts, name."""
     params = eqn.params
     body.__name__ = body.__qualname__ = params["name"]
@@ -134,7 +139,9 @@ def rejit(eqn: Equation, body: Callable[..., Any]) -> Callable[..., Any]:
     kinds_out = zip(params["out_shardings"], params["out_layouts"], strict=True)
     return jax.jit(
         body,
-        in_shardings=tuple(_placement(*kind) for kind in kinds),
+        in_shardings=tuple(
+            partitioned(x, _placement(*kind)) for x, kind in zip(operands, kinds, strict=True)
+        ),
         out_shardings=[_placement(*kind) for kind in kinds_out],
         donate_argnums=tuple(i for i, d in enumerate(params["donated_invars"]) if d),
         keep_unused=params["keep_unused"],
@@ -201,13 +208,19 @@ def like(old: Any, jaxpr: Jaxpr) -> Any:
     return ClosedJaxpr(jaxpr, ()) if isinstance(old, ClosedJaxpr) else jaxpr
 
 
-def reshard_map(eqn: Equation, body: Callable[..., Any]) -> Callable[..., Any]:
+def reshard_map(
+    eqn: Equation,
+    body: Callable[..., Any],
+    operands: Sequence[Any],
+    partitioned: Callable[[Any, Any], Any],
+) -> Callable[..., Any]:
     """`body` mapped over the mesh as an equation's own was."""
     params = eqn.params
+    pairs = zip(operands, params["in_specs"], strict=True)
     return jax.shard_map(
         body,
         mesh=params["mesh"],
-        in_specs=tuple(params["in_specs"]),
+        in_specs=tuple(partitioned(x, spec) for x, spec in pairs),
         out_specs=list(params["out_specs"]),
         axis_names=params["newly_manual_axes"],
         check_vma=params["check_vma"],

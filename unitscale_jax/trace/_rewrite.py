@@ -74,10 +74,20 @@ class Rewriter:
         self.rules, self.default = rules, default
         self._touched: dict[int, tuple[Jaxpr, bool]] = {}  # by identity, which the jaxpr keeps
 
-    def carried(self, site: Site, carry: list[Any]) -> list[Any]:
-        """The initial carry of a loop, as its body will return it."""
-        del site
+    def carried(
+        self, site: Site, carry: list[Any], step: Callable[[list[Any]], list[Any]]
+    ) -> list[Any]:
+        """The initial carry of a loop, as its body will return it.
+
+        `step` is what the body makes of a carry, abstractly and before it is `returned`.
+        """
+        del site, step
         return carry
+
+    def partitioned(self, operand: Any, placement: Any) -> Any:
+        """How an operand of a call is partitioned (a spec, a sharding) that was one array."""
+        del operand
+        return placement
 
     def returned(self, site: Site, results: list[Any]) -> list[Any]:
         """The results of a body: of a branch as the others return them, of a loop as carried."""
@@ -169,7 +179,7 @@ def _last_uses(jaxpr: Jaxpr) -> dict[int, list[Var]]:
 
 def _jit(rewriter: Rewriter, site: Site, operands: list[Any]) -> Sequence[Any]:
     body = lambda *xs: rewriter.inline(site, xs)
-    return _compat.rejit(site.eqn, body)(*operands)
+    return _compat.rejit(site.eqn, body, operands, rewriter.partitioned)(*operands)
 
 
 def _remat(rewriter: Rewriter, site: Site, operands: list[Any]) -> Sequence[Any]:
@@ -177,13 +187,16 @@ def _remat(rewriter: Rewriter, site: Site, operands: list[Any]) -> Sequence[Any]
 
 
 def _shard_map(rewriter: Rewriter, site: Site, operands: list[Any]) -> Sequence[Any]:
-    return _compat.reshard_map(site.eqn, lambda *xs: rewriter.inline(site, xs))(*operands)
+    body = lambda *xs: rewriter.inline(site, xs)
+    return _compat.reshard_map(site.eqn, body, operands, rewriter.partitioned)(*operands)
 
 
 def _scan(rewriter: Rewriter, site: Site, operands: list[Any]) -> Sequence[Any]:
     consts, carries = _compat.scan_counts(site.eqn)
     before, xs = operands[:consts], operands[consts + carries :]
-    init = rewriter.carried(site, operands[consts : consts + carries])
+    step = lambda carry, x: rewriter.enter(site, 0, [*before, *carry, *x])[:carries]
+    abstract = lambda carry: jax.eval_shape(step, carry, [jax.tree.map(_row, x) for x in xs])
+    init = rewriter.carried(site, operands[consts : consts + carries], abstract)
 
     def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
         out = rewriter.returned(site, rewriter.enter(site, 0, [*before, *carry, *x]))
@@ -193,12 +206,18 @@ def _scan(rewriter: Rewriter, site: Site, operands: list[Any]) -> Sequence[Any]:
     return [*carry, *ys]
 
 
+def _row(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.eval_shape(lambda x: x[0], x)
+
+
 def _while(rewriter: Rewriter, site: Site, operands: list[Any]) -> Sequence[Any]:
     of_cond, of_body = _compat.while_counts(site.eqn)
     cond_consts, body_consts = operands[:of_cond], operands[of_cond : of_cond + of_body]
-    init = rewriter.carried(site, operands[of_cond + of_body :])
+    step = lambda carry: rewriter.enter(site, 1, [*body_consts, *carry])
+    abstract = lambda carry: jax.eval_shape(step, carry)
+    init = rewriter.carried(site, operands[of_cond + of_body :], abstract)
     again = lambda carry: rewriter.enter(site, 0, [*cond_consts, *carry])[0]
-    body = lambda carry: rewriter.returned(site, rewriter.enter(site, 1, [*body_consts, *carry]))
+    body = lambda carry: rewriter.returned(site, step(carry))
     return jax.lax.while_loop(again, body, init)
 
 

@@ -1,0 +1,194 @@
+"""The equations of quantization on arrays, all in float32.
+
+    s = m / Q,    q = clip(rne(x Q / m), -Q, Q),    x^ = q s                        symmetric
+    s = r / n,    q = clip(rne(x n / r) + z, L, L + n),    x^ = (q - z) s           asymmetric
+
+Products are written as products: XLA makes of a division by a constant a product with its
+reciprocal, which rounds otherwise. Three guards make results the same bits in any program:
+`on_grid` says the rounding to 16 bits aloud, since XLA may drop a cast and its inverse; `fence`
+keeps a product from being fused with the sum after it; and scales are always associated alike,
+`f32(acc) * (s_x * s_w)`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unitscale_jax.quantize._spec import QSpec
+from unitscale_jax.typing import Key
+
+
+def on_grid(x: Any) -> jax.Array:
+    """The values of a 16 or 32-bit float array as float32, on the grid of their dtype."""
+    info = jnp.finfo(jnp.result_type(x))
+    wide = jnp.asarray(x).astype(jnp.float32)
+    return jax.lax.reduce_precision(wide, info.nexp, info.nmant) if info.bits < 32 else wide
+
+
+def fence(x: jax.Array) -> jax.Array:
+    """The identity, opaque to the compiler: no fused multiply-add across it.
+
+    A barrier would be dropped on one JAX line and cost a kernel on a GPU; this costs nothing.
+    """
+    return jnp.where(x == x, x, np.float32(np.nan))
+
+
+def emit(y: jax.Array, dtype: Any) -> jax.Array:
+    """A float32 result in its dtype, rounded aloud."""
+    info = jnp.finfo(dtype)
+    fenced = fence(y)
+    if info.bits < 32:
+        fenced = jax.lax.reduce_precision(fenced, info.nexp, info.nmant)
+    return fenced.astype(dtype)
+
+
+def threshold(q: float) -> np.float32:
+    """t(Q) = 2^(ceil(log2 Q) - 126): from here on both m / Q and Q / m are normal numbers."""
+    return np.float32(2.0 ** (math.ceil(math.log2(q)) - 126))
+
+
+def scales(m: jax.Array, spec: QSpec) -> tuple[jax.Array, jax.Array]:
+    """Scale and its inverse for a bound m; of less than t(Q) 1 and 0, of NaN NaN."""
+    q = spec.max_code
+    zero = m < threshold(q)  # `<`, so that a NaN stays one
+    step = m * np.float32(1 / q)
+    if spec.scale == "free":
+        return jnp.where(zero, 1.0, step), jnp.where(zero, 0.0, np.float32(q) / m)
+    fraction, exponent = jnp.frexp(step)
+    # ceil(log2(m / Q)): frexp's fraction is in [1/2, 1), and a power of two is its own ceiling.
+    exponent = jnp.where(zero, 0, exponent - (fraction == 0.5))
+    finite = jnp.isfinite(step)
+    power = lambda e: jnp.where(finite, jnp.ldexp(jnp.float32(1), e), step)
+    return power(exponent), jnp.where(zero, 0.0, power(-exponent))
+
+
+def symmetric(x: jax.Array, m: jax.Array, spec: QSpec, key: Key | None = None) -> Any:
+    """Codes and scale.
+
+    Args:
+        x: float32.
+        m: Bound of |x|, of the shape of the scale.
+        spec: Format and rounding.
+        key: Draws of stochastic rounding.
+    """
+    scale, inverse = scales(m, spec)
+    return codes_of(x * spread(inverse, x.shape), spec, key), scale
+
+
+def codes_of(steps: jax.Array, spec: QSpec, key: Key | None = None) -> jax.Array:
+    """Values in units of the scale, rounded to codes; clipped first, for no cast saturates."""
+    q = np.float32(spec.max_code)
+    if not spec.is_integer:
+        steps = jnp.clip(steps, -q, q)
+    elif key is not None and spec.rounding == "stochastic":
+        steps = jnp.floor(steps + jax.random.uniform(key, steps.shape))
+    else:
+        steps = jax.lax.round(steps, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
+    return as_codes(jnp.clip(steps, -q, q), spec)
+
+
+def as_codes(whole: jax.Array, spec: QSpec) -> jax.Array:
+    """Whole numbers in the dtype of codes; to four bits by way of eight."""
+    if not spec.is_integer:
+        return whole.astype(spec.code_dtype)
+    return whole.astype(jnp.int8).astype(spec.code_dtype)
+
+
+def asymmetric(x: jax.Array, low: jax.Array, high: jax.Array, spec: QSpec) -> Any:
+    """Codes, scale and zero point for a range that contains zero."""
+    n = 2**spec.grid.bits - 1
+    least = -(2 ** (spec.grid.bits - 1))
+    whole = lambda v: jax.lax.round(v, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
+    r = high - low
+    zero = r < threshold(n)
+    scale = jnp.where(zero, 1.0, r * np.float32(1 / n))
+    inverse = jnp.where(zero, 0.0, np.float32(n) / r)
+    point = jnp.clip(least - whole(low * inverse), least, least + n)
+    # The zero point is added after rounding, where no multiply-add can be fused.
+    codes = jnp.clip(whole(x * spread(inverse, x.shape)) + spread(point, x.shape), least, least + n)
+    return as_codes(codes, spec), scale, point.astype(jnp.int32)
+
+
+def integer_groups(x: jax.Array, tiles: jax.Array, axis: int, spec: QSpec) -> Any:
+    """Codes, a scale for each channel, and an int8 multiplier for each of its groups.
+
+    s = m / (Q I),    i_t = clip(ceil(m_t / (Q s)), 1, I),    q = clip(rne(x / s / i_t), -Q, Q)
+
+    Args:
+        x: float32.
+        tiles: Bounds of the groups, whose number is its size along `axis`.
+        axis: The grouped axis.
+        spec: Its group is `Group(.., scale="integer")`.
+    """
+    q, most = spec.max_code, spec.most_multiplier
+    m = jnp.max(tiles, axis=axis, keepdims=True)
+    zero = m < threshold(q * most)
+    scale = jnp.where(zero, 1.0, m * np.float32(1 / (q * most)))
+    inverse = jnp.where(zero, 0.0, np.float32(q * most) / m)
+    multiplier = jnp.clip(jnp.ceil((tiles * inverse) * np.float32(1 / q)), 1, most)
+    steps = (x * spread(inverse, x.shape)) * spread(1 / multiplier, x.shape)
+    return codes_of(steps, spec), scale, multiplier.astype(jnp.int8)
+
+
+def spread(s: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Repeats what belongs to groups to the elements of the groups; sizes of 1 stay."""
+    for axis, (n, full) in enumerate(zip(s.shape, shape, strict=True)):
+        if n not in (1, full):
+            s = jnp.repeat(s, full // n, axis=axis, total_repeat_length=full)
+    return s
+
+
+def tiled(x: jax.Array, axis: int, count: int) -> jax.Array:
+    """Splits an axis in `count` tiles: (.., K, ..) to (.., count, K / count, ..)."""
+    return x.reshape(*x.shape[:axis], count, x.shape[axis] // count, *x.shape[axis + 1 :])
+
+
+def bounds_of(x: jax.Array, axes: Sequence[int], spec: QSpec, tiles: int = 1) -> jax.Array:
+    """The calibrator's bound of |x| over axes; with tiles, for each along the last of them."""
+    axes = tuple(sorted(axes))
+    if tiles == 1:
+        error = _squared_error(x, axes, spec)
+        return spec.calibrator.bound(x, axes, error)
+    last = axes[-1]
+    cut = tiled(x, last, tiles)
+    inner = tuple(a if a < last else a + 1 for a in axes)
+    found = spec.calibrator.bound(cut, inner, _squared_error(cut, inner, spec))
+    return found.squeeze(last + 1)
+
+
+def _squared_error(x: jax.Array, axes: tuple[int, ...], spec: QSpec) -> Callable[[Any], Any]:
+    def error(m: jax.Array) -> jax.Array:
+        codes, scale = symmetric(x, m, spec)
+        off = codes.astype(jnp.float32) * scale - x
+        return jnp.sum(off * off, axis=axes, keepdims=True)
+
+    return error
+
+
+def pack_int4(codes: np.ndarray) -> np.ndarray:
+    """Two codes a byte along the last axis, the low nibble first, padded by a zero.
+
+    Example:
+        >>> pack_int4(np.array([-7, -1, 0, 1, 2, 4, 7, -3, 5])).tobytes().hex(" ")
+        'f9 10 42 d7 05'
+    """
+    wide = np.asarray(codes).astype(np.int8)
+    if wide.shape[-1] % 2:
+        wide = np.concatenate([wide, np.zeros((*wide.shape[:-1], 1), np.int8)], axis=-1)
+    nibbles = wide.view(np.uint8) & 0xF
+    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+
+
+def unpack_int4(packed: np.ndarray, size: int) -> np.ndarray:
+    """The inverse of `pack_int4`, as int8; `size` is that of the last axis.
+
+    Example:
+        >>> unpack_int4(np.array([0xF9, 0x05], np.uint8), 3).tolist()
+        [-7, -1, 5]
+    """
+    both = np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+    return (((both[..., :size] ^ 8).astype(np.int16)) - 8).astype(np.int8)

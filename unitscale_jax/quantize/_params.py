@@ -1,0 +1,199 @@
+"""From parameters to codes, leaf by leaf."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unitscale_jax import rules as named_rules, tree as trees
+from unitscale_jax.quantize._ops import (
+    asymmetric,
+    bounds_of,
+    integer_groups,
+    on_grid,
+    spread,
+    symmetric,
+)
+from unitscale_jax.quantize._qtensor import QTensor, integer_codes, is_quantized
+from unitscale_jax.quantize._spec import DotSpec
+
+Rules = named_rules.Rules[DotSpec]
+ACTIVATIONS: tuple[int, ...] = ()
+"""The axes of a rule's spec once it is known to name products of activations, no parameter."""
+
+
+def quantize(
+    params: Any, rules: Rules, stats: Mapping[str, Any] | None = None, *, delete: bool = False
+) -> Any:
+    """Replaces the parameters that rules name by codes and scales.
+
+    Args:
+        params: A pytree of parameters.
+        rules: Pairs (pattern, `DotSpec`) whose axes are given, as `resolve` gives them.
+        stats: What `calibrate` found: by parameter, the range of what meets it.
+        delete: Frees each float array once its codes are there, so that the peak is the model and
+            the codes of one leaf; the arrays cannot be used afterwards.
+
+    Returns:
+        `params` with a `QTensor` for each parameter named. One that is quantized already, by the
+        same spec, stays.
+
+    Raises:
+        ValueError: A rule matches nothing, has no axes, or names a parameter that cannot be
+            quantized: not floating, not finite, axes it does not have, groups that do not divide.
+
+    Law: |x - dequantize(quantize(x))| <= s / 2 where nothing is clipped, up to rounding.
+
+    Example:
+        >>> import unitscale_jax as us
+        >>> rules = {"w": us.DotSpec(w=us.QSpec(axes=(-1,)), x=us.QSpec())}
+        >>> w = quantize({"w": jnp.array([[-1.0, 0.3, 0.5, 1.0]])}, rules)["w"]
+        >>> w.codes.tolist(), w.scale.shape
+        ([[-127, 38, 64, 127]], (1, 1))
+    """
+    found = match(rules, params)
+    known = trees.named_leaves(params, is_leaf=is_quantized)
+    chosen = {name: spec for name, spec in found.items() if spec is not None}
+    done = dict(known)
+    bytes_of = lambda name: trees.nbytes(known[name])
+    for name in sorted(chosen, key=bytes_of):  # small ones first, which frees most for the largest
+        leaf, spec = known[name], chosen[name]
+        done[name] = _quantized(name, leaf, spec, range_of(stats, name))
+        if delete and done[name] is not leaf and isinstance(leaf, jax.Array):
+            jax.block_until_ready(done[name])
+            leaf.delete()
+    structure = jax.tree.structure(params, is_leaf=is_quantized)
+    return jax.tree.unflatten(structure, list(done.values()))
+
+
+def match(rules: Rules, params: Any) -> dict[str, DotSpec | None]:
+    """The spec of each parameter; a rule known to name activations need match none."""
+    names = trees.names(params, is_leaf=is_quantized)
+    pairs = [pair for pair in named_rules.pairs_of(rules) if _checked(pair).w.axes != ACTIVATIONS]
+    return named_rules.match(pairs, names)
+
+
+def _checked(pair: tuple[Any, Any]) -> DotSpec:
+    pattern, spec = pair
+    if not isinstance(spec, DotSpec):
+        raise TypeError(
+            f"rule {pattern!r} has the value {spec!r}; a quantization rule has a DotSpec, such as "
+            "DotSpec(w=QSpec(), x=QSpec())."
+        )
+    return spec
+
+
+def agrees(held: DotSpec, asked: DotSpec) -> bool:
+    """Whether a spec is the asked one, whose axes may be open."""
+    return held == (asked if asked.w.axes is not None else asked.with_axes(held.w.axes))
+
+
+def range_of(stats: Mapping[str, Any] | None, name: str) -> Any:
+    """The calibrated range of what meets a parameter, if there is one."""
+    stat = None if stats is None else stats.get(name)
+    return None if stat is None else stat.range
+
+
+def _quantized(name: str, leaf: Any, spec: DotSpec, x_range: Any) -> QTensor:
+    if is_quantized(leaf):
+        if not agrees(leaf.spec, spec):
+            raise ValueError(
+                f"{name} is quantized already, as {leaf.spec}, and a rule asks for {spec}; "
+                "dequantize it first, or leave it out."
+            )
+        return leaf
+    check_leaf(name, leaf, spec)
+    made = _on_device(leaf, spec)
+    if not isinstance(leaf, jax.core.Tracer) and not bool(jnp.isfinite(made.scale).all()):
+        raise ValueError(f"{name} has NaN or infinite values, which no scale fits; mend it first.")
+    return replace(made, x_range=x_range)
+
+
+def check_leaf(name: str, leaf: Any, spec: DotSpec) -> None:
+    """Whether a parameter can be quantized by a spec.
+
+    Raises:
+        ValueError: It cannot; the message names it and the way out.
+    """
+    axes = spec.w.axes
+    if not trees.is_floating(leaf):
+        dtype = jnp.result_type(leaf)
+        raise ValueError(f"{name} is {dtype}; only floating parameters are quantized. Exclude it.")
+    if jnp.finfo(jnp.result_type(leaf)).bits not in (16, 32):
+        raise ValueError(f"{name} is {jnp.result_type(leaf)}; cast it to float32 first.")
+    if axes is None:
+        raise ValueError(
+            f"the rule for {name} does not say which axes share a scale. Use "
+            "`resolve(rules, fn, params, *inputs)`, which finds them, or QSpec(axes=(-2,))."
+        )
+    shape = np.shape(leaf)
+    if any(-axis > len(shape) for axis in axes) or not axes:
+        raise ValueError(f"{name} has shape {shape} and no axes {axes}.")
+    group = spec.w.group
+    if group is not None and shape[max(axes)] % group.size:
+        size = shape[max(axes)]
+        divisors = [str(d) for d in range(2, size + 1) if size % d == 0]
+        raise ValueError(
+            f"{name} has {size} elements along axis {max(axes)}, which groups of {group.size} do "
+            f"not divide. Choose a group among {', '.join(divisors)}, or pad the parameter."
+        )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _on_device(x: jax.Array, spec: DotSpec) -> QTensor:
+    return encode(x, spec)
+
+
+def encode(x: jax.Array, spec: DotSpec) -> QTensor:
+    """One array as codes and scales; axes are given, and nothing is checked."""
+    w = spec.w
+    assert w.axes is not None
+    axes = tuple(axis % x.ndim for axis in w.axes)
+    v = on_grid(jax.lax.stop_gradient(x))
+    made = functools.partial(QTensor, spec=spec, axes=w.axes, dtype=np.dtype(x.dtype))
+    if not w.symmetric:
+        codes, scale, point = asymmetric(v, *w.calibrator.bounds(v, axes), w)
+        return _summed(made(codes, scale, point))
+    tiles = 1 if w.group is None else x.shape[max(axes)] // w.group.size
+    m = bounds_of(v, axes, w, tiles)
+    if w.group is not None and w.group.scale == "integer":
+        codes, scale, multiplier = integer_groups(v, m, max(axes), w)
+        return _summed(made(codes, scale, multiplier=multiplier))
+    return _summed(made(*symmetric(v, m, w)))
+
+
+def _summed(t: QTensor) -> QTensor:
+    """Adds the sums of codes that an asymmetric activation needs."""
+    if t.spec.x is None or t.spec.x.symmetric:
+        return t
+    return replace(t, colsum=sum_codes(t))
+
+
+def sum_codes(t: QTensor) -> jax.Array:
+    """Sums of codes over the axes that share a scale: int32, of the scale's shape."""
+    whole = integer_codes(t).astype(jnp.int32)
+    axes = tuple(axis % t.ndim for axis in t.axes)
+    tiles = t.scale.shape[axes[-1]]
+    if tiles == 1:
+        return jnp.sum(whole, axis=axes, keepdims=True)
+    last = axes[-1]
+    cut = whole.reshape(*t.shape[:last], tiles, -1, *t.shape[last + 1 :])
+    inner = tuple(a if a < last else a + 1 for a in axes)
+    return jnp.sum(cut, axis=inner, keepdims=True).squeeze(last + 1)
+
+
+def inside(x: jax.Array, t: QTensor) -> jax.Array:
+    """Where the values of the latent are within its range, and so receive gradients."""
+    w = t.spec.w
+    axes = tuple(axis % x.ndim for axis in t.axes)
+    v = on_grid(x)
+    if not w.symmetric:
+        low, high = w.calibrator.bounds(v, axes)
+        return (low <= v) & (v <= high)
+    m = bounds_of(v, axes, w, 1 if w.group is None else x.shape[axes[-1]] // w.group.size)
+    # |x| <= m, and never Q s: f32(127) s is below m for 4 % of all m.
+    return jnp.abs(v) <= spread(m, x.shape)

@@ -1,0 +1,127 @@
+"""QTensor: an array as codes and scales, where the array was.
+
+    value = (codes - zero_point) * multiplier * scale
+
+A pytree node, so it passes through jit, loops, sharding and checkpoints; and a `tree.Compound`, so
+whoever treats a tree by its arrays sees one array of a shape and a dtype.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, fields, replace
+from typing import Any, TypeGuard
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unitscale_jax import tree as trees
+from unitscale_jax.fwd_bwd import straight_through
+from unitscale_jax.quantize._ops import emit, spread
+from unitscale_jax.quantize._spec import DotSpec
+
+_ARRAYS = ["codes", "scale", "zero_point", "multiplier", "colsum", "x_range", "latent"]
+LIKE_SCALE = ("scale", "zero_point", "multiplier", "colsum")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=_ARRAYS, meta_fields=["spec", "axes", "dtype"]
+)
+@dataclass(frozen=True, eq=False)
+class QTensor(trees.Compound):
+    """A quantized array; made by `quantize` and `load`, which check it.
+
+    Attributes:
+        codes: int8, int4 or an 8-bit float, of the shape of the array. Symmetric integers are in
+            [-Q, Q], Q = 2^(b-1) - 1.
+        scale: float32, of the rank of the array: size 1 on `axes` (with groups the number of groups
+            on the last of them), full elsewhere. Positive; 1 where a group is all zero.
+        zero_point: int32, like the scale, or None.
+        multiplier: int8, like the scale, its size on the last of `axes` the number of integer
+            groups; or None.
+        colsum: int32, like the scale: sums of codes over `axes`, where an asymmetric activation
+            needs them; or None.
+        x_range: float32 (.., 2): bounds of what meets the parameter; None finds them in the call.
+        latent: The float array, inside of `quantized(fn, rules)` only.
+        spec: How it was quantized, and what it does with what it meets.
+        axes: The axes that share a scale, counted from the end.
+        dtype: That of the array it stands for.
+    """
+
+    codes: Any
+    scale: Any
+    zero_point: Any = None
+    multiplier: Any = None
+    colsum: Any = None
+    x_range: Any = None
+    latent: Any = None
+    _: KW_ONLY
+    spec: DotSpec
+    axes: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array it stands for."""
+        return tuple(self.codes.shape)
+
+    @property
+    def ndim(self) -> int:
+        """The rank of the array it stands for."""
+        return len(self.shape)
+
+    def astype(self, dtype: Any) -> "QTensor":
+        """The same codes and scales, standing for an array of another float dtype."""
+        return replace(self, dtype=np.dtype(dtype))
+
+    def over(self, change: Callable[[str, Any], Any], **statics: Any) -> "QTensor":
+        """Maps `change(name, array)` over the arrays it has."""
+        held = {f.name: getattr(self, f.name) for f in fields(self) if f.name in _ARRAYS}
+        new = {k: None if v is None else change(k, v) for k, v in held.items()}
+        return replace(self, **new, **statics)
+
+    @property
+    def groups(self) -> int:
+        """How many groups the last of `axes` has; 1 without groups."""
+        by = self.scale if self.multiplier is None else self.multiplier
+        return by.shape[max(self.axes)] if self.axes else 1
+
+    def __repr__(self) -> str:
+        """Shape, spec and dtype; numbers are in `codes` and `scale`."""
+        shape = getattr(self.codes, "shape", self.codes)
+        return f"QTensor({shape}, {self.spec}, axes={self.axes}, dtype={np.dtype(self.dtype)})"
+
+
+def is_quantized(leaf: Any) -> TypeGuard[QTensor]:
+    """Whether a leaf is a `QTensor`."""
+    return isinstance(leaf, QTensor)
+
+
+def integer_codes(t: QTensor) -> jax.Array:
+    """Codes with the integer of their group multiplied in: int8, or the codes as they are."""
+    if t.multiplier is None:
+        return t.codes
+    return t.codes.astype(jnp.int8) * spread(t.multiplier, t.shape)
+
+
+def value_of(t: QTensor) -> jax.Array:
+    """The array a QTensor stands for, in its dtype; gradients go to the latent, if it has one."""
+    whole = integer_codes(t).astype(jnp.float32)
+    if t.zero_point is not None:
+        whole = whole - spread(t.zero_point, t.shape).astype(jnp.float32)
+    value = emit(whole * spread(t.scale, t.shape), t.dtype)
+    return value if t.latent is None else straight_through(value, t.latent.astype(t.dtype))
+
+
+def dequantize(params: Any) -> Any:
+    """Replaces every `QTensor` of a tree by the array it stands for.
+
+    Example:
+        >>> import unitscale_jax as us
+        >>> rules = {"w": us.DotSpec(w=us.QSpec(axes=(-2,)))}
+        >>> tree = us.quantize({"w": jnp.array([[1.0, 2.0], [-1.0, 0.5]])}, rules)
+        >>> tree["w"].codes.tolist(), dequantize(tree)["w"].tolist()
+        ([[127, 127], [-127, 32]], [[1.0, 2.0], [-1.0, 0.5039370059967041]])
+    """
+    swap = lambda leaf: value_of(leaf) if is_quantized(leaf) else leaf
+    return jax.tree.map(swap, params, is_leaf=is_quantized)

@@ -1,0 +1,356 @@
+"""A function on codes: quantized training and integer serving are one function.
+
+    quantized(fn, rules)(params, x)  ==  quantized(fn, rules)(quantize(params, rules), x)
+
+bit for bit. The equations of `fn` are evaluated again with a `QTensor` wherever a parameter was:
+products multiply codes, movements move them, and what has no rule gets the array back.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from unitscale_jax import rules as named_rules
+from unitscale_jax.fwd_bwd import straight_through
+from unitscale_jax.quantize._cache import appended
+from unitscale_jax.quantize._contract import Unquantizable, Verdict, activation, draw, multiply
+from unitscale_jax.quantize._ops import emit
+from unitscale_jax.quantize._params import (
+    ACTIVATIONS,
+    Rules,
+    agrees,
+    check_leaf,
+    encode,
+    inside,
+    range_of,
+)
+from unitscale_jax.quantize._product import PRODUCTS, Product, product_of
+from unitscale_jax.quantize._qtensor import QTensor, integer_codes, is_quantized, value_of
+from unitscale_jax.quantize._roles import activation_products, resolved
+from unitscale_jax.quantize._spec import DotSpec, QSpec
+from unitscale_jax.quantize._views import logical, view
+from unitscale_jax.trace import (
+    Place,
+    Rewriter,
+    Site,
+    addresses,
+    noted,
+    origins,
+    provenance,
+    stage,
+    taking as notes_are_taken,
+)
+from unitscale_jax.typing import Key
+
+
+def quantized(
+    fn: Callable[..., Any],
+    rules: Rules | None = None,
+    *,
+    stats: Mapping[str, Any] | None = None,
+    key: Key | None = None,
+    strict: bool = False,
+) -> Callable[..., Any]:
+    """Evaluates `fn` on quantized parameters, or quantizes them in the call to train them.
+
+    Args:
+        fn: A function whose first argument is the parameters.
+        rules: Pairs (pattern, `DotSpec`): parameters by name, products of two activations by
+            named scope or kind (`"attention"`, `"dot"`). Axes may be open. Float parameters that a
+            rule names are quantized in the call, and receive straight-through gradients.
+        stats: What `calibrate` found, for parameters quantized in the call.
+        key: Draws for stochastic rounding in a quantized backward pass. Layers of one scan share
+            their draws.
+        strict: Raises where a quantized array had to be dequantized.
+
+    Returns:
+        A function of the signature of `fn`, traced once per call: call it under `jit`. Any argument
+        may hold `QTensor`s. Results keep their dtypes; one that is a quantized array itself (a
+        cache) stays one.
+
+    Raises:
+        ValueError: A rule matches nothing, or names a parameter that meets no product; a product
+            sums more than int32 holds; with `strict`, what was left in floating point, and why.
+
+    Law: training is serving, to the bit: see above. Gradients are those of the float function at
+    the dequantized values, zero where a calibrator clips. There is no forward mode.
+
+    Example:
+        >>> import unitscale_jax as us
+        >>> fn = lambda params, x: jax.nn.relu(x @ params["w"] + 0.3)
+        >>> rules = {"w": us.DotSpec(w=us.QSpec(), x=us.QSpec())}
+        >>> params, x = {"w": jnp.array([[0.5, -1], [0.25, 2], [1, -0.5]])}, jnp.array([[1.0, 2, -3]])
+        >>> train = quantized(fn, rules)(params, x)
+        >>> codes = us.quantize(params, us.resolve(rules, fn, params, x))
+        >>> bool((quantized(fn)(codes, x) == train).all())
+        True
+        >>> jax.grad(lambda p: quantized(fn, rules)(p, x).sum())(params)["w"][:, 0].tolist()
+        [0.0, 0.0, 0.0]
+    """
+
+    @functools.wraps(fn)
+    def quantized_fn(*args: Any, **kwargs: Any) -> Any:
+        plain, plain_kwargs = logical((args, kwargs))
+        staged = stage(fn, *plain, **plain_kwargs)
+        leaves = jax.tree.leaves((args, kwargs), is_leaf=is_quantized)
+        operands = [leaves[k] for k in staged.positions]
+        params, sources = (args[0], plain[0]) if args else ((), ())
+        known = origins(staged, sources)
+        chosen = [] if rules is None else resolved(rules, staged, params, sources)
+        specs = {name: spec for name, spec in chosen if spec.w.axes != ACTIVATIONS}
+        operands = [
+            _entered(origin.holds, x, specs, stats)
+            for origin, x in zip(known, operands, strict=True)
+        ]
+        of_activations = [pair for pair in chosen if pair[1].w.axes == ACTIVATIONS]
+        met = activation_products(staged, known) if of_activations else {}
+        replay = _Quantizer(_first_matches(of_activations, met), key)
+        replay.where = lambda site: _named(site, provenance(staged.closed.jaxpr, known))
+        out = replay(staged.closed.jaxpr, staged.closed.consts, operands)
+        if strict and replay.left:
+            raise ValueError("left in floating point: " + "; ".join(map(str, replay.left)) + ".")
+        return staged.finish([_result(x) for x in out])
+
+    return quantized_fn
+
+
+def _entered(
+    name: str | None, x: Any, specs: Mapping[str, DotSpec], stats: Mapping[str, Any] | None
+) -> Any:
+    """A parameter as the function receives it: quantized, its float array beside it."""
+    spec = specs.get(name) if name is not None else None
+    if spec is None or name is None:
+        return x
+    if is_quantized(x):
+        if not agrees(x.spec, spec):
+            raise ValueError(f"{name} is quantized as {x.spec}, and a rule asks for {spec}.")
+        return x
+    check_leaf(name, x, spec)
+    x = jnp.asarray(x)
+    t = replace(encode(x, spec), x_range=range_of(stats, name))
+    latent = jnp.where(inside(x, t), x, jax.lax.stop_gradient(x)) if spec.w.clips else x
+    return replace(t, latent=latent)
+
+
+def _result(x: Any) -> Any:
+    return value_of(x) if is_quantized(x) and x.latent is not None else x
+
+
+def _first_matches(
+    pairs: Sequence[tuple[Any, DotSpec]], met: Mapping[Place, Sequence[str]]
+) -> dict[Place, DotSpec]:
+    """The spec of each product of activations that a rule names."""
+    found = {}
+    for place, names in met.items():
+        for pattern, spec in pairs:
+            if any(named_rules.matches(pattern, name) for name in names):
+                found[place] = spec
+                break
+    return found
+
+
+def _named(site: Site, at: Mapping[Place, Any]) -> str:
+    return f"{site.name} of {' and '.join(addresses(site, at.get(site.place, ())[:2]))}"
+
+
+@dataclass(frozen=True)
+class Left:
+    """An equation that got an array back."""
+
+    what: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.what} ({self.why})"
+
+
+class _Quantizer(Rewriter):
+    """Replays a program on codes."""
+
+    where: Callable[[Site], str]
+
+    def __init__(self, activations: Mapping[Place, DotSpec], key: Key | None) -> None:
+        super().__init__({}, self.evaluate)
+        self.activations, self.key = activations, key
+        self.entered = {place[:k] for place in activations for k in range(1, len(place) + 1, 2)}
+        self.left: list[Left] = []
+        self.kept: dict[Place, list[bool]] = {}
+
+    def touches(self, site: Site, operands: list[Any]) -> bool:
+        quantized = any(map(is_quantized, operands))
+        return quantized or site.place in self.entered or notes_are_taken()
+
+    def _step(self, site: Site, operands: list[Any]) -> Sequence[Any]:
+        if site.name.startswith("custom_"):  # the user's derivative is one of arrays
+            operands = self.arrays(site, operands, "a custom derivative")
+        return super()._step(site, operands)
+
+    def evaluate(self, site: Site, operands: list[Any]) -> list[Any]:
+        """Every equation without a body."""
+        product = product_of(site, operands)
+        if product is not None and self._multiplies(site, operands):
+            return [self._product(product, operands)]
+        if not any(map(is_quantized, operands)):
+            if site.name not in PRODUCTS:
+                return site.bind(operands)
+            with noted(quantize="kept: no rule" if product is not None else "kept: no floats"):
+                return site.bind(operands)
+        made = self._special(site, operands)
+        if made is not None:
+            return made
+        with noted(quantize=f"kept: no rule for {site.name}"):
+            return site.bind(self.arrays(site, operands, "no rule for it"))
+
+    def _special(self, site: Site, operands: list[Any]) -> list[Any] | None:
+        if site.name == "gather":
+            return _looked_up(site, operands)
+        if site.name == "dynamic_update_slice":
+            return appended(operands)
+        return view(site, operands)
+
+    def _multiplies(self, site: Site, operands: list[Any]) -> bool:
+        return any(map(is_quantized, operands[:2])) or site.place in self.activations
+
+    def _product(self, product: Product, operands: list[Any]) -> jax.Array:
+        site, (left, right) = product.site, operands[:2]
+        spec = self.activations.get(site.place)
+        if spec is not None and not is_quantized(right):
+            right = _as_weight(product, right, spec.w)
+        spec = spec or _spec_of(left, right)
+        product = replace(product, note=_notes(product, spec))
+        with noted(quantize=str(spec)):
+            try:
+                out, verdict = multiply(product, left, right, spec, draw(self.key, site.place))
+            except Unquantizable as error:
+                raise ValueError(f"{self.where(site)} {error}") from None
+        self._judge(site, verdict)
+        return out
+
+    def _judge(self, site: Site, verdict: Verdict) -> None:
+        if verdict.kept:
+            self.left.append(Left(self.where(site), verdict.kept.removeprefix("kept: ")))
+
+    def arrays(self, site: Site, operands: Sequence[Any], why: str) -> list[Any]:
+        """Operands with arrays for whatever is quantized, which is reported."""
+        if any(map(is_quantized, operands)):
+            self.left.append(Left(self.where(site), why))
+        return [value_of(x) if is_quantized(x) else x for x in operands]
+
+    def carried(self, site: Site, carry: list[Any], step: Any) -> list[Any]:
+        """A carry stays quantized if the body makes the like of it: a cache that is appended to."""
+        while any(map(is_quantized, carry)):
+            pairs = list(zip(carry, step(carry), strict=True))
+            changed = [is_quantized(c) and not _alike(c, new) for c, new in pairs]
+            if not any(changed):
+                break
+            dropped = [c for c, gone in zip(carry, changed, strict=True) if gone]
+            self.arrays(site, dropped, "a loop's carry")
+            carry = [value_of(c) if gone else c for c, gone in zip(carry, changed, strict=True)]
+        self.kept[site.place] = [is_quantized(c) for c in carry]
+        return carry
+
+    def returned(self, site: Site, results: list[Any]) -> list[Any]:
+        """Branches and shards return arrays, loops what they carry, calls whatever there is."""
+        if site.name in ("scan", "while"):
+            kept = self.kept[site.place]
+            kept = [*kept, *[False] * (len(results) - len(kept))]
+            return [
+                value_of(x) if is_quantized(x) and not keep else x
+                for x, keep in zip(results, kept, strict=True)
+            ]
+        if site.name in ("cond", "shard_map"):
+            return [value_of(x) if is_quantized(x) else x for x in results]
+        return results
+
+    def partitioned(self, operand: Any, placement: Any) -> Any:
+        """Codes as the array was, scales likewise but for the axes that share one."""
+        if not is_quantized(operand) or placement is None:
+            return placement
+        if isinstance(placement, PartitionSpec):
+            return _partitioned(operand, placement)
+        if isinstance(placement, NamedSharding):
+            specs = _partitioned(operand, placement.spec)
+            return specs.over(lambda name, spec: NamedSharding(placement.mesh, spec))
+        return None
+
+
+def _alike(a: QTensor, b: Any) -> bool:
+    types = lambda t: [(x.shape, x.dtype) for x in jax.tree.leaves(t)]
+    return (
+        is_quantized(b) and jax.tree.structure(a) == jax.tree.structure(b) and types(a) == types(b)
+    )
+
+
+def _partitioned(t: QTensor, spec: PartitionSpec) -> QTensor:
+    entries = [*spec, *[None] * (t.ndim - len(spec))]
+
+    def of(name: str, x: Any) -> PartitionSpec:
+        if name == "x_range":
+            return PartitionSpec(*entries[: x.ndim - 1])
+        return PartitionSpec(*(e if n > 1 else None for e, n in zip(entries, x.shape, strict=True)))
+
+    return t.over(of)
+
+
+def _as_weight(product: Product, x: jax.Array, spec: QSpec) -> QTensor:
+    """The right of two activations, quantized over what it is contracted over."""
+    return activation(product, 1, x, spec)
+
+
+def _spec_of(left: Any, right: Any) -> DotSpec:
+    """The spec of the quantized operand; of two, that of the right one."""
+    return right.spec if is_quantized(right) else left.spec
+
+
+def _notes(product: Product, spec: DotSpec) -> dict[str, Any]:
+    if not notes_are_taken():
+        return {}
+    return {"K": product.terms, "codes": _codes(spec)}
+
+
+def _codes(spec: DotSpec) -> str:
+    ends = lambda s: f"±{s.max_code:g}" if s.symmetric else f"[{-s.max_code - 1}, {s.max_code}]"
+    return " x ".join(["float" if spec.x is None else ends(spec.x), ends(spec.w)])
+
+
+def _looked_up(site: Site, operands: list[Any]) -> list[Any] | None:
+    """Rows of a table: those of the codes and those of the scales.
+
+    An index out of range reads NaN where the float table would, by its scale.
+    """
+    t, indices = operands
+    params = site.eqn.params
+    if not is_quantized(t) or params["fill_value"] is not None:
+        return None
+    sizes, shape = params["slice_sizes"], t.shape
+    shared = [t.scale.shape[d] == 1 for d in range(t.ndim)]
+    groups = any(n not in (1, full) for n, full in zip(t.scale.shape, shape, strict=True))
+    indexed = params["dimension_numbers"].start_index_map
+    cut = any(
+        shared[d] and (sizes[d] != shape[d] or d in indexed) and shape[d] > 1 for d in range(t.ndim)
+    )
+    if groups or cut:
+        return None
+    small = tuple(1 if one else size for one, size in zip(shared, sizes, strict=True))
+    whole = integer_codes(t)
+    codes = site.bind([whole, indices], fill_value=_zero_fill(params))[0].astype(jnp.float32)
+    if t.zero_point is not None:
+        point = site.bind(
+            [t.zero_point, indices], slice_sizes=small, fill_value=_zero_fill(params)
+        )[0]
+        codes = codes - point.astype(jnp.float32)
+    scale = site.bind([t.scale, indices], slice_sizes=small)[0]
+    with noted(quantize=f"{t.spec.w} rows"):
+        value = emit(codes * scale, t.dtype)
+    if t.latent is None:
+        return [value]
+    return [straight_through(value, site.bind([t.latent.astype(t.dtype), indices])[0])]
+
+
+def _zero_fill(params: Mapping[str, Any]) -> int | None:
+    return 0 if params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP else None
