@@ -400,29 +400,26 @@ def _straight_through(
     ]
     if all(c is None for c in carriers):
         return served(product, parts, spec)
+    beside = (product.extra, key)  # data, so they go in as arguments
 
     @jax.custom_vjp
-    def call(carriers: Any, parts: Any, key: Any) -> jax.Array:
-        del carriers, key
-        return served(product, parts, spec)
+    def call(carriers: Any, parts: Any, beside: Any) -> jax.Array:
+        del carriers
+        return served(replace(product, extra=beside[0]), parts, spec)
 
-    def fwd(carriers: Any, parts: Any, key: Any) -> tuple[jax.Array, Any]:
+    def fwd(carriers: Any, parts: Any, beside: Any) -> tuple[jax.Array, Any]:
         like = [None if c is None else c.reshape(-1)[:0] for c in carriers]  # dtypes, no numbers
-        return served(product, parts, spec), (parts, key, like)
+        return served(replace(product, extra=beside[0]), parts, spec), (parts, beside, like)
 
     def bwd(kept: Any, g: jax.Array) -> tuple[Any, None, None]:
-        parts, key, like = kept
-        grads = []
-        for side in (0, 1):
-            if like[side] is None:
-                grads.append(None)
-                continue
-            back = _backward(product, parts, side, g, spec, key)
-            grads.append(back.astype(like[side].dtype))
-        return grads, None, None
+        parts, (extra, key), like = kept
+        open_product = replace(product, extra=extra)
+        backward = lambda side: _backward(open_product, parts, side, g, spec, key)
+        back = [None if c is None else backward(k).astype(c.dtype) for k, c in enumerate(like)]
+        return back, None, None
 
     call.defvjp(fwd, bwd)
-    return call(carriers, parts, key)
+    return call(carriers, parts, beside)
 
 
 def _backward(

@@ -60,7 +60,7 @@ def scales(m: jax.Array, spec: QSpec) -> tuple[jax.Array, jax.Array]:
         return jnp.where(zero, 1.0, step), jnp.where(zero, 0.0, np.float32(q) / m)
     fraction, exponent = jnp.frexp(step)
     # ceil(log2(m / Q)): frexp's fraction is in [1/2, 1), and a power of two is its own ceiling.
-    exponent = jnp.where(zero, 0, exponent - (fraction == 0.5))
+    exponent = jnp.where(zero, 0, jnp.where(fraction == 0.5, exponent - 1, exponent))
     finite = jnp.isfinite(step)
     power = lambda e: jnp.where(finite, jnp.ldexp(jnp.float32(1), e), step)
     return power(exponent), jnp.where(zero, 0.0, power(-exponent))

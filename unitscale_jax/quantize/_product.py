@@ -145,13 +145,14 @@ class Ragged(Product):
         return (1,)
 
     def placed(self, s: jax.Array, side: int) -> jax.Array:
-        """Of the right, the row of the group that each row of the left belongs to."""
+        """Of the right, the row of the group that each row of the left belongs to, else zero."""
         if side == 0:
             return s
         (sizes,) = self.extra
         rows = jnp.arange(self.shape(0)[0], dtype=sizes.dtype)
         group = jnp.searchsorted(jnp.cumsum(sizes), rows, side="right")
-        return s[jnp.minimum(group, s.shape[0] - 1), 0]
+        row = s[jnp.minimum(group, s.shape[0] - 1), 0]
+        return jnp.where((group < s.shape[0])[:, None], row, jnp.zeros_like(row))
 
 
 def product_of(site: Site, extra: Sequence[Any] = ()) -> Product | None:

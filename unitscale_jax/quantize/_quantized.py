@@ -192,7 +192,7 @@ class _Quantizer(Rewriter):
 
     def evaluate(self, site: Site, operands: list[Any]) -> list[Any]:
         """Every equation without a body."""
-        product = product_of(site, operands)
+        product = product_of(site, operands[2:])
         if product is not None and self._multiplies(site, operands):
             return [self._product(product, operands)]
         if not any(map(is_quantized, operands)):

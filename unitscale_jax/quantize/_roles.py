@@ -113,7 +113,19 @@ def _looked_up_whole(site: Site) -> list[int]:
 
 
 _IN_PLACE = frozenset(
-    ["convert_element_type", "copy", "copy_p", "stop_gradient", "sharding_constraint", "name", "reduce_precision", "slice", "dynamic_slice", "split", "rev"]
+    [
+        "convert_element_type",
+        "copy",
+        "copy_p",
+        "stop_gradient",
+        "sharding_constraint",
+        "name",
+        "reduce_precision",
+        "slice",
+        "dynamic_slice",
+        "split",
+        "rev",
+    ]
 )
 
 
