@@ -1,6 +1,7 @@
 """A function seen as dataflow: what every op-level technique of the library is built on."""
 
 from unitscale_jax.trace._axes import agree, varying, zeros
+from unitscale_jax.trace._capture import Capture, captured
 from unitscale_jax.trace._compat import ClosedJaxpr, Jaxpr, Literal, dtype_of, varying_axes
 from unitscale_jax.trace._cost import Cost, Row, cost
 from unitscale_jax.trace._dims import Dims, Group, dims
@@ -32,6 +33,7 @@ from unitscale_jax.trace._walk import (
 
 __all__ = [
     "ACTIVATION",
+    "Capture",
     "ClosedJaxpr",
     "Cost",
     "Dims",
@@ -52,6 +54,7 @@ __all__ = [
     "addresses",
     "agree",
     "bodies",
+    "captured",
     "cost",
     "cost_of",
     "dims",
