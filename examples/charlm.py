@@ -5,10 +5,11 @@
     python examples/charlm.py --resume --prompt "class "
     python examples/charlm.py --data FOLDER --out runs/mine
 
-The model is plain Flax NNX. From the library come mixed precision (`cast`, a `Policy`), exact
-accumulation of micro-batches (`accumulated`), a loss scale for float16 (`loss_scaled`) and
-checkpoints from which a killed run continues bit for bit. Its score, in bits per byte of files it
-never saw, stands beside those of byte n-grams and of xz on the same files.
+The model is plain Flax NNX. From the library come mixed precision (`autocast`), training on 8-bit
+integers and serving from them (`quantized`, `quantize`), exact accumulation of micro-batches
+(`accumulated`), a loss scale for float16 (`loss_scaled`) and checkpoints from which a killed run
+continues bit for bit. Its score, in bits per byte of files it never saw, stands beside those of
+byte n-grams and of xz on the same files.
 """
 
 import argparse
@@ -58,7 +59,16 @@ PRESETS = {
 }
 # What a run cannot change when it is resumed; the rest may differ from one session to the next.
 FIXED = ("data", "steps", "rows", "length", "parts", "width", "layers", "heads", "rate", "policy")
-FIXED += ("seed",)
+FIXED += ("quantize", "seed")
+
+# Kernels of the blocks; tables and head keep their precision, as is usual.
+_KERNELS = "blocks/**/kernel"
+_INT4 = us.QSpec(format="int4", group=us.Group(32, scale="integer"))
+QUANTIZE = {
+    "none": [],
+    "int8": [(_KERNELS, us.DotSpec(w=us.QSpec(), x=us.QSpec()))],
+    "int4": [(_KERNELS, us.DotSpec(w=_INT4, x=us.QSpec()))],
+}
 
 
 # --- the model ----------------------------------------------------------------------------------
@@ -136,6 +146,12 @@ def build(settings: argparse.Namespace):
     return us.autocast(apply, settings.policy), params  # products; norms, softmax stay in float32
 
 
+def served(settings: argparse.Namespace, apply, params):
+    """The parameters as a server holds them: of the kernels codes and scales, no floats."""
+    rules, tokens = QUANTIZE[settings.quantize], jnp.zeros((1, settings.length), jnp.int32)
+    return us.quantize(params, us.resolve(rules, apply, params, tokens)) if rules else params
+
+
 # --- training -----------------------------------------------------------------------------------
 
 
@@ -189,6 +205,8 @@ def make_step(apply, optimizer, settings: argparse.Namespace):
 def start(settings: argparse.Namespace):
     """The functions of a run and its first state, which is also what a checkpoint holds."""
     apply, params = build(settings)
+    # Parameters become codes in each call, so that what is trained is what will be served.
+    apply = us.quantized(apply, QUANTIZE[settings.quantize])
     optimizer = make_optimizer(settings)
     run = {
         "params": params,
@@ -458,6 +476,12 @@ def make_parser() -> Parser:
         "over float32 parameters; float16 scales the loss (default: bfloat16, on a CPU float32)",
     )
     flag(
+        "--quantize",
+        choices=tuple(QUANTIZE),
+        help="trains on codes of the kernels, 8-bit or 4-bit in groups of 32, with 8-bit "
+        "activations, and serves from them (default: int8)",
+    )
+    flag(
         "--seed",
         type=number(int, 0, "a whole number from 0 to 2^32 - 1", below=2**32),
         metavar="N",
@@ -499,7 +523,9 @@ def read_settings(parser: Parser, argv) -> argparse.Namespace:
     args = vars(parser.parse_args(argv))
     size, resume = args.pop("size"), args["resume"]
     out = args["out"] = args["out"] or pathlib.Path("runs", f"charlm_{size}" if size else "charlm")
-    defaults = PRESETS["default"] | dict(policy=default_policy(), seed=0, data=None)
+    defaults = PRESETS["default"] | dict(
+        policy=default_policy(), quantize="int8", seed=0, data=None
+    )
     wanted = PRESETS.get(size, {}) | {k: v for k, v in args.items() if v is not None}
     saved = saved_settings(out) if resume else {}
     if resume and not saved:
@@ -538,7 +564,8 @@ def check(parser: Parser, settings: argparse.Namespace) -> None:
 
 def saved_settings(out: pathlib.Path) -> dict:
     path = out / "settings.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    before = {"quantize": "none"}  # a run of before there was a choice
+    return before | json.loads(path.read_text()) if path.exists() else {}
 
 
 def open_run(parser: Parser, settings: argparse.Namespace, corpus: data.Corpus) -> None:
@@ -600,7 +627,13 @@ def main(argv=None) -> None:
     curve = Curve(settings.out / "curve.jsonl", until=run["position"])
     run = train(step, run, corpus, score, settings, curve, console)
 
-    scores = {"this model": score(run["params"])} | scores
+    codes = served(settings, build(settings)[0], run["params"])
+    scores = {"this model": score(codes)} | scores
+    if settings.quantize != "none":
+        console.print(
+            f"\nserved from {settings.quantize} codes: {us.tree.nbytes(codes) / 1e6:.2f} MB, in "
+            f"float32 {us.tree.nbytes(run['params']) / 1e6:.2f} MB"
+        )
     console.print("\nbits per byte of the held-out text (less is better)")
     for name, bits in sorted(scores.items(), key=lambda item: -item[1]):
         console.print(f"  {name:24s} {bits:.3f}")
@@ -611,7 +644,7 @@ def main(argv=None) -> None:
     sample = make_sampler(apply, settings.length, settings.sample_bytes)
     key = jax.random.fold_in(run["key"], settings.steps)
     prompt = settings.prompt.encode("utf-8", "surrogateescape")
-    text = prompt + sample(run["params"], prompt, settings.temperature, key)
+    text = prompt + sample(codes, prompt, settings.temperature, key)
     console.print(f"\nsampled at temperature {settings.temperature:g}:\n")
     console.print(text.decode("utf-8", "replace"), markup=False)
 
@@ -621,6 +654,7 @@ def describe(settings: argparse.Namespace, run) -> str:
     return (
         f"{million:.2f} M parameters, {settings.layers} layers of width {settings.width}; "
         f"{settings.steps} steps of {settings.rows} x {settings.length} bytes, {settings.policy}"
+        f"{'' if settings.quantize == 'none' else f' and {settings.quantize}'}"
     )
 
 

@@ -7,7 +7,7 @@ not what was meant. A transform adds columns by leaving notes at its equations (
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -86,6 +86,12 @@ class Report:
         """Operations that some transform left as they were; its note says "kept: ..." and why."""
         kept = lambda row: any(str(note).startswith("kept") for note in row.notes.values())
         return tuple(row for row in self.rows if kept(row))
+
+    @property
+    def products(self) -> "Report":
+        """The same of products alone: dots and convolutions, where quantization has its columns."""
+        kinds = ("dot_general", "conv_general_dilated", "ragged_dot_general")
+        return replace(self, rows=tuple(row for row in self.rows if row.name in kinds))
 
     @property
     def flops_by_dtype(self) -> dict[str, int]:

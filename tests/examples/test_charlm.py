@@ -55,6 +55,7 @@ def model():
         ),
         (["--temperature", "-1"], "--temperature: expected a number, at least 0, got '-1'"),
         (["--policy", "float8"], "--policy: invalid choice: 'float8'"),
+        (["--quantize", "int3"], "--quantize: invalid choice: 'int3'"),
         (["--long", "--smallest"], "--smallest: not allowed with argument --long"),
         (["--width", "30", "--heads", "4"], "--heads 4 does not divide --width 30"),
         (["--parts", "9", "--rows", "8"], "--parts 9 exceeds --rows 8"),
@@ -115,6 +116,22 @@ def test_every_dot_of_the_model_is_in_the_dtype_of_the_policy(policy):
     short = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[policy]
     dots = re.findall(r"dot_general .* : \(tensor<\S*x(\w+)>, tensor<\S*x(\w+)>\)", lowered)
     assert dots == [(short, short)] * 7  # four dense layers, two dots of attention, the head
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.usefixtures("relaxed_promotion")
+def test_what_is_served_is_what_was_trained_to_the_bit(quantize):
+    flags = ("--smallest", "--length", LENGTH, "--quantize", quantize, "--out", "absent")
+    settings = settings_of(*flags)
+    apply, _, run = charlm.start(settings)
+    codes = charlm.served(settings, charlm.build(settings)[0], run["params"])
+    kernels = [leaf for leaf in jax.tree.leaves(codes) if leaf.dtype in (jnp.int8, jnp.int4)]
+    assert sum(leaf.size for leaf in kernels) > 0.2 * us.tree.size(run["params"])
+    text = jnp.arange(2 * LENGTH, dtype=jnp.int32).reshape(2, LENGTH) % 256
+    trained, served = (jax.jit(apply)(tree, text) for tree in (run["params"], codes))
+    chex.assert_trees_all_equal(served, trained)
+    exact = charlm.build(settings)[0](run["params"], text)
+    assert not np.array_equal(served, exact)
 
 
 @pytest.mark.parametrize("size", [LENGTH, LENGTH + 1, 5 * LENGTH - 3, 70 * LENGTH + 9])

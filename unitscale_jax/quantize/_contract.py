@@ -87,6 +87,7 @@ def multiply(
         x = sides[open_side]
         sides[open_side] = activation(product, open_side, x, spec.x, held.x_range, draws)
     verdict = _verdict(product, sides, spec)
+    product = replace(product, note=_note(verdict, spec))
     return _straight_through(product, sides, spec, key), verdict
 
 
@@ -103,25 +104,26 @@ def activation(
     v = on_grid(jax.lax.stop_gradient(x))
     latent = x
     if x_range is not None:
-        low, high = x_range[..., 0], x_range[..., 1]
         flat = [1] * x.ndim
         finite = jnp.all(jnp.isfinite(v), axis=axes, keepdims=True)
         given = lambda b: jnp.where(finite, b.reshape(flat), np.float32(np.nan))
-        bounds, clips = (given(low), given(high)), True
+        bounds, clips = (given(x_range[..., 0]), given(x_range[..., 1])), True
     elif spec.symmetric:
         m = bounds_of(v, axes, spec)
-        bounds, clips = (-m, m), spec.clips
+        bounds, clips = (None, m), spec.clips
     else:
         bounds, clips = spec.calibrator.bounds(v, axes), spec.clips
+    low, high = bounds
     if clips:
-        inside = (bounds[0] <= v) & (v <= bounds[1])
+        inside = (jnp.abs(v) <= high) if low is None else (low <= v) & (v <= high)
         latent = jnp.where(inside, x, jax.lax.stop_gradient(x))
     quiet = DotSpec(w=replace(spec, rounding="nearest", axes=None))
     statics = dict(spec=quiet, axes=tuple(a - x.ndim for a in axes), dtype=np.dtype(x.dtype))
     if not spec.symmetric:
-        codes, scale, point = asymmetric(v, *bounds, spec)
+        codes, scale, point = asymmetric(v, low, high, spec)
         return QTensor(codes, scale, point, latent=latent, **statics)
-    codes, scale = symmetric(v, jnp.maximum(-bounds[0], bounds[1]), spec, key)
+    m = high if low is None else jnp.maximum(-low, high)
+    codes, scale = symmetric(v, m, spec, key)
     return QTensor(codes, scale, latent=latent, **statics)
 
 
@@ -215,6 +217,17 @@ def _verdict(product: Product, sides: list[Any], spec: DotSpec) -> Verdict:
             'compute="dequant".'
         )
     return Verdict(spec.compute, terms, bound)
+
+
+def _note(verdict: Verdict, spec: DotSpec) -> dict[str, Any]:
+    """What `explain` shows of a product: how long its sums are, and how near to the bounds."""
+    ends = lambda s: f"±{s.max_code:g}" if s.symmetric else f"[{-s.max_code - 1}, {s.max_code}]"
+    note = {"codes": f"{'float' if spec.x is None else ends(spec.x)} x {ends(spec.w)}"}
+    note |= {"K": verdict.terms}
+    if verdict.bound:
+        exact = ", exact in float32" if verdict.bound <= EXACT else ""
+        note |= {"bound": f"{verdict.bound / INT32:.2%} of int32{exact}"}
+    return note
 
 
 # ------------------------------------------------------------------------------ the served value

@@ -138,7 +138,10 @@ def spread(s: jax.Array, shape: Sequence[int]) -> jax.Array:
     """Repeats what belongs to groups to the elements of the groups; sizes of 1 stay."""
     for axis, (n, full) in enumerate(zip(s.shape, shape, strict=True)):
         if n not in (1, full):
-            s = jnp.repeat(s, full // n, axis=axis, total_repeat_length=full)
+            sizes = (*s.shape[: axis + 1], full // n, *s.shape[axis + 1 :])
+            kept = [d for d in range(s.ndim + 1) if d != axis + 1]
+            repeated = jax.lax.broadcast_in_dim(s, sizes, kept)
+            s = repeated.reshape(*s.shape[:axis], full, *s.shape[axis + 1 :])
     return s
 
 

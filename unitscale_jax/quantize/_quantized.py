@@ -222,7 +222,6 @@ class _Quantizer(Rewriter):
         if spec is not None and not is_quantized(right):
             right = _as_weight(product, right, spec.w)
         spec = spec or _spec_of(left, right)
-        product = replace(product, note=_notes(product, spec))
         with noted(quantize=str(spec)):
             try:
                 out, verdict = multiply(product, left, right, spec, draw(self.key, site.place))
@@ -305,17 +304,6 @@ def _as_weight(product: Product, x: jax.Array, spec: QSpec) -> QTensor:
 def _spec_of(left: Any, right: Any) -> DotSpec:
     """The spec of the quantized operand; of two, that of the right one."""
     return right.spec if is_quantized(right) else left.spec
-
-
-def _notes(product: Product, spec: DotSpec) -> dict[str, Any]:
-    if not notes_are_taken():
-        return {}
-    return {"K": product.terms, "codes": _codes(spec)}
-
-
-def _codes(spec: DotSpec) -> str:
-    ends = lambda s: f"±{s.max_code:g}" if s.symmetric else f"[{-s.max_code - 1}, {s.max_code}]"
-    return " x ".join(["float" if spec.x is None else ends(spec.x), ends(spec.w)])
 
 
 def _looked_up(site: Site, operands: list[Any]) -> list[Any] | None:
