@@ -1,0 +1,269 @@
+"""Claims: int8 training and serving that agree to the bit, no slower than the peers'.
+
+1. Training forward and serving are equal in every bit, in float32 and bfloat16, unrolled and in a
+   scan, on one device and tensor-parallel on eight.
+2. A training step takes at most 0.9 of the time of qwix's and of AQT's.
+3. Serving int8 takes no longer than float32, and a quarter of the bytes; one row likewise.
+4. In a scan over layers the residuals of int8 training take at most 0.55 of float32's.
+5. Int8 keys and values take (d + 4) / 4 d of float32's bytes, and generation stays close.
+
+    pip install -e '.[bench]'       for the peers; without them they are left out
+"""
+
+import functools
+import time
+
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+import unitscale_jax as us
+
+try:
+    import qwix
+except ImportError:
+    qwix = None
+try:
+    from aqt.jax.v2 import config as aqt_config
+    from aqt.jax.v2.flax import aqt_flax
+except ImportError:
+    aqt_config = aqt_flax = None
+
+W8A8 = us.DotSpec(w=us.QSpec(), x=us.QSpec())
+RULES = {"**/kernel": W8A8}
+
+
+class Dense(nn.Module):
+    """Four dense layers, wide - 2 wide - 2 wide - 2 wide - wide."""
+
+    width: int
+    dtype: jnp.dtype
+    dot_general_cls: type | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        dense = functools.partial(nn.Dense, dtype=self.dtype, dot_general_cls=self.dot_general_cls)
+        for _ in range(3):
+            x = nn.relu(dense(2 * self.width)(x))
+        return dense(self.width)(x)
+
+
+def ours(model, params, x):
+    apply = lambda params, x: model.apply({"params": params}, x)
+    served = us.quantize(params, us.resolve(RULES, apply, params, x))
+    return us.quantized(apply, RULES), params, us.quantized(apply), served
+
+
+def qwixs(model, params, x):
+    rule = dict(module_path=".*", weight_qtype=jnp.int8, act_qtype=jnp.int8)
+    train = qwix.quantize_model(model, qwix.QtProvider([qwix.QtRule(**rule)]))
+    serve = qwix.quantize_model(model, qwix.PtqProvider([qwix.QuantizationRule(**rule)]))
+    abstract = jax.eval_shape(serve.init, jax.random.key(0), x)["params"]
+    served = qwix.quantize_params(params, abstract)
+    run = lambda module: lambda params, x: module.apply({"params": params}, x)
+    return run(train), params, run(serve), served
+
+
+def aqts(model, params, x):
+    cfg = aqt_config.config_v4(fwd_bits=8, dlhs_bits=None, drhs_bits=None)
+    mode, freeze = aqt_flax.QuantMode, aqt_flax.FreezerMode
+
+    def with_mode(quant_mode):
+        frozen = dict(rhs_quant_mode=quant_mode, rhs_freeze_mode=freeze.CALIBRATION_AND_VALUE)
+        cls = functools.partial(aqt_flax.AqtDotGeneral, cfg, **frozen)
+        return model.clone(dot_general_cls=cls)
+
+    train, convert, serve = (with_mode(m) for m in (mode.TRAIN, mode.CONVERT, mode.SERVE))
+    rngs = {"params": jax.random.key(0)}  # asked for, though nothing is drawn
+    _, frozen = convert.apply({"params": params}, x, rngs=rngs, mutable=True)
+    # The float kernels stay in the tree that AQT serves, until dropped by hand.
+    served = {"params": params, **{k: v for k, v in frozen.items() if k != "params"}}
+    run_train = lambda params, x: train.apply({"params": params}, x, rngs=rngs)
+    return run_train, params, lambda tree, x: serve.apply(tree, x, rngs=rngs), served
+
+
+def floats(model, params, x):
+    del x
+    apply = lambda params, x: model.apply({"params": params}, x)
+    return apply, params, apply, params
+
+
+def against_peers(options, dtype):
+    width, rows = (32, 16) if options.smallest else (512, 256)
+    model = Dense(width, dtype)
+    x = jax.random.normal(jax.random.key(1), (rows, width))
+    params = model.init(jax.random.key(0), x)["params"]
+    sides = {"float": floats, "ours": ours}
+    sides |= {"qwix": qwixs} if qwix else {}
+    sides |= {"aqt": aqts} if aqt_flax else {}
+    exact = floats(model, params, x)[0](params, x).astype(jnp.float32)
+    trains, serves, found = {}, {}, {}
+    for name, side in sides.items():
+        train, weights, serve, served = side(model, params, x)
+        loss = lambda p, x, train=train: jnp.mean(train(p, x).astype(jnp.float32) ** 2)
+        began = time.perf_counter()
+        jax.make_jaxpr(jax.grad(loss))(weights, x)
+        traced = time.perf_counter() - began
+        step, forward = jax.jit(jax.value_and_grad(loss)), jax.jit(train)
+        program = jax.jit(serve)
+        trains[name] = functools.partial(step, weights, x)
+        serves[name] = functools.partial(program, served, x)
+        a, b = forward(weights, x), program(served, x)
+        error = jnp.linalg.norm(b.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
+        same = a.dtype == b.dtype and np.array_equal(np.asarray(a), np.asarray(b))
+        differ = 0.0 if same else float(np.mean(np.asarray(a != b)))
+        found[name] = {
+            "bit_equal": bool(same),
+            "differing": round(differ, 4),
+            "error": round(float(error), 5),
+            "serving_bytes": us.tree.nbytes(served),
+            "trace_s": round(traced, 3),
+        }
+    step, serving = harness.seconds(trains, options.runs), harness.seconds(serves, options.runs)
+    ratios = {
+        name: harness.ratio(step["ours"]["median"], step[name]["median"])
+        for name in sides
+        if name != "ours"
+    }
+    label = jnp.dtype(dtype).name
+    harness.claim(
+        f"int8 training is served to the bit, {label}", found["ours"]["bit_equal"], sides=found
+    )
+    peers = [ratios[name] for name in ("qwix", "aqt") if name in ratios]
+    harness.claim(
+        f"a step takes at most 0.9 of the peers' time, {label}",
+        all(r <= 0.9 for r in peers) if peers else None,
+        step_s=step,
+        ours_over=ratios,
+    )
+    harness.claim(
+        f"serving int8 is no slower than float, {label}",
+        serving["ours"]["median"] <= serving["float"]["median"],
+        serve_s=serving,
+    )
+
+
+def layers(params, x):
+    step = lambda h, w: (jax.nn.relu(h @ w["kernel"] + w["bias"]), None)
+    return jax.lax.scan(step, x, params)[0]
+
+
+def scanned(options):
+    count, width, rows = (2, 32, 64) if options.smallest else (8, 512, 16384)
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+    params = {"kernel": shape(count, width, width), "bias": shape(count, width)}
+    x = shape(rows, width)
+    loss = lambda fn: lambda p, x: jnp.mean(fn(p, x) ** 2)
+    rules = {"kernel": W8A8}
+    temp = {
+        name: harness.cost(harness.compiled(jax.grad(loss(fn), argnums=(0, 1)), params, x))[
+            "temp_bytes"
+        ]
+        for name, fn in (("float", layers), ("int8", us.quantized(layers, rules)))
+    }
+    share = harness.ratio(temp["int8"], temp["float"])
+    harness.claim("residuals in a scan are 0.55 of float32's", share <= 0.55, temp=temp, of=share)
+
+
+def one_device_and_eight(options):
+    """Train, serve, scan and tensor parallelism, compared in bits."""
+    if len(jax.devices()) < 8:
+        harness.claim("sharded is unsharded", None, devices=len(jax.devices()))
+        return
+    width, rows = (32, 16) if options.smallest else (256, 64)
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "kernel": jax.random.normal(keys[0], (3, width, width)) / width**0.5,
+        "bias": jax.random.normal(keys[1], (3, width)),
+    }
+    x = jax.random.normal(keys[2], (rows, width))
+    rules = {"kernel": W8A8}
+    train = jax.jit(us.quantized(layers, rules))
+    serve = jax.jit(us.quantized(layers))
+    served = us.quantize(params, us.resolve(rules, layers, params, x))
+    whole = np.asarray(train(params, x))
+    differ = {"serve": int((np.asarray(serve(served, x)) != whole).sum())}
+    mesh = Mesh(np.array(jax.devices()[:8]), ("tensor",))
+    for name, spec in {"column": P(None, None, "tensor"), "row": P(None, "tensor", None)}.items():
+        put = lambda a, s: jax.device_put(a, NamedSharding(mesh, s))
+        sharded = {"kernel": put(params["kernel"], spec), "bias": put(params["bias"], P())}
+        out = train(sharded, put(x, P()))
+        codes = jax.jit(lambda p: us.quantize(p, us.resolve(rules, layers, params, x)))(sharded)
+        differ[f"train {name}"] = int((np.asarray(out) != whole).sum())
+        differ[f"serve {name}"] = int((np.asarray(serve(codes, put(x, P()))) != whole).sum())
+    harness.claim(
+        "scan and tensor parallel, 0 elements differ",
+        not any(differ.values()),
+        of=whole.size,
+        differ=differ,
+    )
+
+
+def few_rows(options):
+    """What generation does: one row, and a few."""
+    size = 64 if options.smallest else 2048
+    w = jax.random.normal(jax.random.key(0), (size, size))
+    fn = lambda p, x: x @ p["kernel"]
+    for rows in (1, 2, 8, 32):
+        x = jax.random.normal(jax.random.key(1), (rows, size))
+        rules = {"kernel": W8A8}
+        served = us.quantize({"kernel": w}, us.resolve(rules, fn, {"kernel": w}, x))
+        exact, coded = jax.jit(fn), jax.jit(us.quantized(fn))
+        sides = {
+            "float": functools.partial(exact, {"kernel": w}, x),
+            "int8": functools.partial(coded, served, x),
+        }
+        taken = harness.seconds(sides, 10 * options.runs)
+        harness.claim(
+            f"{rows} rows of int8 are no slower than float32",
+            taken["int8"]["median"] <= taken["float"]["median"],
+            seconds=taken,
+        )
+
+
+def cache(options):
+    """Attention of one query to an int8 cache, against a float one."""
+    heads, time_, size = (2, 16, 8) if options.smallest else (8, 1024, 128)
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (1, 1, heads, size))
+    tree = {n: jax.random.normal(k, (1, time_, heads, size)) for n, k in zip("kv", keys[1:])}
+
+    def attend(cache, q):
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, cache["k"]) / size**0.5
+        return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), cache["v"])
+
+    exact = jax.jit(attend)(tree, q)
+    bytes_, errors = {"float": us.tree.nbytes(tree)}, {}
+    for name, spec in {
+        "stored": us.DotSpec(w=us.QSpec(axes=(-1,))),
+        "integer": us.DotSpec(w=us.QSpec(axes=(-1,)), x=us.QSpec()),
+    }.items():
+        codes = us.quantize(tree, {"?": spec})
+        out = jax.jit(us.quantized(attend))(codes, q)
+        errors[name] = round(float(jnp.linalg.norm(out - exact) / jnp.linalg.norm(exact)), 5)
+        bytes_[name] = us.tree.nbytes(codes)
+    share = bytes_["stored"] / bytes_["float"]
+    harness.claim(
+        "int8 keys and values take (d + 4) / 4 d of the bytes",
+        abs(share - (size + 4) / (4 * size)) < 1e-9,
+        bytes=bytes_,
+        error=errors,
+    )
+
+
+def main():
+    options = harness.arguments(__doc__)
+    jax.config.update("jax_num_cpu_devices", 8)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        against_peers(options, dtype)
+    one_device_and_eight(options)
+    scanned(options)
+    few_rows(options)
+    cache(options)
+
+
+if __name__ == "__main__":
+    main()
