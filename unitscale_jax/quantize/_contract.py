@@ -446,13 +446,21 @@ def _backward(
             return _quantized_backward(product, other, side, g, spec, own)
         except Unquantizable:  # more rows than int32 can sum up: in floating point
             pass
-    values = [value_of(t) if is_quantized(t) else t for t in parts]
+    values = [_value(t) if is_quantized(t) else t for t in parts]
 
     def times(v: jax.Array) -> jax.Array:
         pair = [v, values[1]] if side == 0 else [values[0], v]
         return product.as_traced(*pair)
 
     return jax.vjp(times, values[side])[1](g)[0]
+
+
+def _value(t: QTensor) -> jax.Array:
+    """As `value_of`, but for derivatives, which need not be the same bits in every program."""
+    whole = integer_codes(t).astype(jnp.float32)
+    if t.zero_point is not None:
+        whole = whole - spread(t.zero_point, t.shape).astype(jnp.float32)
+    return (whole * spread(t.scale, t.shape)).astype(t.dtype)
 
 
 def _quantized_backward(
