@@ -65,8 +65,7 @@ def _fields(t: QTensor, change: Callable[[Any, bool], Any], **statics: Any) -> Q
 
 
 def _each(site: Site, operands: list[Any]) -> list[Any]:
-    t = operands[0]
-    return [_fields(t, lambda x, small: site.bind([x])[0])]
+    return [operands[0].over(lambda name, x: site.bind([x])[0])]
 
 
 def _as_is(site: Site, operands: list[Any]) -> list[Any]:
@@ -269,6 +268,8 @@ _VIEWS: dict[str, Callable[[Site, list[Any]], list[Any] | None]] = {
     "copy": _each,
     "copy_p": _each,
     "name": _each,
+    "pcast": _each,
+    "pvary": _each,
     "optimization_barrier": _as_is,
     "convert_element_type": _cast,
     "sharding_constraint": _constrained,
