@@ -144,7 +144,7 @@ def partition(tree: Any, predicate: Callable[[str, Any], bool]) -> tuple[Any, An
     """Splits a tree in two of the same outline, with `None` where a leaf went to the other one.
 
     Args:
-        tree: A pytree.
+        tree: A pytree; a `Compound` goes to either as a whole.
         predicate: Maps `(name, leaf)` to whether the leaf goes to the first tree.
 
     Returns:
@@ -155,15 +155,18 @@ def partition(tree: Any, predicate: Callable[[str, Any], bool]) -> tuple[Any, An
         >>> selected, rest, combine(selected, rest)
         ({'step': None, 'w': 1.5}, {'step': 2, 'w': None}, {'step': 2, 'w': 1.5})
     """
-    selected = map_named(lambda name, leaf: leaf if predicate(name, leaf) else None, tree)
-    rest = map_named(lambda name, leaf: None if predicate(name, leaf) else leaf, tree)
-    return selected, rest
+    leaves, structure = jax.tree.flatten(tree, is_leaf=is_compound)
+    named = list(zip(names(tree, is_leaf=is_compound), leaves, strict=True))
+    chosen = [predicate(name, leaf) for name, leaf in named]
+    selected = [leaf if c else None for c, leaf in zip(chosen, leaves, strict=True)]
+    rest = [None if c else leaf for c, leaf in zip(chosen, leaves, strict=True)]
+    return structure.unflatten(selected), structure.unflatten(rest)
 
 
 def combine(*trees: Any) -> Any:
     """Merges trees of one outline: at each place the first leaf that is not `None`."""
     first = lambda *leaves: next((leaf for leaf in leaves if leaf is not None), None)
-    return jax.tree.map(first, *trees, is_leaf=lambda leaf: leaf is None)
+    return jax.tree.map(first, *trees, is_leaf=lambda leaf: leaf is None or is_compound(leaf))
 
 
 def is_finite(tree: Any) -> jax.Array:
