@@ -8,7 +8,7 @@ Every technique maps one of these stations to the same station, so composing is 
 from unitscale_jax import formats, fwd_bwd, rules, testing, tree
 from unitscale_jax.accumulate import MultiStepsState, accumulated, multi_steps
 from unitscale_jax.bridge import Bridged, from_linen, from_nnx
-from unitscale_jax.checkpoint import Checkpoints
+from unitscale_jax.checkpoint import Checkpoints, export_compressed_tensors, load, save
 from unitscale_jax.compose import chain
 from unitscale_jax.loss import Grad, Mean, loss_value, row_keys, value_and_grad
 from unitscale_jax.precision import (
@@ -80,11 +80,13 @@ __all__ = [
     "current_scale",
     "dequantize",
     "explain",
+    "export_compressed_tensors",
     "formats",
     "from_linen",
     "from_nnx",
     "fwd_bwd",
     "is_quantized",
+    "load",
     "loss_scaled",
     "loss_value",
     "low_precision_weights",
@@ -96,6 +98,7 @@ __all__ = [
     "row_keys",
     "rules",
     "testing",
+    "save",
     "to_float16",
     "tree",
     "value_and_grad",

@@ -24,8 +24,6 @@ class Compound(abc.ABC):
     treats it by its leaves (jit, loops, checkpoints) never notices.
     """
 
-    dtype: Any
-
     @property
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:

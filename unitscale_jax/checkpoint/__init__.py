@@ -13,5 +13,7 @@ checkpoints as they were. A restore computes every digest before it believes any
 """
 
 from unitscale_jax.checkpoint._checkpoints import Checkpoints
+from unitscale_jax.checkpoint._compressed_tensors import export_compressed_tensors
+from unitscale_jax.checkpoint._safetensors import load, save
 
-__all__ = ["Checkpoints"]
+__all__ = ["Checkpoints", "export_compressed_tensors", "load", "save"]

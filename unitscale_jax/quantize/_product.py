@@ -48,12 +48,17 @@ class Product(abc.ABC):
 
     def shape(self, side: int) -> tuple[int, ...]:
         """Shape of an operand."""
-        return self.site.eqn.invars[side].aval.shape
+        return self.site.shapes[side]
 
     @property
     def dtype(self) -> Any:
         """Dtype of the result, as traced."""
-        return self.site.eqn.outvars[0].aval.dtype
+        return self.site.results[0]
+
+    @property
+    def result_shape(self) -> tuple[int, ...]:
+        """Shape of the result."""
+        return self.site.result_shapes[0]
 
     @property
     def terms(self) -> int:
@@ -142,6 +147,7 @@ class Ragged(Product):
 
     def contracted(self, side: int) -> tuple[int, ...]:
         """The last dimension of the left, the middle one of the right."""
+        del side
         return (1,)
 
     def placed(self, s: jax.Array, side: int) -> jax.Array:
@@ -169,20 +175,20 @@ def product_of(site: Site, extra: Sequence[Any] = ()) -> Product | None:
         return Dot(site)
     if site.name == "conv_general_dilated":
         return Conv(site) if params["batch_group_count"] == 1 else None
-    return Ragged(site, tuple(extra)) if _is_plain_ragged(site.eqn) else None
+    return Ragged(site, tuple(extra)) if _is_plain_ragged(site) else None
 
 
 def _is_float(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits in (16, 32)
 
 
-def _is_plain_ragged(eqn: Any) -> bool:
-    numbers = eqn.params["ragged_dot_dimension_numbers"]
-    ranks = [len(v.aval.shape) for v in eqn.invars[:3]]
+def _is_plain_ragged(site: Site) -> bool:
+    numbers = site.eqn.params["ragged_dot_dimension_numbers"]
+    ranks = [len(shape) for shape in site.shapes[:3]]
     return (
         ranks == [2, 3, 1]
         and tuple(map(tuple, numbers.dot_dimension_numbers[0])) == ((1,), (1,))
         and tuple(numbers.lhs_ragged_dimensions) == (0,)
         and tuple(numbers.rhs_group_dimensions) == (0,)
-        and len(eqn.invars) == 3
+        and len(site.eqn.invars) == 3
     )

@@ -19,6 +19,7 @@ from unitscale_jax import tree as trees
 from unitscale_jax.fwd_bwd import straight_through
 from unitscale_jax.quantize._ops import emit, spread
 from unitscale_jax.quantize._spec import DotSpec
+from unitscale_jax.typing import DType
 
 _ARRAYS = ["codes", "scale", "zero_point", "multiplier", "colsum", "x_range", "latent"]
 LIKE_SCALE = ("scale", "zero_point", "multiplier", "colsum")
@@ -58,7 +59,7 @@ class QTensor(trees.Compound):
     _: KW_ONLY
     spec: DotSpec
     axes: tuple[int, ...]
-    dtype: Any
+    dtype: DType
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -18,7 +18,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from unitscale_jax import rules as named_rules
 from unitscale_jax.fwd_bwd import straight_through
 from unitscale_jax.quantize._cache import appended
-from unitscale_jax.quantize._contract import Unquantizable, Verdict, activation, draw, multiply
+from unitscale_jax.quantize._contract import Verdict, activation, multiply
+from unitscale_jax.quantize._gradient import draw
 from unitscale_jax.quantize._ops import emit
 from unitscale_jax.quantize._params import (
     ACTIVATIONS,
@@ -32,6 +33,7 @@ from unitscale_jax.quantize._params import (
 from unitscale_jax.quantize._product import PRODUCTS, Product, product_of
 from unitscale_jax.quantize._qtensor import QTensor, integer_codes, is_quantized, value_of
 from unitscale_jax.quantize._roles import activation_products, resolved
+from unitscale_jax.quantize._served import Unquantizable
 from unitscale_jax.quantize._spec import DotSpec, QSpec
 from unitscale_jax.quantize._views import logical, view
 from unitscale_jax.trace import (
@@ -84,7 +86,8 @@ def quantized(
         >>> import unitscale_jax as us
         >>> fn = lambda params, x: jax.nn.relu(x @ params["w"] + 0.3)
         >>> rules = {"w": us.DotSpec(w=us.QSpec(), x=us.QSpec())}
-        >>> params, x = {"w": jnp.array([[0.5, -1], [0.25, 2], [1, -0.5]])}, jnp.array([[1.0, 2, -3]])
+        >>> params = {"w": jnp.array([[0.5, -1], [0.25, 2], [1, -0.5]])}
+        >>> x = jnp.array([[1.0, 2, -3]])
         >>> train = quantized(fn, rules)(params, x)
         >>> codes = us.quantize(params, us.resolve(rules, fn, params, x))
         >>> bool((quantized(fn)(codes, x) == train).all())
@@ -274,7 +277,7 @@ class _Quantizer(Rewriter):
             return _partitioned(operand, placement)
         if isinstance(placement, NamedSharding):
             specs = _partitioned(operand, placement.spec)
-            return specs.over(lambda name, spec: NamedSharding(placement.mesh, spec))
+            return specs.over(lambda _, spec: NamedSharding(placement.mesh, spec))
         return None
 
 

@@ -106,7 +106,7 @@ class Roles(Flow[tuple[Held, ...]]):
 
 def _looked_up_whole(site: Site) -> list[int]:
     """Dimensions of a table that a lookup reads whole."""
-    sizes, shape = site.eqn.params["slice_sizes"], site.eqn.invars[0].aval.shape
+    sizes, shape = site.eqn.params["slice_sizes"], site.shapes[0]
     indexed = site.eqn.params["dimension_numbers"].start_index_map
     pairs = enumerate(zip(sizes, shape, strict=True))
     return [dim for dim, (size, full) in pairs if size == full and dim not in indexed]
@@ -161,18 +161,18 @@ def _computed(site: Site, inputs: list[tuple[Held, ...]]) -> list[tuple[Held, ..
     """Element by element, as far as shapes tell: a kernel with a mask or a low-rank update."""
     if len(site.eqn.outvars) != 1:
         return None
-    shape = site.eqn.outvars[0].aval.shape
+    shape = site.result_shapes[0]
     same = [
         held
-        for v, helds in zip(site.eqn.invars, inputs, strict=True)
+        for own, helds in zip(site.shapes, inputs, strict=True)
         for held in helds
-        if v.aval.shape == shape
+        if own == shape
     ]
     return [tuple(replace(held, whole=False) for held in same)] if same else None
 
 
 def _reshaped(site: Site, axes: tuple[Axes, ...]) -> tuple[Axes, ...]:
-    old, new = site.eqn.invars[0].aval.shape, site.eqn.outvars[0].aval.shape
+    old, new = site.shapes[0], site.result_shapes[0]
     out: list[Axes] = [frozenset()] * len(new)
     for before, after in segments(old, new):
         joined = frozenset().union(*(axes[k] for k in before if old[k] > 1))
@@ -259,15 +259,15 @@ def activation_products(
 
 def _uses(staged: Staged, sources: list[Origin]) -> dict[str, list[Use]]:
     flow, jaxpr = Roles(), staged.closed.jaxpr
-    inputs = [_entering(v, origin) for v, origin in zip(jaxpr.invars, sources, strict=True)]
+    inputs = [_entering(x, origin) for x, origin in zip(staged.operands, sources, strict=True)]
     walk(flow, jaxpr, inputs, staged.closed.consts)
     return {name: list(found.values()) for name, found in flow.uses.items()}
 
 
-def _entering(v: Any, origin: Origin) -> tuple[Held, ...]:
+def _entering(x: Any, origin: Origin) -> tuple[Held, ...]:
     if origin.holds is None:
         return ()
-    rank = len(v.aval.shape)
+    rank = len(x.shape)
     return (Held(origin.holds, tuple(frozenset({k - rank}) for k in range(rank))),)
 
 

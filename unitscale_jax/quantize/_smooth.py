@@ -25,6 +25,7 @@ import numpy as np
 
 from unitscale_jax import tree as trees
 from unitscale_jax.quantize._params import ACTIVATIONS, Rules, encode
+from unitscale_jax.quantize._product import PRODUCTS
 from unitscale_jax.quantize._qtensor import is_quantized, value_of
 from unitscale_jax.quantize._roles import resolved
 from unitscale_jax.quantize._spec import DotSpec
@@ -188,7 +189,7 @@ def _plans(
         if any(name in plan.weights for plan in plans):
             continue
         try:
-            plans.append(_plan(name, list(specs), params, stats[name], traced.closed, graph, met))
+            plans.append(_plan(name, list(specs), params, stats, traced.closed, graph, met))
         except _Rigid as error:
             refused.append(f"{name} ({error})")
     if refused:
@@ -259,14 +260,14 @@ def _plan(
     name: str,
     named: Sequence[str],
     params: Any,
-    stat: Stat,
+    stats: Mapping[str, Stat],
     closed: ClosedJaxpr,
     graph: Dims,
     met: _Meetings,
 ) -> _Plan:
     """The fold of one weight, or why there is none."""
     axes = {path: graph.axes(path) for path in trees.names(params)}
-    mine = [axes[name][axis] for axis in (*stat.layout.batch, *stat.layout.channels)]
+    mine = _channels(axes[name], stats[name])
     if any(len(axis) > 1 for axis in mine):
         raise _Rigid("its channels are several pieces, joined")
     factors = tuple(f for axis in mine for f in axis[0])
@@ -290,9 +291,17 @@ def _plan(
     for out in walk(flow, closed.jaxpr, known, closed.consts):
         flow.require(out, "a result of the function")
     degrees = _solved(name, flow.equations)
-    shape = np.shape(stat.peak if stat.peak is not None else stat.total)
+    shape = np.shape(stats[name].peak)
     weights = tuple(path for path in named if degrees.get(path) == 1)
+    for path in weights:
+        if _channels(axes[path], stats[path]) != mine:
+            raise _Rigid(f"{path} has the same channels in another order, or not as inputs")
     return _Plan(factors, axes, degrees, weights, shape)
+
+
+def _channels(axes: Any, stat: Stat) -> list[Any]:
+    """The axes that statistics are about, in terms of dimensions; sizes of one have none."""
+    return [axes[axis] for axis in (*stat.layout.batch, *stat.layout.channels)]
 
 
 # Degrees: powers of the scale, as linear forms in the powers of the parameters.
@@ -307,7 +316,7 @@ def _unknown(name: str) -> Degree:
 
 
 def _combined(a: Degree, b: Degree, times: int) -> Degree:
-    """a + times b; zero times anything is zero."""
+    """The degree of a product with the power `times`; zero times anything is zero."""
     if a is None or b is None:
         return None
     sums = dict(a)
@@ -330,9 +339,9 @@ def _names(text: str) -> frozenset[str]:
 
 
 LINEAR = _names("""
-    convert_element_type reshape transpose broadcast_in_dim squeeze expand_dims copy copy_p rev slice
-    split dynamic_slice stop_gradient reduce_precision sharding_constraint optimization_barrier name
-    gather add sub add_any max min neg abs select_n concatenate pad dynamic_update_slice reduce_sum
+    convert_element_type reshape transpose broadcast_in_dim squeeze expand_dims copy copy_p rev
+    slice split dynamic_slice stop_gradient reduce_precision sharding_constraint name gather add sub
+    add_any max min neg abs select_n concatenate pad dynamic_update_slice reduce_sum
     reduce_max reduce_min cumsum cummax cummin reduce_window_sum reduce_window_max reduce_window_min
     unit_scale straight_through
 """)
@@ -369,12 +378,21 @@ class _Degrees(Flow[Degree]):
         del site
         return x
 
+    def repeated(self, site: Site, carry: list[Degree]) -> list[Degree]:
+        if site.place in self.layers:  # inside, a scale is that of one layer
+            for degree in carry:
+                self.require(degree, "the carry of the loop over layers")
+        return carry
+
     def visit(self, site: Site, inputs: list[Degree]) -> list[Degree]:
         ins, outs = self.graph.at(site.place)
-        factors = frozenset(self.factors) - frozenset(self._removed(site))
+        removed = frozenset(self._removed(site))
+        factors = frozenset(self.factors) - removed
         had = [_carries(axes, factors) for axes in ins]
         has = [_carries(axes, factors) for axes in outs]
-        if "twice" in (*had, *has):
+        met = {f for axes in (*ins, *outs) for axis in axes for term in axis for f in term}
+        stacked = not removed.isdisjoint(met)  # all layers at once, in the loop over layers
+        if stacked or "twice" in (*had, *has):
             had, has = ["never"] * len(had), ["never"] * len(has)
         known = [
             d if how == "once" else self._none(d, site) for d, how in zip(inputs, had, strict=True)
@@ -399,7 +417,10 @@ class _Degrees(Flow[Degree]):
         self, site: Site, known: list[Degree], ins: Any, factors: frozenset[Any]
     ) -> list[Degree]:
         name = site.name
-        if name in LINEAR:
+        if name == "optimization_barrier":
+            return known
+        rounds = name == "convert_element_type" and not _is_float(site.results[0])
+        if name in LINEAR and not rounds:
             first = 1 if name == "select_n" else 0
             for d in known[:first]:
                 self.require(d, name)
@@ -447,6 +468,10 @@ class _Degrees(Flow[Degree]):
         return total
 
 
+def _is_float(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating)
+
+
 def _operands(name: str) -> int | None:
     """How many of the operands are numbers; the rest are positions."""
     return {"gather": 1, "dynamic_slice": 1, "dynamic_update_slice": 2, "pad": 2}.get(name)
@@ -461,13 +486,15 @@ def _is_scaleless(x: np.ndarray) -> bool:
 def _solved(name: str, equations: Sequence[tuple[Degree, str]]) -> dict[str, int]:
     """Powers with that of `name` one, as many zero as the elimination leaves free."""
     rows: dict[str, dict[str, Fraction]] = {}  # by pivot, in terms of what is free
+    causes: list[str] = []
     for form, because in equations:
+        causes.append(because)
         row = _reduced({path: Fraction(n) for path, n in form or ()}, rows)
         others = sorted(path for path in row if path != name)
         if not row:
             continue
         if not others:
-            raise _Rigid(because)
+            raise _Rigid(_in_the_way(causes))
         pivot = others[0]
         scaled = {path: -n / row[pivot] for path, n in row.items() if path != pivot}
         for path, held in rows.items():
@@ -481,6 +508,12 @@ def _solved(name: str, equations: Sequence[tuple[Degree, str]]) -> dict[str, int
     if min(degrees.values()) > 0:
         raise _Rigid("no parameter produces its channels")
     return degrees
+
+
+def _in_the_way(causes: Sequence[str]) -> str:
+    """What keeps a scale from passing: the last one, products aside, which only hand it on."""
+    found = [cause for cause in causes if cause not in PRODUCTS]
+    return f"in the way: {found[-1]}" if found else "no parameter before it has its channels"
 
 
 def _reduced(

@@ -82,6 +82,7 @@ class QSpec:
         """Checks the fields, and that they agree."""
         for wrong in _contradictions(self):
             raise ValueError(f"{self!r}: {wrong}")
+        object.__setattr__(self, "format", _name(self.grid))
         if self.axes is not None:
             object.__setattr__(self, "axes", tuple(sorted(self.axes)))
 
@@ -123,11 +124,10 @@ class QSpec:
 
     def __str__(self) -> str:
         """The format, and what is not the default."""
-        name = self.format if isinstance(self.format, str) else f"int{self.grid.bits}"
         tags = ["" if self.symmetric else "asymmetric", "po2" if self.scale == "po2" else ""]
         group = self.group
         tags.append("" if group is None else f"g{group.size}{'i' * (group.scale == 'integer')}")
-        return " ".join([name, *filter(None, tags)])
+        return " ".join([str(self.format), *filter(None, tags)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +187,13 @@ def _grid(format: FormatLike) -> Format:
     return format_of(format)
 
 
+def _name(grid: Format) -> str:
+    """One name for a format, however it was given, so that equal specs are equal."""
+    if grid.is_integer:
+        return f"int{grid.bits}"
+    return next(name for name in _FLOATS if format_of(name) == grid)
+
+
 def _contradictions(spec: QSpec) -> Any:
     try:
         grid = _grid(spec.format)
@@ -208,10 +215,10 @@ def _contradictions(spec: QSpec) -> Any:
         if not integer or spec.scale != "free" or spec.group:
             yield "an asymmetric range is for integers with free scales and no groups."
         if not isinstance(spec.calibrator, Absmax | Fixed) and not spec.calibrator.two_sided:
-            yield "this calibrator finds one bound; an asymmetric range has two: Absmax, EMA, Fixed."
+            yield "this calibrator finds one bound, and this range has two: Absmax, EMA or Fixed."
     if spec.group is not None and spec.group.scale == "integer":
         if not integer or int(grid.max) * 2 > 127:
-            yield "integer groups need codes that an integer above 1 still takes into 8 bits: int2 to int7."
+            yield "integer groups need room for an integer above 1 in 8 bits: int2 to int7."
         if spec.scale == "po2":
             yield "integer groups have a free scale for each channel."
 
@@ -230,7 +237,7 @@ def _disagreements(spec: DotSpec) -> Any:
         yield "a quantized backward pass needs symmetric weights."
     for name, other in (("w", spec.w), ("x", spec.x)):
         if other is not None and other.rounding == "stochastic":
-            yield f"stochastic rounding is for cotangents, not {name}: serving must be reproducible."
+            yield f"stochastic rounding is for cotangents, not {name}: serving is reproducible."
     if spec.g is not None and (spec.x is None or not spec.g.symmetric):
         yield "a quantized backward pass needs quantized activations, and a symmetric g."
     if spec.compute == "float_exact" and not (spec.w.is_integer and spec.x):

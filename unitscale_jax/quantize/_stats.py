@@ -101,21 +101,26 @@ class Stat:
         if self.spec is None:
             return None
         low, high = self._ends()
-        ends = (low, high) if not self.spec.symmetric else _symmetric(low, high)
-        return jnp.stack([jnp.asarray(end, jnp.float32) for end in ends], axis=-1)
+        if self.spec.symmetric:
+            high = _module(high).maximum(-low, high)
+            low = -high
+        # What is on the host stays there, so that it is a number inside of a trace, too.
+        return jnp.asarray(_module(low).stack([low, high], axis=-1), jnp.float32)
 
     def _ends(self) -> tuple[Any, Any]:
         calibrator = None if self.spec is None else self.spec.calibrator
-        whole = jnp.maximum(-jnp.asarray(self.low), jnp.asarray(self.high))
+        xp = _module(self.low)
+        whole = xp.maximum(-self.low, self.high)
         if isinstance(calibrator, Fixed):
-            full = lambda end: jnp.full(jnp.shape(self.low), np.float32(end))
+            full = lambda end: np.full(np.shape(self.low), end, np.float32)
             return full(calibrator.low), full(calibrator.high)
         if isinstance(calibrator, Percentile):
             m = np.minimum(_percentile(np.asarray(self.counts), calibrator), np.asarray(whole))
             return -m, m
         if isinstance(calibrator, MSE) and self.errors is not None:
-            best = jnp.asarray(calibrator.ratios)[jnp.argmin(jnp.asarray(self.errors), axis=-1)]
-            return -best * whole, best * whole  # of equal errors argmin takes the larger fraction
+            # Of equal errors argmin takes the first, which is the largest fraction.
+            best = xp.asarray(calibrator.ratios)[xp.argmin(self.errors, axis=-1)]
+            return -best * whole, best * whole
         return self.low, self.high
 
     @property
@@ -142,17 +147,21 @@ class Stat:
         whole = self._joined(other)
         if self.spec is None or not isinstance(self.spec.calibrator, EMA):
             return whole
-        decay = np.float32(self.spec.calibrator.decay)
-        # a + (1 - b)(c - a), so that the average of a constant is that constant to the bit.
-        blend = lambda a, b: a + (np.float32(1) - decay) * (b - a)
-        return replace(
-            whole, low=self._later(other, blend, "low"), high=self._later(other, blend, "high")
-        )
+        new = np.float32(1 - self.spec.calibrator.decay)
+        # a + new (b - a), so that the average of a constant is that constant to the bit.
+        pairs = zip(self._bounds(), other._bounds(), strict=True)
+        low, high = (self._unless_empty(other, a, a + new * (b - a), b) for a, b in pairs)
+        return replace(whole, low=low, high=high)
 
-    def _later(self, other: "Stat", blend: Callable[[Any, Any], Any], name: str) -> Any:
-        a, b = getattr(self, name), getattr(other, name)
-        xp = _module(a)
-        return xp.where(self.rows == 0, b, xp.where(other.rows == 0, a, blend(a, b)))
+    def _bounds(self) -> tuple[Any, Any]:
+        """The ends of the range; both the largest magnitude, if it is symmetric."""
+        assert self.spec is not None
+        m = _module(self.low).maximum(-self.low, self.high)
+        return (-m, m) if self.spec.symmetric else (self.low, self.high)
+
+    def _unless_empty(self, other: "Stat", mine: Any, both: Any, theirs: Any) -> Any:
+        xp = _module(both)
+        return xp.where(self.rows == 0, theirs, xp.where(other.rows == 0, mine, both))
 
     def _joined(self, other: "Stat") -> "Stat":
         """Both together as parts of one batch."""
@@ -197,8 +206,9 @@ def observed(
         given: Earlier statistics, whose ranges `MSE` tries fractions of: its second pass.
 
     Returns:
-        A function of the arguments of `fn` that returns its result, to the bit, and a dict
-        parameter -> `Stat`; pure, so it may be jitted and its statistics carried.
+        A function of the arguments of `fn` that returns its result, by the same equations (which
+        compilers may fuse otherwise), and a dict parameter -> `Stat`; pure, so it may be jitted and
+        its statistics carried.
 
     A parameter of several products has one `Stat` of all. Under a scan over stacked layers each
     layer has its own; layers that Python slices from a stack share one. With `MSE`, n stacked
@@ -305,6 +315,11 @@ def calibrate(
                 f"what meets {name} is not finite in these batches, and no range fits NaN or "
                 "infinity; mend the batches, or exclude the parameter."
             )
+        if (np.asarray(stat.rows) == 0).any():
+            raise ValueError(
+                f"nothing met {name} in these batches: a branch that was never taken, or no valid "
+                "rows. Give batches that reach it, or exclude it."
+            )
     tries = [name for name, stat in stats.items() if _is_tried(stat)]
     if tries:
         if iter(batches) is batches:
@@ -341,7 +356,8 @@ def _folded(
     inputs: tuple[Any, ...] = ()
     for batch in batches:
         inputs = batch if isinstance(batch, tuple) else (batch,)
-        new = {name: _on_host(stat) for name, stat in step(params, *inputs).items()}
+        measured_now: dict[str, Stat] = step(params, *inputs)
+        new = {name: _on_host(stat) for name, stat in measured_now.items()}
         stats = new if stats is None else merge_stats(stats, new)
     if stats is None:
         raise ValueError(
@@ -365,9 +381,12 @@ _ON_HOST = {
 
 
 def _on_host(stat: Stat) -> Stat:
-    held = {name: getattr(stat, name) for name in _FIELDS}
-    wide = lambda name, x: None if x is None else np.asarray(x).astype(_ON_HOST[name])
-    return replace(stat, **{name: wide(name, x) for name, x in held.items()})
+    held: dict[str, Any] = {name: getattr(stat, name) for name in _FIELDS}
+    wide: dict[str, Any] = {
+        name: None if x is None else np.asarray(x).astype(_ON_HOST[name])
+        for name, x in held.items()
+    }
+    return replace(stat, **wide)
 
 
 def _module(x: Any) -> Any:
@@ -380,11 +399,6 @@ def _join(name: str, a: Any, b: Any) -> Any:
     return _module(a).maximum(a, b) if name in ("high", "peak") else a + b
 
 
-def _symmetric(low: Any, high: Any) -> tuple[Any, Any]:
-    m = jnp.maximum(-jnp.asarray(low), jnp.asarray(high))
-    return -m, m
-
-
 def _percentile(counts: np.ndarray, calibrator: Percentile) -> np.ndarray:
     """The largest number of the bin that holds the k-th smallest magnitude."""
     flat = counts.reshape(-1, BINS)
@@ -394,7 +408,8 @@ def _percentile(counts: np.ndarray, calibrator: Percentile) -> np.ndarray:
 
 
 def _bin(row: np.ndarray, rank: int) -> int:
-    return min(int(np.searchsorted(np.cumsum(row), rank)), BINS - 1)
+    total = np.cumsum(row)
+    return int(np.searchsorted(total, rank)) if rank <= total[-1] else 0  # of no elements 0
 
 
 def _is_tried(stat: Stat) -> bool:
@@ -770,7 +785,7 @@ def _by_rows(v: jax.Array, batch: Sequence[int], dims: Sequence[int]) -> jax.Arr
     return v.transpose(*batch, *rows, *dims).reshape(*sizes, count, -1)
 
 
-def _patches(product: Product, v: jax.Array, pairs: Pairs) -> jax.Array:
+def _patches(product: Conv, v: jax.Array, pairs: Pairs) -> jax.Array:
     """(rows, K): the windows of a convolution, K in the order of the kernel's axes."""
     params, numbers = product.site.eqn.params, product._numbers
     kernel = product.shape(1)

@@ -65,7 +65,7 @@ def _fields(t: QTensor, change: Callable[[Any, bool], Any], **statics: Any) -> Q
 
 
 def _each(site: Site, operands: list[Any]) -> list[Any]:
-    return [operands[0].over(lambda name, x: site.bind([x])[0])]
+    return [operands[0].over(lambda _, x: site.bind([x])[0])]
 
 
 def _as_is(site: Site, operands: list[Any]) -> list[Any]:
@@ -93,7 +93,7 @@ def _transposed(site: Site, operands: list[Any]) -> list[Any] | None:
     axes = _at(t, lambda axis: order.index(axis), len(order))
     if t.groups > 1 and axes[-1] != _place(t, order.index(max(t.axes) % t.ndim)):
         return None  # groups are along the last of the axes
-    return [_fields(t, lambda x, small: x.transpose(order), axes=axes)]
+    return [_fields(t, lambda x, _: x.transpose(order), axes=axes)]
 
 
 def _place(t: QTensor, axis: int) -> int:
@@ -110,7 +110,7 @@ def _squeezed(site: Site, operands: list[Any]) -> list[Any]:
     t, gone = operands[0], site.eqn.params["dimensions"]
     rank = t.ndim - len(gone)
     where = lambda axis: None if axis in gone else axis - sum(d < axis for d in gone)
-    out = _fields(t, lambda x, small: x.squeeze(gone), axes=_at(t, where, rank))
+    out = _fields(t, lambda x, _: x.squeeze(gone), axes=_at(t, where, rank))
     return [_with_range(out, t, lambda r, lead: r.squeeze(tuple(d for d in gone if d < lead)))]
 
 
@@ -261,7 +261,7 @@ def _reversed(site: Site, operands: list[Any]) -> list[Any] | None:
         return None
     if t.x_range is not None and t.x_range.ndim > 1:
         return None
-    return [_fields(t, lambda x, small: jnp.flip(x, dims))]
+    return [_fields(t, lambda x, _: jnp.flip(x, dims))]
 
 
 _VIEWS: dict[str, Callable[[Site, list[Any]], list[Any] | None]] = {

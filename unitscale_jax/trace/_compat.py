@@ -106,6 +106,11 @@ def dtype_of(value: Any) -> Any:
     return getattr(value.aval, "dtype", None)
 
 
+def shape_of(value: Any) -> tuple[int, ...]:
+    """The shape of a variable or a literal; of a token ()."""
+    return tuple(getattr(value.aval, "shape", ()))
+
+
 def scope(eqn: Equation) -> str:
     """The named scopes an equation was traced under, inside its own body."""
     return str(eqn.source_info.name_stack)

@@ -67,6 +67,16 @@ class Site:
         return tuple(_compat.dtype_of(v) for v in self.eqn.outvars)
 
     @functools.cached_property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the operands, as traced."""
+        return tuple(map(_compat.shape_of, self.eqn.invars))
+
+    @functools.cached_property
+    def result_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the results, as traced."""
+        return tuple(map(_compat.shape_of, self.eqn.outvars))
+
+    @functools.cached_property
     def scope(self) -> str:
         """The named scopes around it ("encoder/attention"), across calls; "" without any."""
         here = _compat.scope(self.eqn)

@@ -1,0 +1,128 @@
+"""The derivative of a product on codes: that of the float product at the values served.
+
+Straight through (https://arxiv.org/abs/1308.3432), and what is kept for it are codes and scales.
+"""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from unitscale_jax.quantize._ops import spread
+from unitscale_jax.quantize._product import Dot, Product, product_of
+from unitscale_jax.quantize._qtensor import QTensor, integer_codes, is_quantized, value_of
+from unitscale_jax.quantize._served import Unquantizable, served
+from unitscale_jax.quantize._spec import DotSpec
+from unitscale_jax.trace import Site
+from unitscale_jax.typing import Key
+
+Multiply = Callable[..., Any]
+
+
+def straight_through(
+    product: Product, sides: list[Any], spec: DotSpec, key: Key | None, multiply: Multiply
+) -> jax.Array:
+    """`served`, whose derivative is that of the float product at the values served.
+
+    `multiply` makes the products of a quantized backward pass.
+    """
+    carriers = [t.latent if is_quantized(t) else t for t in sides]
+    parts = [
+        replace(t, latent=None) if is_quantized(t) else jax.lax.stop_gradient(t) for t in sides
+    ]
+    if all(c is None for c in carriers):
+        return served(product, parts, spec)
+    beside = (product.extra, key)  # data, so they go in as arguments
+
+    @jax.custom_vjp
+    def call(carriers: Any, parts: Any, beside: Any) -> jax.Array:
+        del carriers
+        return served(replace(product, extra=beside[0]), parts, spec)
+
+    def fwd(carriers: Any, parts: Any, beside: Any) -> tuple[jax.Array, Any]:
+        like = [None if c is None else c.reshape(-1)[:0] for c in carriers]  # dtypes, no numbers
+        return served(replace(product, extra=beside[0]), parts, spec), (parts, beside, like)
+
+    def bwd(kept: Any, g: jax.Array) -> tuple[Any, None, None]:
+        parts, (extra, key), like = kept
+        open_product = replace(product, extra=extra)
+        backward = lambda side: _backward(open_product, parts, side, g, spec, key, multiply)
+        back = [None if c is None else backward(k).astype(c.dtype) for k, c in enumerate(like)]
+        return back, None, None
+
+    call.defvjp(fwd, bwd)
+    return call(carriers, parts, beside)
+
+
+def _backward(
+    product: Product,
+    parts: list[Any],
+    side: int,
+    g: jax.Array,
+    spec: DotSpec,
+    key: Key | None,
+    multiply: Multiply,
+) -> jax.Array:
+    """The cotangent of one operand, in the dtype it was traced in."""
+    other = parts[1 - side]
+    if spec.g is not None and isinstance(product, Dot) and is_quantized(other):
+        own = None if key is None else jax.random.fold_in(key, side)
+        try:
+            return _quantized_backward(product, other, side, g, spec, own, multiply)
+        except Unquantizable:  # more rows than int32 can sum up: in floating point
+            pass
+    values = [_value(t) if is_quantized(t) else t for t in parts]
+
+    def times(v: jax.Array) -> jax.Array:
+        pair = [v, values[1]] if side == 0 else [values[0], v]
+        return product.as_traced(*pair)
+
+    return jax.vjp(times, values[side])[1](g)[0]
+
+
+def _value(t: QTensor) -> jax.Array:
+    """As `value_of`, but for derivatives, which need not be the same bits in every program."""
+    whole = integer_codes(t).astype(jnp.float32)
+    if t.zero_point is not None:
+        whole = whole - spread(t.zero_point, t.shape).astype(jnp.float32)
+    return (whole * spread(t.scale, t.shape)).astype(t.dtype)
+
+
+def _quantized_backward(
+    product: Product,
+    other: QTensor,
+    side: int,
+    g: jax.Array,
+    spec: DotSpec,
+    key: Key | None,
+    multiply: Multiply,
+) -> jax.Array:
+    """The transposed product, on the codes of the other operand and codes of g.
+
+    The other operand's scale varies along this sum, so it is folded into g before g is quantized.
+    """
+    own = jax.ShapeDtypeStruct(product.shape(side), product.site.operands[side])
+    transposed = jax.make_jaxpr(
+        lambda g, o: jax.linear_transpose(
+            lambda v: product.as_traced(*((v, o) if side == 0 else (o, v))), own
+        )(g)
+    )(g, value_of(other))
+    backward = DotSpec(w=other.spec.w, x=spec.g, compute=spec.compute)
+    env: dict[Any, Any] = dict(zip(transposed.jaxpr.invars, (g, other), strict=True))
+    for index, eqn in enumerate(transposed.jaxpr.eqns):
+        site = Site(eqn, index)
+        operands = [env[v] for v in eqn.invars]
+        inner = product_of(site)
+        if inner is not None:
+            env[eqn.outvars[0]] = multiply(inner, operands[0], operands[1], backward, draws=key)[0]
+        else:
+            env |= dict(zip(eqn.outvars, site.bind(operands), strict=True))
+    return env[transposed.jaxpr.outvars[0]]
+
+
+def draw(key: Key | None, place: tuple[int, ...]) -> Key | None:
+    """A key for the equation at a place."""
+    return None if key is None else jax.random.fold_in(key, zlib.crc32(repr(place).encode()))
