@@ -245,6 +245,13 @@ def test_powers_of_two_make_dequant_equal_to_int():
     assert jnp.any(in_form("dequant")(w, x) != in_form("int")(w, x))
 
 
+def test_a_bound_that_is_a_power_of_two_is_its_own_scale():
+    """Whole numbers up to 127 have the scale 1, not 2, so their product is exact."""
+    w, x = jnp.round(30 * normal(16, 4, seed=22)).at[0].set(127.0), jnp.arange(16.0)[None] * 8
+    x = x.at[0, 3].set(-127.0)
+    np.testing.assert_array_equal(in_form("int", "po2")(w, x), x @ w)
+
+
 # -------------------------------------------------------------------------------- bounds
 
 MOST = {

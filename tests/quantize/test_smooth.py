@@ -272,7 +272,20 @@ def across(p, x):
     return lax.scan(lambda h, w: (h + (x * p["gain"]) @ w, None), x, p["w"])[0]
 
 
-@pytest.mark.parametrize("fn", [stepwise, across])
+def delayed(p, x):
+    """A layer gets what the one before made with its own gain; the first gets zeros."""
+    step = lambda h, layer: (x * layer["b"], h @ layer["w"])
+    return lax.scan(step, jnp.zeros_like(x), {"w": p["w"], "b": p["b"]})[1]
+
+
+def all_at_once(p, x):
+    """A layer that has its own gain, and sees those of all the others."""
+    every = lambda w: jnp.sum((x[:, None] * p["b"]) @ w, 1)
+    step = lambda h, layer: (h, (x * layer["b"]) @ layer["w"] + every(layer["w"]))
+    return lax.scan(step, 0.0, {"w": p["w"], "b": p["b"]})[1]
+
+
+@pytest.mark.parametrize("fn", [stepwise, across, delayed, all_at_once])
 def test_scales_of_layers_stay_in_their_layer(fn):
     params = {"gain": OUTLIERS, "w": normal(1, 3, 4, 4), "b": normal(2, 3, 4)}
     with pytest.raises(ValueError, match=r"these weights meet: w \("):

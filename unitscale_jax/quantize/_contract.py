@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax.quantize._gradient import straight_through
-from unitscale_jax.quantize._ops import asymmetric, bounds_of, emit, on_grid, spread, symmetric
+from unitscale_jax.quantize._ops import (
+    asymmetric,
+    bounds_of,
+    emit,
+    ends_of,
+    on_grid,
+    spread,
+    symmetric,
+)
 from unitscale_jax.quantize._product import Dot, Product
 from unitscale_jax.quantize._qtensor import QTensor, is_quantized, value_of
 from unitscale_jax.quantize._served import EXACT, Unquantizable, grouped, reach, varying
@@ -91,7 +99,7 @@ def activation(
         m = bounds_of(v, axes, spec)
         bounds, clips = (None, m), spec.clips
     else:
-        bounds, clips = spec.calibrator.bounds(v, axes), spec.clips
+        bounds, clips = ends_of(v, axes, spec), spec.clips
     low, high = bounds
     if clips:
         inside = (jnp.abs(v) <= high) if low is None else (low <= v) & (v <= high)

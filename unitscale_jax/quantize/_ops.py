@@ -62,8 +62,8 @@ def scales(m: jax.Array, spec: QSpec) -> tuple[jax.Array, jax.Array]:
     # ceil(log2(m / Q)): frexp's fraction is in [1/2, 1), and a power of two is its own ceiling.
     exponent = jnp.where(zero, 0, jnp.where(fraction == 0.5, exponent - 1, exponent))
     finite = jnp.isfinite(step)
-    power = lambda e: jnp.where(finite, jnp.ldexp(jnp.float32(1), e), step)
-    return power(exponent), jnp.where(zero, 0.0, power(-exponent))
+    power = lambda e, otherwise: jnp.where(finite, jnp.ldexp(jnp.float32(1), e), otherwise)
+    return power(exponent, step), jnp.where(zero, 0.0, power(-exponent, 1 / step))
 
 
 def symmetric(x: jax.Array, m: jax.Array, spec: QSpec, key: Key | None = None) -> Any:
@@ -104,6 +104,7 @@ def asymmetric(x: jax.Array, low: jax.Array, high: jax.Array, spec: QSpec) -> An
     least = -(2 ** (spec.grid.bits - 1))
     whole = lambda v: jax.lax.round(v, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
     r = high - low
+    r = jnp.where(jnp.isinf(r), np.float32(np.nan), r)  # else an infinity would stay one
     zero = r < threshold(n)
     scale = jnp.where(zero, 1.0, r * np.float32(1 / n))
     inverse = jnp.where(zero, 0.0, np.float32(n) / r)
@@ -154,13 +155,29 @@ def bounds_of(x: jax.Array, axes: Sequence[int], spec: QSpec, tiles: int = 1) ->
     """The calibrator's bound of |x| over axes; with tiles, for each along the last of them."""
     axes = tuple(sorted(axes))
     if tiles == 1:
-        error = _squared_error(x, axes, spec)
-        return spec.calibrator.bound(x, axes, error)
+        return _bound(x, axes, spec)
     last = axes[-1]
-    cut = tiled(x, last, tiles)
     inner = tuple(a if a < last else a + 1 for a in axes)
-    found = spec.calibrator.bound(cut, inner, _squared_error(cut, inner, spec))
-    return found.squeeze(last + 1)
+    return _bound(tiled(x, last, tiles), inner, spec).squeeze(last + 1)
+
+
+def ends_of(x: jax.Array, axes: Sequence[int], spec: QSpec) -> tuple[jax.Array, jax.Array]:
+    """The calibrator's range of x over axes, zero included."""
+    low, high = spec.calibrator.bounds(x, tuple(axes))
+    return _poisoned(low, x, axes, spec), _poisoned(high, x, axes, spec)
+
+
+def _bound(x: jax.Array, axes: tuple[int, ...], spec: QSpec) -> jax.Array:
+    m = spec.calibrator.bound(x, axes, _squared_error(x, axes, spec))
+    return _poisoned(m, x, axes, spec)
+
+
+def _poisoned(m: jax.Array, x: jax.Array, axes: Sequence[int], spec: QSpec) -> jax.Array:
+    """NaN where x has a NaN or an infinity, which a range that clips would hide."""
+    if not spec.clips:
+        return m
+    finite = jnp.all(jnp.isfinite(x), axis=tuple(axes), keepdims=True)
+    return jnp.where(finite, m, np.float32(np.nan))
 
 
 def _squared_error(x: jax.Array, axes: tuple[int, ...], spec: QSpec) -> Callable[[Any], Any]:

@@ -13,6 +13,7 @@ from unitscale_jax import rules as named_rules, tree as trees
 from unitscale_jax.quantize._ops import (
     asymmetric,
     bounds_of,
+    ends_of,
     integer_groups,
     on_grid,
     spread,
@@ -156,7 +157,7 @@ def encode(x: jax.Array, spec: DotSpec) -> QTensor:
     v = on_grid(jax.lax.stop_gradient(x))
     made = functools.partial(QTensor, spec=spec, axes=w.axes, dtype=np.dtype(x.dtype))
     if not w.symmetric:
-        codes, scale, point = asymmetric(v, *w.calibrator.bounds(v, axes), w)
+        codes, scale, point = asymmetric(v, *ends_of(v, axes, w), w)
         return _summed(made(codes, scale, point))
     tiles = 1 if w.group is None else x.shape[max(axes)] // w.group.size
     m = bounds_of(v, axes, w, tiles)
@@ -192,7 +193,7 @@ def inside(x: jax.Array, t: QTensor) -> jax.Array:
     axes = tuple(axis % x.ndim for axis in t.axes)
     v = on_grid(x)
     if not w.symmetric:
-        low, high = w.calibrator.bounds(v, axes)
+        low, high = ends_of(v, axes, w)
         return (low <= v) & (v <= high)
     m = bounds_of(v, axes, w, 1 if w.group is None else x.shape[axes[-1]] // w.group.size)
     # |x| <= m, and never Q s: f32(127) s is below m for 4 % of all m.

@@ -105,6 +105,7 @@ def quantized(
         params, sources = (args[0], plain[0]) if args else ((), ())
         known = origins(staged, sources)
         chosen = [] if rules is None else resolved(rules, staged, params, sources)
+        _check_key(chosen, key)
         specs = {name: spec for name, spec in chosen if spec.w.axes != ACTIVATIONS}
         operands = [
             _entered(origin.holds, x, specs, stats)
@@ -120,6 +121,15 @@ def quantized(
         return staged.finish([_result(x) for x in out])
 
     return quantized_fn
+
+
+def _check_key(rules: Sequence[tuple[Any, DotSpec]], key: Key | None) -> None:
+    for pattern, spec in rules:
+        if key is None and spec.g is not None and spec.g.rounding == "stochastic":
+            raise ValueError(
+                f"the rule for {pattern} rounds cotangents stochastically, which needs draws: "
+                "quantized(fn, rules, key=key), a new key each step."
+            )
 
 
 def _entered(

@@ -29,7 +29,7 @@ from unitscale_jax.quantize._product import PRODUCTS
 from unitscale_jax.quantize._qtensor import is_quantized, value_of
 from unitscale_jax.quantize._roles import resolved
 from unitscale_jax.quantize._spec import DotSpec
-from unitscale_jax.quantize._stats import Stat, Stats, _Meetings, canonical, meetings
+from unitscale_jax.quantize._stats import Meetings, Stat, Stats, canonical, meetings
 from unitscale_jax.trace import ClosedJaxpr, Dims, Flow, Place, Site, dims, stage, trace, walk
 
 FEWEST = np.float32(1e-4)
@@ -263,7 +263,7 @@ def _plan(
     stats: Mapping[str, Stat],
     closed: ClosedJaxpr,
     graph: Dims,
-    met: _Meetings,
+    met: Meetings,
 ) -> _Plan:
     """The fold of one weight, or why there is none."""
     axes = {path: graph.axes(path) for path in trees.names(params)}

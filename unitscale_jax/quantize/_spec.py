@@ -41,7 +41,7 @@ class Group:
 
     def __post_init__(self) -> None:
         """Checks the fields."""
-        if not isinstance(self.size, int) or self.size < 1:
+        if type(self.size) is not int or self.size < 1:
             raise ValueError(f"{self!r}: size is a positive whole number of elements.")
         if self.scale not in ("free", "integer"):
             raise ValueError(f"{self!r}: scale is 'free' or 'integer'.")
@@ -127,6 +127,8 @@ class QSpec:
         tags = ["" if self.symmetric else "asymmetric", "po2" if self.scale == "po2" else ""]
         group = self.group
         tags.append("" if group is None else f"g{group.size}{'i' * (group.scale == 'integer')}")
+        tags.append("" if self.calibrator == Absmax() else repr(self.calibrator))
+        tags.append("stochastic" if self.rounding == "stochastic" else "")
         return " ".join([str(self.format), *filter(None, tags)])
 
 
@@ -209,8 +211,13 @@ def _contradictions(spec: QSpec) -> Any:
         yield "rounding is 'nearest' or 'stochastic'."
     if not isinstance(spec.calibrator, Calibrator):
         yield "calibrator is an object such as Absmax() or Percentile(99.9)."
-    if spec.axes is not None and any(axis >= 0 for axis in spec.axes):
-        yield "axes count from the end, as (-2,), so that they hold for stacked layers too."
+    if not _are_axes(spec.axes):
+        yield "axes are different and count from the end, as (-2,), which holds for stacks too."
+    if spec.group is not None and not isinstance(spec.group, Group):
+        yield "group is a Group, as Group(32)."
+        return
+    if spec.rounding == "stochastic" and not integer:
+        yield "stochastic rounding is for integers."
     if not spec.symmetric:
         if not integer or spec.scale != "free" or spec.group:
             yield "an asymmetric range is for integers with free scales and no groups."
@@ -223,7 +230,18 @@ def _contradictions(spec: QSpec) -> Any:
             yield "integer groups have a free scale for each channel."
 
 
+def _are_axes(axes: Any) -> bool:
+    if axes is None:
+        return True
+    whole = isinstance(axes, tuple) and all(isinstance(axis, int) for axis in axes)
+    return whole and all(axis < 0 for axis in axes) and len(set(axes)) == len(axes)
+
+
 def _disagreements(spec: DotSpec) -> Any:
+    for name, given in (("w", spec.w), ("x", spec.x), ("g", spec.g)):
+        if not (isinstance(given, QSpec) or (given is None and name != "w")):
+            yield f"{name} is a QSpec, as QSpec()."
+            return
     if spec.compute not in ("int", "float_exact", "dequant"):
         yield "compute is 'int', 'float_exact' or 'dequant'."
     for name, other in (("x", spec.x), ("g", spec.g)):

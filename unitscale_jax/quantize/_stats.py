@@ -445,18 +445,20 @@ class Meeting:
 
 
 @dataclass
-class _Meetings(Roles):
+class Meetings(Roles):
     """The flow of parameters; `products` collects theirs."""
 
     products: dict[str, dict[tuple[Place, int], Meeting]] = field(default_factory=dict)
     stacks: dict[tuple[Place, str], int | None] = field(default_factory=dict)
 
     def unstacked(self, site: Site, x: tuple[Held, ...]) -> tuple[Held, ...]:
+        """One row of a stack, whose axis is remembered."""
         for held in x:
             self.stacks[site.place, held.name] = _single(held.axes[0]) if held.whole else None
         return super().unstacked(site, x)
 
     def visit(self, site: Site, inputs: list[tuple[Held, ...]]) -> list[tuple[Held, ...]]:
+        """Records a product; everything else as `Roles`."""
         if product_of(site) is not None:
             for side in (0, 1):
                 for held in inputs[side]:
@@ -486,15 +488,14 @@ def _above(site: Site) -> Iterator[Site]:
         yield site
 
 
-def meetings(staged: Staged, params: Any) -> _Meetings:
+def meetings(staged: Staged, params: Any) -> Meetings:
     """Every product that each parameter meets, and the scans that run along its axes."""
-    flow, jaxpr = _Meetings(), staged.closed.jaxpr
-    entering = [
-        ()
-        if origin.holds is None
-        else (Held(origin.holds, tuple(frozenset({k - v.aval.ndim}) for k in range(v.aval.ndim))),)
-        for v, origin in zip(jaxpr.invars, origins(staged, params), strict=True)
-    ]
+    flow, jaxpr = Meetings(), staged.closed.jaxpr
+    entering: list[tuple[Held, ...]] = []
+    for x, origin in zip(staged.operands, origins(staged, params), strict=True):
+        rank = len(np.shape(x))
+        axes = tuple(frozenset({k - rank}) for k in range(rank))
+        entering.append(() if origin.holds is None else (Held(origin.holds, axes),))
     walk(flow, jaxpr, entering, staged.closed.consts)
     return flow
 
