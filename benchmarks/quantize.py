@@ -229,7 +229,11 @@ def cache(options):
     heads, time_, size = (2, 16, 8) if options.smallest else (8, 1024, 128)
     keys = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(keys[0], (1, 1, heads, size))
-    tree = {n: jax.random.normal(k, (1, time_, heads, size)) for n, k in zip("kv", keys[1:])}
+    shape = (1, time_, heads, size)
+    tree = {n: jax.random.normal(k, shape) for n, k in zip("kv", keys[1:], strict=True)}
+        n: jax.random.normal(k, (1, time_, heads, size))
+        for n, k in zip("kv", keys[1:], strict=True)
+    }
 
     def attend(cache, q):
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, cache["k"]) / size**0.5

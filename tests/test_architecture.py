@@ -9,7 +9,16 @@ import unitscale_jax
 
 ROOT = pathlib.Path(unitscale_jax.__file__).parent
 FLOOR = ["typing", "tree", "rules", "formats", "fwd_bwd", "trace", "loss"]  # in order
-SLICES = ["accumulate", "precision", "quantize", "prune", "distill", "parallel", "optimize", "unit"]
+SLICES = [
+    "accumulate",
+    "precision",
+    "quantization",
+    "prune",
+    "distill",
+    "parallel",
+    "optimize",
+    "unit",
+]
 ROOF = ["compose", "bridge", "report", "recipe", "plan", "checkpoint", "testing", "__init__"]
 VISIBLE = {name: FLOOR[: i + 1] for i, name in enumerate(FLOOR)}
 VISIBLE |= {name: [*FLOOR, name] for name in SLICES} | dict.fromkeys(ROOF, FLOOR + SLICES + ROOF)

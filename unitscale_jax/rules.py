@@ -28,7 +28,7 @@ def resolve(rules: Rules[Value], tree: Any, default: Any = None, *, noun: str = 
 
     Args:
         rules: Pairs `(pattern, value)` in order, or a dict of them.
-        tree: A pytree; its leaves are named by `unitscale_jax.tree.names`.
+        tree: A pytree; its leaves are named by `unitscale_jax.tree.names`, a `Compound` as one.
         default: The value of a leaf that no rule matches.
         noun: What a leaf is called in an error.
 
@@ -39,9 +39,10 @@ def resolve(rules: Rules[Value], tree: Any, default: Any = None, *, noun: str = 
         >>> resolve({"**/bias": 32, "**": 8}, {"mlp": {"kernel": 0.0, "bias": 0.0}})
         {'mlp': {'bias': 32, 'kernel': 8}}
     """
-    keys = trees.names(tree)
+    keys = trees.names(tree, is_leaf=trees.is_compound)
     found = match(rules, keys, default, noun=noun)
-    return jax.tree.unflatten(jax.tree.structure(tree), [found[name] for name in keys])
+    structure = jax.tree.structure(tree, is_leaf=trees.is_compound)
+    return jax.tree.unflatten(structure, [found[name] for name in keys])
 
 
 def match(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax.formats import Format
-from unitscale_jax.quantize import (
+from unitscale_jax.quantization import (
     EMA,
     MSE,
     Absmax,
@@ -25,7 +25,7 @@ from unitscale_jax.quantize import (
     QSpec,
     QTensor,
 )
-from unitscale_jax.quantize._ops import pack_int4, unpack_int4
+from unitscale_jax.quantization._ops import pack_int4, unpack_int4
 
 FIELDS = ("codes", "scale", "zero_point", "multiplier", "x_range")
 """What is stored; sums of codes are computed again."""

@@ -27,8 +27,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from unitscale_jax import tree as trees
 from unitscale_jax.checkpoint import _codes, _leaves
 from unitscale_jax.checkpoint._tensors import File, Stored, on_host, open_file, stored_array, write
-from unitscale_jax.quantize import QTensor, is_quantized
-from unitscale_jax.quantize._params import sum_codes
+from unitscale_jax.quantization import QTensor, is_quantized
+from unitscale_jax.quantization._params import sum_codes
 
 FORMAT, VERSION = "unitscale_jax", "1"
 _SPEC = "spec:"

@@ -57,7 +57,7 @@ def cast(apply: Apply, policy: Policy) -> Apply:
         dtypes = rules.resolve(policy.overrides, params, policy.compute)
         state = {name: kwargs.pop(name) for name in ("state",) if name in kwargs}
         inputs, kwargs = _cast((inputs, kwargs), policy.compute)
-        out = apply(jax.tree.map(_cast, params, dtypes), *inputs, **kwargs, **state)
+        out = apply(_cast_each(params, dtypes), *inputs, **kwargs, **state)
         if state.get("state") is not None and isinstance(out, tuple) and len(out) == 2:
             return _cast(out[0], policy.output), out[1]
         return _cast(out, policy.output)
@@ -65,11 +65,14 @@ def cast(apply: Apply, policy: Policy) -> Apply:
     return cast_fn
 
 
+def _cast_each(params: Params, dtypes: Any) -> Params:
+    return jax.tree.map(_cast, params, dtypes, is_leaf=trees.is_compound)
+
+
 def _cast(tree: Any, dtype: DType) -> Any:
     """As `trees.cast`, but leaves what already has the dtype, so that the jaxpr stays the same."""
-    return jax.tree.map(
-        lambda x: trees.cast(x, dtype) if _is_wide(x) and x.dtype != dtype else x, tree
-    )
+    cast_leaf = lambda x: trees.cast(x, dtype) if _is_wide(x) and x.dtype != dtype else x
+    return jax.tree.map(cast_leaf, tree, is_leaf=trees.is_compound)
 
 
 def _is_wide(leaf: Any) -> bool:

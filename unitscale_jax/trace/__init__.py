@@ -2,7 +2,14 @@
 
 from unitscale_jax.trace._axes import agree, varying, zeros
 from unitscale_jax.trace._capture import Capture, captured
-from unitscale_jax.trace._compat import ClosedJaxpr, Jaxpr, Literal, dtype_of, varying_axes
+from unitscale_jax.trace._compat import (
+    ClosedJaxpr,
+    Jaxpr,
+    Literal,
+    abstract,
+    dtype_of,
+    varying_axes,
+)
 from unitscale_jax.trace._cost import Cost, Row, cost
 from unitscale_jax.trace._dims import Dims, Group, dims
 from unitscale_jax.trace._function import Staged, Traced, stage, trace
@@ -51,6 +58,7 @@ __all__ = [
     "Site",
     "Staged",
     "Traced",
+    "abstract",
     "addresses",
     "agree",
     "bodies",

@@ -84,6 +84,11 @@ class Rewriter:
         del site, step
         return carry
 
+    def entering(self, operand: Any, placement: Any) -> Any:
+        """An operand as it enters a `shard_map` that cuts it by a spec."""
+        del placement
+        return operand
+
     def partitioned(self, operand: Any, placement: Any) -> Any:
         """How an operand of a call is partitioned (a spec, a sharding) that was one array."""
         del operand
@@ -188,6 +193,8 @@ def _remat(rewriter: Rewriter, site: Site, operands: list[Any]) -> Sequence[Any]
 
 def _shard_map(rewriter: Rewriter, site: Site, operands: list[Any]) -> Sequence[Any]:
     body = lambda *xs: rewriter.inline(site, xs)
+    specs = site.eqn.params["in_specs"]
+    operands = [rewriter.entering(x, spec) for x, spec in zip(operands, specs, strict=True)]
     return _compat.reshard_map(site.eqn, body, operands, rewriter.partitioned)(*operands)
 
 

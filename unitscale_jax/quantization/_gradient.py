@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from unitscale_jax.quantize._ops import spread
-from unitscale_jax.quantize._product import Dot, Product, product_of
-from unitscale_jax.quantize._qtensor import QTensor, integer_codes, is_quantized, value_of
-from unitscale_jax.quantize._served import Unquantizable, served
-from unitscale_jax.quantize._spec import DotSpec
+from unitscale_jax.quantization._ops import spread
+from unitscale_jax.quantization._product import Dot, Product, product_of
+from unitscale_jax.quantization._qtensor import QTensor, integer_codes, is_quantized, value_of
+from unitscale_jax.quantization._served import Unquantizable, served
+from unitscale_jax.quantization._spec import DotSpec
 from unitscale_jax.trace import Site
 from unitscale_jax.typing import Key
 
@@ -110,14 +110,19 @@ def _quantized_backward(
             lambda v: product.as_traced(*((v, o) if side == 0 else (o, v))), own
         )(g)
     )(g, value_of(other))
-    backward = DotSpec(w=other.spec.w, x=spec.g, compute=spec.compute)
+    assert spec.g is not None
+    nearest = replace(spec.g, rounding="nearest")  # draws say that it is not
+    backward = DotSpec(w=other.spec.w, x=nearest, compute=spec.compute)
+    draws = key if spec.g.rounding == "stochastic" else None
     env: dict[Any, Any] = dict(zip(transposed.jaxpr.invars, (g, other), strict=True))
     for index, eqn in enumerate(transposed.jaxpr.eqns):
         site = Site(eqn, index)
         operands = [env[v] for v in eqn.invars]
         inner = product_of(site)
         if inner is not None:
-            env[eqn.outvars[0]] = multiply(inner, operands[0], operands[1], backward, draws=key)[0]
+            env[eqn.outvars[0]] = multiply(inner, operands[0], operands[1], backward, draws=draws)[
+                0
+            ]
         else:
             env |= dict(zip(eqn.outvars, site.bind(operands), strict=True))
     return env[transposed.jaxpr.outvars[0]]

@@ -12,9 +12,9 @@ from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 
 from unitscale_jax import EMA, MSE, Absmax, DotSpec, Fixed, Percentile, QSpec
-from unitscale_jax.quantize._ops import bounds_of, symmetric
-from unitscale_jax.quantize._params import encode
-from unitscale_jax.quantize._qtensor import value_of
+from unitscale_jax.quantization._ops import bounds_of, symmetric
+from unitscale_jax.quantization._params import encode
+from unitscale_jax.quantization._qtensor import value_of
 
 SHAPE = ROWS, K = (3, 10)
 F32 = np.float32

@@ -13,7 +13,7 @@ from jax import lax
 
 import unitscale_jax as us
 from unitscale_jax import EMA, MSE, Absmax, DotSpec, Fixed, Percentile, QSpec
-from unitscale_jax.quantize import calibrate, merge_stats, observed
+from unitscale_jax.quantization import calibrate, merge_stats, observed
 
 ALL = ("range", "channels", "hessian")
 STATIC = DotSpec(w=QSpec(), x=QSpec())

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import rules as named_rules, tree as trees
-from unitscale_jax.quantize._ops import (
+from unitscale_jax.quantization._ops import (
     asymmetric,
     bounds_of,
     ends_of,
@@ -19,8 +19,8 @@ from unitscale_jax.quantize._ops import (
     spread,
     symmetric,
 )
-from unitscale_jax.quantize._qtensor import QTensor, integer_codes, is_quantized
-from unitscale_jax.quantize._spec import DotSpec
+from unitscale_jax.quantization._qtensor import QTensor, integer_codes, is_quantized
+from unitscale_jax.quantization._spec import DotSpec
 
 Rules = named_rules.Rules[DotSpec]
 ACTIVATIONS: tuple[int, ...] = ()

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unitscale_jax.quantize._spec import QSpec
+from unitscale_jax.quantization._spec import QSpec
 from unitscale_jax.typing import Key
 
 

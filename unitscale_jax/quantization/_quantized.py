@@ -17,11 +17,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from unitscale_jax import rules as named_rules
 from unitscale_jax.fwd_bwd import straight_through
-from unitscale_jax.quantize._cache import appended
-from unitscale_jax.quantize._contract import Verdict, activation, multiply
-from unitscale_jax.quantize._gradient import draw
-from unitscale_jax.quantize._ops import emit
-from unitscale_jax.quantize._params import (
+from unitscale_jax.quantization._cache import appended
+from unitscale_jax.quantization._contract import Verdict, activation, multiply
+from unitscale_jax.quantization._gradient import draw
+from unitscale_jax.quantization._ops import emit
+from unitscale_jax.quantization._params import (
     ACTIVATIONS,
     Rules,
     agrees,
@@ -30,12 +30,12 @@ from unitscale_jax.quantize._params import (
     inside,
     range_of,
 )
-from unitscale_jax.quantize._product import PRODUCTS, Product, product_of
-from unitscale_jax.quantize._qtensor import QTensor, integer_codes, is_quantized, value_of
-from unitscale_jax.quantize._roles import activation_products, resolved
-from unitscale_jax.quantize._served import Unquantizable
-from unitscale_jax.quantize._spec import DotSpec, QSpec
-from unitscale_jax.quantize._views import logical, view
+from unitscale_jax.quantization._product import PRODUCTS, Product, product_of
+from unitscale_jax.quantization._qtensor import QTensor, integer_codes, is_quantized, value_of
+from unitscale_jax.quantization._roles import activation_products, resolved
+from unitscale_jax.quantization._served import Unquantizable
+from unitscale_jax.quantization._spec import DotSpec, QSpec
+from unitscale_jax.quantization._views import logical, view
 from unitscale_jax.trace import (
     Place,
     Rewriter,
@@ -278,6 +278,14 @@ class _Quantizer(Rewriter):
         if site.name in ("cond", "shard_map"):
             return [value_of(x) if is_quantized(x) else x for x in results]
         return results
+
+    def entering(self, operand: Any, placement: Any) -> Any:
+        """What enters a `shard_map`: sums over an axis that is cut are made anew inside."""
+        if not is_quantized(operand) or operand.colsum is None:
+            return operand
+        entries = [*placement, *[None] * (operand.ndim - len(placement))]
+        cut = any(entries[axis] is not None for axis in operand.axes)
+        return replace(operand, colsum=None) if cut else operand
 
     def partitioned(self, operand: Any, placement: Any) -> Any:
         """Codes as the array was, scales likewise but for the axes that share one."""

@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
-from unitscale_jax.quantize._calibrators import EMA, MSE, Fixed, Percentile
-from unitscale_jax.quantize._ops import on_grid, symmetric
-from unitscale_jax.quantize._params import ACTIVATIONS, Rules
-from unitscale_jax.quantize._product import Conv, Dot, Product, product_of
-from unitscale_jax.quantize._qtensor import is_quantized
-from unitscale_jax.quantize._roles import Held, Roles, resolved
-from unitscale_jax.quantize._spec import QSpec
+from unitscale_jax.quantization._calibrators import EMA, MSE, Fixed, Percentile
+from unitscale_jax.quantization._ops import on_grid, symmetric
+from unitscale_jax.quantization._params import ACTIVATIONS, Rules
+from unitscale_jax.quantization._product import Conv, Dot, Product, product_of
+from unitscale_jax.quantization._qtensor import is_quantized
+from unitscale_jax.quantization._roles import Held, Roles, resolved
+from unitscale_jax.quantization._spec import QSpec
 from unitscale_jax.trace import Place, Site, Staged, captured, origins, stage, walk
 
 Axes: TypeAlias = tuple[int, ...]

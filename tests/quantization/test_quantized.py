@@ -445,10 +445,6 @@ def test_there_is_no_forward_mode():
 
 # ------------------------------------------------------------------- a backward pass in integers
 
-NO_DRAWS = pytest.mark.xfail(
-    strict=True,
-    reason="the backward pass makes a DotSpec of x=g, which refuses stochastic rounding",
-)
 WIDE = {"w": normal(256, 128, seed=8), "x": normal(64, 256, seed=9), "g": normal(64, 128, seed=10)}
 
 
@@ -473,7 +469,7 @@ def off(got, full):
     ("rounding", "dw", "dx"),
     [
         ("nearest", 0.020, 0.0076),
-        pytest.param("stochastic", 0.028, 0.0104, marks=NO_DRAWS),
+        ("stochastic", 0.028, 0.0104),
     ],
 )
 def test_a_backward_pass_in_integers_is_off_by_little(rounding, dw, dx):
@@ -483,7 +479,6 @@ def test_a_backward_pass_in_integers_is_off_by_little(rounding, dw, dx):
         assert expected / 4 < error < expected * 1.5
 
 
-@NO_DRAWS
 def test_stochastic_rounding_is_unbiased():
     """The mean over n keys is off by a single one's error over the root of n."""
     full, run = backward(None)(jax.random.key(0)), backward("stochastic")
@@ -493,7 +488,6 @@ def test_stochastic_rounding_is_unbiased():
         assert 0.7 / 8 < averaged / single < 1.4 / 8
 
 
-@NO_DRAWS
 def test_the_same_key_draws_the_same_and_another_one_does_not():
     run = backward("stochastic")
     one, again, other = (run(jax.random.key(n)) for n in (1, 1, 2))
@@ -501,7 +495,6 @@ def test_the_same_key_draws_the_same_and_another_one_does_not():
     assert not same_bits(one, other)
 
 
-@NO_DRAWS
 def test_two_products_draw_differently():
     spec = replace(W8A8, g=QSpec(rounding="stochastic"))
     params = {"a": WIDE["w"], "b": WIDE["w"]}

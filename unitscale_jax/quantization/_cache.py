@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from unitscale_jax.quantize._params import encode
-from unitscale_jax.quantize._qtensor import QTensor, is_quantized
+from unitscale_jax.quantization._params import encode
+from unitscale_jax.quantization._qtensor import QTensor, is_quantized
 
 
 def append(cache: Any, x: Any, index: Any, *, axis: int = 1) -> Any:

@@ -24,12 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
-from unitscale_jax.quantize._params import ACTIVATIONS, Rules, encode
-from unitscale_jax.quantize._product import PRODUCTS
-from unitscale_jax.quantize._qtensor import is_quantized, value_of
-from unitscale_jax.quantize._roles import resolved
-from unitscale_jax.quantize._spec import DotSpec
-from unitscale_jax.quantize._stats import Meetings, Stat, Stats, canonical, meetings
+from unitscale_jax.quantization._params import ACTIVATIONS, Rules, encode
+from unitscale_jax.quantization._product import PRODUCTS
+from unitscale_jax.quantization._qtensor import is_quantized, value_of
+from unitscale_jax.quantization._roles import resolved
+from unitscale_jax.quantization._spec import DotSpec
+from unitscale_jax.quantization._stats import Meetings, Stat, Stats, canonical, meetings
 from unitscale_jax.trace import ClosedJaxpr, Dims, Flow, Place, Site, dims, stage, trace, walk
 
 FEWEST = np.float32(1e-4)

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from tests.test_formats import critical, grid
 from unitscale_jax import DotSpec, Fixed, Group, QSpec, formats
-from unitscale_jax.quantize._ops import (
+from unitscale_jax.quantization._ops import (
     bounds_of,
     codes_of,
     emit,
@@ -26,8 +26,8 @@ from unitscale_jax.quantize._ops import (
     tiled,
     unpack_int4,
 )
-from unitscale_jax.quantize._params import encode
-from unitscale_jax.quantize._qtensor import integer_codes, value_of
+from unitscale_jax.quantization._params import encode
+from unitscale_jax.quantization._qtensor import integer_codes, value_of
 
 ROWS, K = SHAPE = (4, 8)
 F32, TINY, HUGE = np.float32, 2.0**-126, 2.0**126

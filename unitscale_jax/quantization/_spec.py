@@ -15,7 +15,7 @@ import numpy as np
 
 from unitscale_jax import formats
 from unitscale_jax.formats import Format, FormatLike, format_of
-from unitscale_jax.quantize._calibrators import Absmax, Calibrator, Fixed
+from unitscale_jax.quantization._calibrators import Absmax, Calibrator, Fixed
 
 Compute: TypeAlias = Literal["int", "float_exact", "dequant"]
 _FLOATS = ("e4m3fn", "e5m2")

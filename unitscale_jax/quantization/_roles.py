@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from unitscale_jax import rules as named_rules, tree as trees
-from unitscale_jax.quantize._params import ACTIVATIONS, Rules, match
-from unitscale_jax.quantize._product import product_of
-from unitscale_jax.quantize._qtensor import is_quantized
-from unitscale_jax.quantize._spec import DotSpec
-from unitscale_jax.quantize._views import logical, segments
+from unitscale_jax.quantization._params import ACTIVATIONS, Rules, match
+from unitscale_jax.quantization._product import product_of
+from unitscale_jax.quantization._qtensor import is_quantized
+from unitscale_jax.quantization._spec import DotSpec
+from unitscale_jax.quantization._views import logical, segments
 from unitscale_jax.trace import (
     Flow,
     Origin,
@@ -136,6 +136,10 @@ def _moved(site: Site, inputs: list[tuple[Held, ...]]) -> list[tuple[Held, ...]]
         return inputs
     if name == "concatenate":
         return [tuple(dict.fromkeys(itertools.chain(*inputs)))]
+    if name == "stack":
+        at, every = params["axis"], dict.fromkeys(itertools.chain(*inputs))
+        new = lambda axes: (*axes[:at], none, *axes[at:])
+        return [tuple(replace(held, axes=new(held.axes)) for held in every)]
     change: Callable[[tuple[Axes, ...]], tuple[Axes, ...]] | None = None
     if name in _IN_PLACE:
         change = lambda axes: axes

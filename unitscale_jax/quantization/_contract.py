@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unitscale_jax.quantize._gradient import straight_through
-from unitscale_jax.quantize._ops import (
+from unitscale_jax.quantization._gradient import straight_through
+from unitscale_jax.quantization._ops import (
     asymmetric,
     bounds_of,
     emit,
@@ -17,10 +17,10 @@ from unitscale_jax.quantize._ops import (
     spread,
     symmetric,
 )
-from unitscale_jax.quantize._product import Dot, Product
-from unitscale_jax.quantize._qtensor import QTensor, is_quantized, value_of
-from unitscale_jax.quantize._served import EXACT, Unquantizable, grouped, reach, varying
-from unitscale_jax.quantize._spec import DotSpec, QSpec
+from unitscale_jax.quantization._product import Dot, Product
+from unitscale_jax.quantization._qtensor import QTensor, is_quantized, value_of
+from unitscale_jax.quantization._served import EXACT, Unquantizable, grouped, reach, varying
+from unitscale_jax.quantization._spec import DotSpec, QSpec
 from unitscale_jax.typing import Key
 
 INT32 = 2**31
@@ -72,7 +72,8 @@ def multiply(
         open_side = 1 if is_quantized(sides[0]) else 0
         held = sides[1 - open_side]
         x = sides[open_side]
-        sides[open_side] = activation(product, open_side, x, spec.x, held.x_range, draws)
+        how = spec.x if draws is None else replace(spec.x, rounding="stochastic")
+        sides[open_side] = activation(product, open_side, x, how, held.x_range, draws)
     verdict = _verdict(product, sides, spec)
     product = replace(product, note=_note(verdict, spec))
     return straight_through(product, sides, spec, key, multiply), verdict

@@ -10,7 +10,7 @@ from jax import lax
 
 import unitscale_jax as us
 from unitscale_jax import DotSpec, Group, QSpec
-from unitscale_jax.quantize import awq, calibrate, smoothquant
+from unitscale_jax.quantization import awq, calibrate, smoothquant
 
 W8A8 = DotSpec(w=QSpec(), x=QSpec())
 W4 = DotSpec(w=QSpec(format="int4"))

@@ -10,7 +10,7 @@ from jax import lax
 
 import unitscale_jax as us
 from unitscale_jax import MSE, DotSpec, Group, QSpec
-from unitscale_jax.quantize import calibrate, gptq
+from unitscale_jax.quantization import calibrate, gptq
 
 INT4 = QSpec(format="int4")
 

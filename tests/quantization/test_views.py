@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 from jax import lax
+from tests.quantize.test_quantized import W8A8, assert_same_bits, normal
 
 import unitscale_jax as us
-from tests.quantize.test_quantized import W8A8, assert_same_bits, normal
 from unitscale_jax import DotSpec, Group, QSpec
-from unitscale_jax.quantize._views import segments
+from unitscale_jax.quantization._views import segments
 
 SHAPE = STACK, IN, OUT = (3, 8, 6)
 W = normal(*SHAPE)
@@ -67,13 +67,10 @@ MOVES = {
     "barrier": lambda w: lax.optimization_barrier(w),
     "jitted": lambda w: jax.jit(lambda w: w[1].T)(w),
 }
-NO_VIEW_YET = pytest.mark.xfail(strict=True, reason="jnp.stack is a primitive of its own")
 ROWS_SPLIT = lambda w: w.reshape(STACK, 2, 4, OUT)
 
 
-@pytest.mark.parametrize(
-    "move", [pytest.param(m, marks=NO_VIEW_YET if m == "stacked" else ()) for m in MOVES]
-)
+@pytest.mark.parametrize("move", MOVES)
 @pytest.mark.parametrize("kind", SPECS)
 def test_a_view_of_codes_is_the_code_of_the_view(kind, move):
     t, fn = coded(kind), MOVES[move]

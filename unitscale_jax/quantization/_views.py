@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unitscale_jax.quantize._qtensor import LIKE_SCALE, QTensor, is_quantized
-from unitscale_jax.trace import Site, varying_axes
+from unitscale_jax.quantization._qtensor import LIKE_SCALE, QTensor, is_quantized
+from unitscale_jax.trace import Site, abstract
 
 
 def logical(tree: Any) -> Any:
@@ -25,8 +25,7 @@ def logical(tree: Any) -> Any:
 def _abstract(leaf: Any) -> Any:
     if not is_quantized(leaf):
         return leaf
-    vma = varying_axes(leaf.codes) if isinstance(leaf.codes, jax.Array) else frozenset()
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, **({"vma": vma} if vma else {}))
+    return abstract(leaf.shape, leaf.dtype, like=leaf.codes)
 
 
 def view(site: Site, operands: list[Any]) -> list[Any] | None:
@@ -236,12 +235,7 @@ def _split(site: Site, operands: list[Any]) -> list[Any] | None:
 
 def _joined(site: Site, operands: list[Any]) -> list[Any] | None:
     first, axis = operands[0], site.eqn.params["dimension"]
-    if not all(is_quantized(t) for t in operands):
-        return None
-    alike = all((t.spec, t.axes) == (first.spec, first.axes) for t in operands)
-    if not alike or axis - first.ndim in first.axes or any(t.x_range is not None for t in operands):
-        return None
-    if any((t.latent is None) != (first.latent is None) for t in operands):
+    if not _alike(operands) or axis - first.ndim in first.axes:
         return None
 
     def full(x: Any, t: QTensor) -> Any:  # an axis that was added has scales of size 1
@@ -253,6 +247,29 @@ def _joined(site: Site, operands: list[Any]) -> list[Any] | None:
         return jnp.concatenate([full(getattr(t, name), t) for t in operands], axis)
 
     return [first.over(change)]
+
+
+def _stacked(site: Site, operands: list[Any]) -> list[Any] | None:
+    first, axis = operands[0], site.eqn.params["axis"]
+    if not _alike(operands):
+        return None
+    rank = first.ndim + 1
+    axes = _at(first, lambda d: d + (d >= axis), rank)
+
+    def change(name: str, x: Any) -> Any:
+        del x
+        return jnp.stack([getattr(t, name) for t in operands], axis)
+
+    return [first.over(change, axes=axes)]
+
+
+def _alike(operands: list[Any]) -> bool:
+    """Whether all are quantized in one way, and can be put beside one another."""
+    first = operands[0]
+    if not all(is_quantized(t) and t.x_range is None for t in operands):
+        return False
+    kind = lambda t: (t.spec, t.axes, t.latent is None)
+    return all(kind(t) == kind(first) for t in operands)
 
 
 def _reversed(site: Site, operands: list[Any]) -> list[Any] | None:
@@ -282,4 +299,5 @@ _VIEWS: dict[str, Callable[[Site, list[Any]], list[Any] | None]] = {
     "split": _split,
     "concatenate": _joined,
     "rev": _reversed,
+    "stack": _stacked,
 }

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from unitscale_jax.quantize._ops import emit, fence, tiled
-from unitscale_jax.quantize._product import Conv, Dot, Product
-from unitscale_jax.quantize._qtensor import QTensor, integer_codes, is_quantized, value_of
-from unitscale_jax.quantize._spec import DotSpec
+from unitscale_jax.quantization._ops import emit, fence, tiled
+from unitscale_jax.quantization._product import Conv, Dot, Product
+from unitscale_jax.quantization._qtensor import QTensor, integer_codes, is_quantized, value_of
+from unitscale_jax.quantization._spec import DotSpec
 from unitscale_jax.trace import agree, zeros
 
 EXACT = 2**24

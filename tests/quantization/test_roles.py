@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jax import lax
+from tests.quantize.test_quantized import W8A8, WRAPPED, named_by_use, normal
 
 import unitscale_jax as us
-from tests.quantize.test_quantized import W8A8, WRAPPED, named_by_use, normal
 from tests.support import zoo
 from unitscale_jax import DotSpec, QSpec
 
@@ -74,7 +74,6 @@ def test_axes_are_those_that_are_summed_over(kind):
     assert found(lambda p, x: fn(p["w"], x), {"w": shape(*sizes)}, X) == {"w": axes}
 
 
-@pytest.mark.xfail(strict=True, reason="jnp.stack is a primitive of its own, followed nowhere")
 def test_a_parameter_is_followed_into_a_stack():
     fn = lambda p, x: jnp.einsum("bd,ndk->nbk", x, jnp.stack([p["a"], p["b"]]))
     assert found(fn, {"a": shape(D, K), "b": shape(D, K)}, X) == {"a": (-2,), "b": (-2,)}

@@ -17,8 +17,8 @@ import numpy as np
 
 from unitscale_jax import tree as trees
 from unitscale_jax.fwd_bwd import straight_through
-from unitscale_jax.quantize._ops import emit, spread
-from unitscale_jax.quantize._spec import DotSpec
+from unitscale_jax.quantization._ops import emit, spread
+from unitscale_jax.quantization._spec import DotSpec
 from unitscale_jax.typing import DType
 
 _ARRAYS = ["codes", "scale", "zero_point", "multiplier", "colsum", "x_range", "latent"]
