@@ -231,9 +231,6 @@ def cache(options):
     q = jax.random.normal(keys[0], (1, 1, heads, size))
     shape = (1, time_, heads, size)
     tree = {n: jax.random.normal(k, shape) for n, k in zip("kv", keys[1:], strict=True)}
-        n: jax.random.normal(k, (1, time_, heads, size))
-        for n, k in zip("kv", keys[1:], strict=True)
-    }
 
     def attend(cache, q):
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, cache["k"]) / size**0.5

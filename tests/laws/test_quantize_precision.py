@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tests.quantize.test_quantized import W8A8, assert_same_bits, normal, operands
 
 import unitscale_jax as us
+from tests.quantization.test_quantized import W8A8, assert_same_bits, normal, operands
 from unitscale_jax import DotSpec, QSpec
 
 ROWS, IN, HIDDEN = 12, 8, 16

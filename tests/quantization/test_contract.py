@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from tests.quantize.test_quantized import BF16, F32, W8A8, assert_same_bits, normal, operands
 
 import unitscale_jax as us
+from tests.quantization.test_quantized import BF16, F32, W8A8, assert_same_bits, normal, operands
 from unitscale_jax import DotSpec, Group, QSpec
 from unitscale_jax.quantization._qtensor import integer_codes
 from unitscale_jax.trace import sites

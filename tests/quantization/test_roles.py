@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jax import lax
-from tests.quantize.test_quantized import W8A8, WRAPPED, named_by_use, normal
 
 import unitscale_jax as us
+from tests.quantization.test_quantized import W8A8, WRAPPED, named_by_use, normal
 from tests.support import zoo
 from unitscale_jax import DotSpec, QSpec
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from tests.quantize.test_quantized import W8A8, assert_same_bits, normal
 
 import unitscale_jax as us
+from tests.quantization.test_quantized import W8A8, assert_same_bits, normal
 from unitscale_jax import DotSpec, Fixed, Group, QSpec
 
 ROWS, IN, OUT = 8, 64, 32

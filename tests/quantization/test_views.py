@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 from jax import lax
-from tests.quantize.test_quantized import W8A8, assert_same_bits, normal
 
 import unitscale_jax as us
+from tests.quantization.test_quantized import W8A8, assert_same_bits, normal
 from unitscale_jax import DotSpec, Group, QSpec
 from unitscale_jax.quantization._views import segments
 

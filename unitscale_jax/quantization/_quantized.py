@@ -79,8 +79,10 @@ def quantized(
         ValueError: A rule matches nothing, or names a parameter that meets no product; a product
             sums more than int32 holds; with `strict`, what was left in floating point, and why.
 
-    Law: training is serving, to the bit: see above. Gradients are those of the float function at
-    the dequantized values, zero where a calibrator clips. There is no forward mode.
+    Law: training is serving, see above: to the bit, where the compiler orders the float sums of
+    `fn` itself alike in both programs (a norm's mean may be fused in another order). Gradients are
+    those of the float function at the dequantized values, zero where a calibrator clips. There is
+    no forward mode.
 
     Example:
         >>> import unitscale_jax as us
@@ -92,8 +94,9 @@ def quantized(
         >>> codes = us.quantize(params, us.resolve(rules, fn, params, x))
         >>> bool((quantized(fn)(codes, x) == train).all())
         True
-        >>> jax.grad(lambda p: quantized(fn, rules)(p, x).sum())(params)["w"][:, 0].tolist()
-        [0.0, 0.0, 0.0]
+        >>> grads = jax.grad(lambda p: quantized(fn, rules)(p, x).sum())(params)
+        >>> [round(g, 3) for g in grads["w"][:, 1].tolist()]  # x, at the values of its codes
+        [0.992, 2.008, -3.0]
     """
 
     @functools.wraps(fn)
