@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax.quantization._qtensor import LIKE_SCALE, QTensor, is_quantized
-from unitscale_jax.trace import Site, abstract
+from unitscale_jax.trace import Site, varying_axes, zeros
 
 
 def logical(tree: Any) -> Any:
@@ -25,7 +25,9 @@ def logical(tree: Any) -> Any:
 def _abstract(leaf: Any) -> Any:
     if not is_quantized(leaf):
         return leaf
-    return abstract(leaf.shape, leaf.dtype, like=leaf.codes)
+    if varying_axes(leaf.codes):  # an abstract array cannot say so; these zeros are not computed
+        return zeros(leaf.shape, leaf.dtype, like=leaf.codes)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
 def view(site: Site, operands: list[Any]) -> list[Any] | None:

@@ -6,7 +6,6 @@ from unitscale_jax.trace._compat import (
     ClosedJaxpr,
     Jaxpr,
     Literal,
-    abstract,
     dtype_of,
     varying_axes,
 )
@@ -58,7 +57,6 @@ __all__ = [
     "Site",
     "Staged",
     "Traced",
-    "abstract",
     "addresses",
     "agree",
     "bodies",

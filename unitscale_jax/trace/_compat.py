@@ -240,13 +240,6 @@ def bind(eqn: Equation, operands: Sequence[Any], **changed: Any) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-def abstract(shape: Sequence[int], dtype: Any, like: Any) -> jax.ShapeDtypeStruct:
-    """An abstract array that differs over the manual mesh axes of `like`."""
-    kind = jax.typeof(like).manual_axis_type if varying_axes(like) else None
-    given = {} if kind is None else {"manual_axis_type": kind}
-    return jax.ShapeDtypeStruct(shape, dtype, **given)
-
-
 def varying_axes(value: Any) -> frozenset[str]:
     """The manual mesh axes over which an array, or an abstract one, differs between devices."""
     typed = value if hasattr(value, "manual_axis_type") else jax.typeof(value)
