@@ -324,6 +324,29 @@ def batches(
         yield some, batch
 
 
+# --- cheaper forms ------------------------------------------------------------------------------
+
+INT8 = us.QSpec()
+INT4 = us.QSpec(format="int4", group=us.Group(32), calibrator=us.MSE())
+
+
+def cheaper(apply, params, tokenizer: Tokenizer, calibration: Sequence[str], rows: int = ROWS):
+    """The encoder in int8, weights and activations, and with weights of four bits."""
+    batches_ = [(ids,) for _, ids in batches(tokenizer, calibration, rows)]
+    real = lambda ids: ids != PAD  # what stands in padding is no measure of anything
+    resolved = lambda rules: us.resolve(rules, apply, params, *batches_[0])
+
+    int8 = resolved({"**/kernel": us.DotSpec(w=INT8, x=INT8), "word/*": us.DotSpec(w=INT8)})
+    kernels, words = ({name: us.DotSpec(w=INT4)} for name in ("**/kernel", "word/*"))
+    stats = us.calibrate(apply, params, batches_, kernels, collect=("hessian",), valid=real)
+    int4, report = us.gptq(params, stats, resolved(kernels))
+    print(f"\n{report}")
+    return {
+        "int8": (us.quantized(apply, int8), us.quantize(params, int8)),
+        "int4 weights": (us.quantized(apply), us.quantize(int4, resolved(words))),
+    }
+
+
 # --- what comes out -----------------------------------------------------------------------------
 
 
@@ -341,12 +364,23 @@ def compare(
     """
     reference = encode(float_apply, float_params, tokenizer, texts, rows)
     print(f"\n{len(texts)} sentences      MB  sentences/s  mean cosine  least cosine")
+    shares = {name: share_of_floats(params) for name, (_, params) in others.items()}
     for name, (apply, params) in {"float32": (float_apply, float_params), **others}.items():
         found = encode(apply, params, tokenizer, texts, rows)  # and compiles
         near = cosines(found, reference)
         speed = speed_of(apply, params, tokenizer, texts, rows)
         megabytes = us.tree.nbytes(params) / 1e6
         print(f"{name:14} {megabytes:8.2f} {speed:12.1f} {near.mean():12.5f} {near.min():13.5f}")
+    if any(shares.values()):
+        listed = ", ".join(f"{name} {share:.4f}" for name, share in shares.items() if share)
+        print(f"of the float32 bytes of what is quantized: {listed}")
+
+
+def share_of_floats(params) -> float | None:
+    """Bytes of what is quantized, of those that it takes in float32."""
+    leaves = jax.tree.leaves(params, is_leaf=us.is_quantized)
+    codes = [leaf for leaf in leaves if us.is_quantized(leaf)]
+    return us.tree.nbytes(codes) / sum(4 * math.prod(t.shape) for t in codes) if codes else None
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -415,7 +449,8 @@ def main(argv=None) -> None:
         apply, params, tokenizer = tiny([*texts, *EXAMPLES])
         similarities(apply, params, tokenizer)
     rows = 8 if args.smallest else ROWS
-    compare(apply, params, {}, tokenizer, texts[calibration:], rows)
+    forms = cheaper(apply, params, tokenizer, texts[:calibration], rows)
+    compare(apply, params, forms, tokenizer, texts[calibration:], rows)
 
 
 if __name__ == "__main__":

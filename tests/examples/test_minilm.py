@@ -262,3 +262,31 @@ def test_the_smallest_run_needs_no_weights(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "float32" in result.stdout and minilm.EXAMPLES[0] in result.stdout
     assert not list(tmp_path.iterdir())
+
+
+# --- cheaper forms
+
+
+def test_cheaper_forms_are_codes_that_stay_near(encoder):
+    apply, params, tokenizer = encoder
+    exact = minilm.encode(apply, params, tokenizer, TEXTS)
+    for name, most in (("int8", 0.27), ("int4 weights", 0.16)):
+        form, codes = minilm.cheaper(apply, params, tokenizer, TEXTS)[name]
+        assert minilm.share_of_floats(codes) <= most
+        near = minilm.cosines(minilm.encode(form, codes, tokenizer, TEXTS), exact)
+        assert 0.99 < near.min() < 1
+
+
+@needs_weights
+@pytest.mark.slow
+def test_the_pretrained_encoder_keeps_its_embeddings():
+    apply, params = minilm.load(WEIGHTS)
+    tokenizer = minilm.Tokenizer((WEIGHTS / "vocab.txt").read_text("utf-8").split())
+    texts = minilm.sentences(128 + 64)
+    exact = minilm.encode(apply, params, tokenizer, texts[128:])
+    forms = minilm.cheaper(apply, params, tokenizer, texts[:128])
+    for name, cosine, most in (("int8", 0.99, 0.27), ("int4 weights", 0.97, 0.16)):
+        form, codes = forms[name]
+        found = minilm.encode(form, codes, tokenizer, texts[128:])
+        assert minilm.cosines(found, exact).mean() >= cosine
+        assert minilm.share_of_floats(codes) <= most
