@@ -54,8 +54,8 @@ def captured(fn: Callable[..., Any], pick: Pick) -> Callable[..., tuple[Any, lis
             function is traced, and returns a pytree of arrays or None.
 
     Returns:
-        A function of the arguments of `fn` that returns its result, to the bit, and a list of
-        `Capture`s in order of evaluation; a pytree, so it may be jitted.
+        A function of the arguments of `fn` that returns its result, by the same equations, and a
+        list of `Capture`s in order of evaluation; a pytree, so it may be jitted.
 
     Nothing is picked inside of while loops, functions with custom derivatives, `shard_map` and
     kernels, which are evaluated as they stand: compare `place` with the places that are wanted.
