@@ -465,3 +465,15 @@ def test_an_error_says_what_to_do(name):
     call, message = ERRORS[name]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_of_another_model_are_an_error():
+    x = normal(1, 5, 4)
+    rules = by(Absmax())
+    stats = calibrate(dense, W, [x], rules)
+    other = {"v": W["w"]}
+    fn, named = (lambda p, x: x @ p["v"]), {"v": rules["w"]}
+    with pytest.raises(ValueError, match="stats are of w, and there is no such parameter"):
+        us.quantized(fn, named, stats=stats)(other, x)
+    with pytest.raises(ValueError, match="stats are of w, and there is no such parameter"):
+        us.quantize(other, us.resolve(named, fn, other, x), stats)

@@ -114,13 +114,13 @@ def _difference(saved: dict[str, Leaf], wanted: dict[str, Any]) -> str | None:
     for name, leaf in wanted.items():
         expected = _text(*_dtype_and_shape(name, leaf))
         if name not in saved:
-            return f"leaf {name!r}, {expected}, is missing from it{_closest(name, saved)}"
+            return f"leaf {name!r}, {expected}, is missing from it{closest(name, saved)}"
         if not _fits(saved[name], leaf):
             came = _text(saved[name].dtype, saved[name].shape)
             return f"leaf {name!r} is expected to be {expected}, the checkpoint has {came}"
     for name in (name for name in saved if name not in wanted):
         came = _text(saved[name].dtype, saved[name].shape)
-        return f"it has a leaf {name!r}, {came}, that is not expected{_closest(name, wanted)}"
+        return f"it has a leaf {name!r}, {came}, that is not expected{closest(name, wanted)}"
     return None
 
 
@@ -136,7 +136,8 @@ def _text(dtype: str, shape: tuple[int, ...]) -> str:
     return dtype if dtype in _PYTHON else f"{dtype}[{','.join(map(str, shape))}]"
 
 
-def _closest(name: str, others: Iterable[str]) -> str:
+def closest(name: str, others: Iterable[str]) -> str:
+    """The name that may have been meant, as the end of a sentence."""
     near = difflib.get_close_matches(name, list(others), n=1)
     return f" (closest: {near[0]!r})" if near else ""
 
@@ -146,12 +147,12 @@ def _decoded(saved: Leaf, like: Any) -> Any:
         value = _PYTHON[saved.dtype](saved.value)
         return jnp.asarray(value, like.dtype) if hasattr(like, "dtype") else value
     if saved.impl is not None:
-        return _placed(_key(saved, saved.impl), like)
+        return placed(_key(saved, saved.impl), like)
     dtype = jnp.dtype(saved.dtype)
     array = np.zeros(saved.shape, dtype) if saved.bits is None else saved.bits.view(dtype)
     if isinstance(like, np.generic):
         return array[()]
-    return array if isinstance(like, np.ndarray) else _placed(_as_weak(array, like), like)
+    return array if isinstance(like, np.ndarray) else placed(_as_weak(array, like), like)
 
 
 def _key(saved: Leaf, impl: str) -> jax.Array:
@@ -167,7 +168,8 @@ def _as_weak(array: np.ndarray, like: Any) -> jax.Array:
     return jnp.full(array.shape, array.dtype.type(0).item()).at[...].set(array)
 
 
-def _placed(array: jax.Array, like: Any) -> jax.Array:
+def placed(array: jax.Array, like: Any) -> jax.Array:
+    """An array on the devices of `like`, if these are known."""
     sharding = getattr(like, "sharding", None)
     abstract = isinstance(getattr(sharding, "mesh", None), jax.sharding.AbstractMesh)
     # Only what was committed is committed: an array pinned to one device fits no mesh.

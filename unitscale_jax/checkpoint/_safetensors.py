@@ -163,7 +163,7 @@ def _abstract_leaves(file: File) -> dict[str, Any]:
 def _read(file: File, name: str, leaf: Any, like: Any = None) -> Any:
     """A leaf with its values; `like` says where it goes."""
     if not is_quantized(leaf):
-        return _leaves._placed(_on_device(f"{file.path}: {name}", file.array(name)), like)
+        return _leaves.placed(_on_device(f"{file.path}: {name}", file.array(name)), like)
     where, spec = f"{file.path}: {name}", leaf.spec.w
 
     def values(field: str, x: Any) -> np.ndarray | None:
@@ -189,8 +189,8 @@ def _placed(t: QTensor, like: Any) -> QTensor:
     """On the devices of `like`: each array as the one it replaces, or scales as their codes."""
     t = t.over(lambda _, x: jnp.asarray(x))
     if is_quantized(like):
-        return t.over(lambda field, x: _leaves._placed(x, getattr(like, field)))
-    codes = _leaves._placed(t.codes, like)
+        return t.over(lambda field, x: _leaves.placed(x, getattr(like, field)))
+    codes = _leaves.placed(t.codes, like)
     if not getattr(codes, "committed", False):
         return t
     beside = lambda field, x: x if field == "codes" else jax.device_put(x, _beside(codes, x))
@@ -234,13 +234,13 @@ def _nested(path: pathlib.Path, leaves: Mapping[str, Any]) -> Any:
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
     for name, like in wanted.items():
         if name not in found:
-            closest = _leaves._closest(name, found)
-            yield f"leaf {name!r}, {_text(like)}, is missing from it{closest}"
+            near = _leaves.closest(name, found)
+            yield f"leaf {name!r}, {_text(like)}, is missing from it{near}"
         elif not _fits(found[name], like):
             yield f"leaf {name!r} is expected to be {_text(like)}, and is {_text(found[name])}"
     for name in (name for name in found if name not in wanted):
-        closest = _leaves._closest(name, wanted)
-        yield f"it has a leaf {name!r}, {_text(found[name])}, that is not expected{closest}"
+        near = _leaves.closest(name, wanted)
+        yield f"it has a leaf {name!r}, {_text(found[name])}, that is not expected{near}"
 
 
 def _fits(leaf: Any, like: Any) -> bool:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
+from unitscale_jax.quantization._meetings import canonical, uncanonical
 from unitscale_jax.quantization._ops import (
     as_codes,
     asymmetric,
@@ -31,7 +32,7 @@ from unitscale_jax.quantization._ops import (
 from unitscale_jax.quantization._params import Rules, check_leaf, encode, match, range_of, sum_codes
 from unitscale_jax.quantization._qtensor import QTensor, is_quantized, value_of
 from unitscale_jax.quantization._spec import DotSpec, QSpec
-from unitscale_jax.quantization._stats import Layout, Stat, canonical, uncanonical
+from unitscale_jax.quantization._stat import Layout, Stat
 
 EXACT = jax.lax.Precision.HIGHEST
 

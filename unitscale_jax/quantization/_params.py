@@ -1,7 +1,7 @@
 """From parameters to codes, leaf by leaf."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -35,7 +35,8 @@ def quantize(
     Args:
         params: A pytree of parameters.
         rules: Pairs (pattern, `DotSpec`) whose axes are given, as `resolve` gives them.
-        stats: What `calibrate` found: by parameter, the range of what meets it.
+        stats: What `calibrate` found: by parameter, the range of what meets it. A parameter that
+            they do not have finds the range of each input when it meets it.
         delete: Frees each float array once its codes are there, so that the peak is the model and
             the codes of one leaf; the arrays cannot be used afterwards.
 
@@ -58,6 +59,7 @@ def quantize(
     """
     found = match(rules, params)
     known = trees.named_leaves(params, is_leaf=is_quantized)
+    check_stats(stats, known)
     chosen = {name: spec for name, spec in found.items() if spec is not None}
     done = dict(known)
     bytes_of = lambda name: trees.nbytes(known[name])
@@ -91,6 +93,20 @@ def _checked(pair: tuple[Any, Any]) -> DotSpec:
 def agrees(held: DotSpec, asked: DotSpec) -> bool:
     """Whether a spec is the asked one, whose axes may be open."""
     return held == (asked if asked.w.axes is not None else asked.with_axes(held.w.axes))
+
+
+def check_stats(stats: Mapping[str, Any] | None, names: Collection[str]) -> None:
+    """Whether statistics are of a model with these parameters.
+
+    Raises:
+        ValueError: They name others; a range that is not used would be lost silently.
+    """
+    odd = [] if stats is None else sorted(stats.keys() - set(names))
+    if odd:
+        raise ValueError(
+            f"stats are of {', '.join(odd)}, and there is no such parameter. There are "
+            f"{', '.join(names)}; calibrate the function that is quantized."
+        )
 
 
 def range_of(stats: Mapping[str, Any] | None, name: str) -> Any:

@@ -84,21 +84,21 @@ class Dot(Product):
     """`dot_general`: batch dimensions, free ones of the left, free ones of the right."""
 
     @property
-    def _numbers(self) -> Any:
+    def numbers(self) -> Any:
         return self.site.eqn.params["dimension_numbers"]
 
     def contracted(self, side: int) -> tuple[int, ...]:
         """The contracting dimensions."""
-        return tuple(self._numbers[0][side])
+        return tuple(self.numbers[0][side])
 
     def free(self, side: int) -> list[int]:
         """Dimensions that are neither contracted nor batch."""
-        known = (*self._numbers[0][side], *self._numbers[1][side])
+        known = (*self.numbers[0][side], *self.numbers[1][side])
         return [d for d in range(len(self.shape(side))) if d not in known]
 
     def placed(self, s: jax.Array, side: int) -> jax.Array:
         """Batch dimensions first, then those of the left, then those of the right."""
-        batch, free = self._numbers[1][side], self.free(side)
+        batch, free = self.numbers[1][side], self.free(side)
         others = (1,) * len(self.free(1 - side))
         s = s.transpose(*batch, *free, *self.contracted(side))
         head, tail = s.shape[: len(batch)], s.shape[len(batch) : len(batch) + len(free)]
@@ -106,7 +106,7 @@ class Dot(Product):
 
     def pair(self, side: int, dim: int) -> int:
         """By position among the contracting dimensions."""
-        return self._numbers[0][1 - side][self.contracted(side).index(dim)]
+        return self.numbers[0][1 - side][self.contracted(side).index(dim)]
 
     @property
     def splits(self) -> bool:
@@ -121,23 +121,23 @@ class Conv(Product):
     """
 
     @property
-    def _numbers(self) -> Any:
+    def numbers(self) -> Any:
         return self.site.eqn.params["dimension_numbers"]
 
     def contracted(self, side: int) -> tuple[int, ...]:
         """All but the batch of the left, all but the output features of the right."""
-        kept = self._numbers.lhs_spec[0] if side == 0 else self._numbers.rhs_spec[0]
+        kept = self.numbers.lhs_spec[0] if side == 0 else self.numbers.rhs_spec[0]
         return tuple(d for d in range(len(self.shape(side))) if d != kept)
 
     def placed(self, s: jax.Array, side: int) -> jax.Array:
         """Along the batch or the features of the result."""
-        at = self._numbers.out_spec[side]
+        at = self.numbers.out_spec[side]
         return s.reshape([s.size if d == at else 1 for d in range(s.ndim)])
 
     def sum_over(self, codes: jax.Array, side: int) -> jax.Array:
         """By a product with ones, since a window at the border has fewer elements."""
         assert side == 1, "sums over windows of the left operand are not needed"
-        batch = self._numbers.lhs_spec[0]
+        batch = self.numbers.lhs_spec[0]
         shape = tuple(1 if d == batch else n for d, n in enumerate(self.shape(0)))
         return self.bind(jnp.ones(shape, codes.dtype), codes, jnp.int32)
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from unitscale_jax import rules as named_rules
+from unitscale_jax import rules as named_rules, tree as trees
 from unitscale_jax.fwd_bwd import straight_through
 from unitscale_jax.quantization._cache import appended
 from unitscale_jax.quantization._contract import Verdict, activation, multiply
@@ -26,6 +26,7 @@ from unitscale_jax.quantization._params import (
     Rules,
     agrees,
     check_leaf,
+    check_stats,
     encode,
     inside,
     range_of,
@@ -65,7 +66,7 @@ def quantized(
         rules: Pairs (pattern, `DotSpec`): parameters by name, products of two activations by
             named scope or kind (`"attention"`, `"dot"`). Axes may be open. Float parameters that a
             rule names are quantized in the call, and receive straight-through gradients.
-        stats: What `calibrate` found, for parameters quantized in the call.
+        stats: What `calibrate` found, for parameters quantized in the call; see `quantize`.
         key: Draws for stochastic rounding in a quantized backward pass. Layers of one scan share
             their draws.
         strict: Raises where a quantized array had to be dequantized.
@@ -107,6 +108,7 @@ def quantized(
         operands = [leaves[k] for k in staged.positions]
         params, sources = (args[0], plain[0]) if args else ((), ())
         known = origins(staged, sources)
+        check_stats(stats, trees.names(sources))
         chosen = [] if rules is None else resolved(rules, staged, params, sources)
         _check_key(chosen, key)
         specs = {name: spec for name, spec in chosen if spec.w.axes != ACTIVATIONS}

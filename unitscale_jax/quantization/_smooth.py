@@ -14,9 +14,8 @@ the fold, and there is none exactly if something in between is not homogeneous. 
 two, so the folded function has the same bits, short of under- and overflow.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from fractions import Fraction
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import jax
@@ -24,13 +23,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
+from unitscale_jax.quantization._degrees import (
+    ZERO,
+    Degree,
+    Degrees,
+    Factors,
+    Rigid,
+    carries,
+    solved,
+    unknown,
+)
+from unitscale_jax.quantization._meetings import Meetings, canonical, meetings
 from unitscale_jax.quantization._params import ACTIVATIONS, Rules, encode
-from unitscale_jax.quantization._product import PRODUCTS
 from unitscale_jax.quantization._qtensor import is_quantized, value_of
 from unitscale_jax.quantization._roles import resolved
 from unitscale_jax.quantization._spec import DotSpec
-from unitscale_jax.quantization._stats import Meetings, Stat, Stats, canonical, meetings
-from unitscale_jax.trace import ClosedJaxpr, Dims, Flow, Place, Site, dims, stage, trace, walk
+from unitscale_jax.quantization._stat import Stat, Stats
+from unitscale_jax.trace import ClosedJaxpr, Dims, dims, stage, trace, walk
 
 FEWEST = np.float32(1e-4)
 
@@ -190,7 +199,7 @@ def _plans(
             continue
         try:
             plans.append(_plan(name, list(specs), params, stats, traced.closed, graph, met))
-        except _Rigid as error:
+        except Rigid as error:
             refused.append(f"{name} ({error})")
     if refused:
         raise ValueError(
@@ -198,13 +207,6 @@ def _plans(
             f"{'; '.join(refused)}. Leave them out of these rules."
         )
     return plans, specs
-
-
-class _Rigid(ValueError):  # noqa: N818
-    """Channels that nothing can be folded into; the message says what is in the way."""
-
-
-Factors: TypeAlias = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -269,258 +271,36 @@ def _plan(
     axes = {path: graph.axes(path) for path in trees.names(params)}
     mine = _channels(axes[name], stats[name])
     if any(len(axis) > 1 for axis in mine):
-        raise _Rigid("its channels are several pieces, joined")
+        raise Rigid("its channels are several pieces, joined")
     factors = tuple(f for axis in mine for f in axis[0])
     if len(set(factors)) < len(factors):
-        raise _Rigid("two of its axes are one dimension")
+        raise Rigid("two of its axes are one dimension")
     layers = {
         place: axes[name][axis][0]
         for (place, path), axis in met.stacks.items()
         if path == name and axis is not None and len(axes[name][axis]) == 1
     }
-    flow = _Degrees(graph, factors, {k: f[0] for k, f in layers.items() if len(f) == 1})
+    flow = Degrees(graph, factors, {k: f[0] for k, f in layers.items() if len(f) == 1})
     leaves = trees.named_leaves(params)
     whole = frozenset(factors)
     degree = lambda path: (
-        _unknown(path)
-        if trees.is_floating(leaves[path]) and _carries(axes[path], whole) == "once"
+        unknown(path)
+        if trees.is_floating(leaves[path]) and carries(axes[path], whole) == "once"
         else ZERO
     )
     count = len(closed.jaxpr.invars) - len(axes)
     known: list[Degree] = [*map(degree, axes), *[ZERO] * count]
     for out in walk(flow, closed.jaxpr, known, closed.consts):
         flow.require(out, "a result of the function")
-    degrees = _solved(name, flow.equations)
+    degrees = solved(name, flow.equations)
     shape = np.shape(stats[name].peak)
     weights = tuple(path for path in named if degrees.get(path) == 1)
     for path in weights:
         if _channels(axes[path], stats[path]) != mine:
-            raise _Rigid(f"{path} has the same channels in another order, or not as inputs")
+            raise Rigid(f"{path} has the same channels in another order, or not as inputs")
     return _Plan(factors, axes, degrees, weights, shape)
 
 
 def _channels(axes: Any, stat: Stat) -> list[Any]:
     """The axes that statistics are about, in terms of dimensions; sizes of one have none."""
     return [axes[axis] for axis in (*stat.layout.batch, *stat.layout.channels)]
-
-
-# Degrees: powers of the scale, as linear forms in the powers of the parameters.
-
-Degree: TypeAlias = frozenset[tuple[str, int]] | None
-"""Coefficients by parameter; None: whatever, as of zero."""
-ZERO: Degree = frozenset()
-
-
-def _unknown(name: str) -> Degree:
-    return frozenset({(name, 1)})
-
-
-def _combined(a: Degree, b: Degree, times: int) -> Degree:
-    """The degree of a product with the power `times`; zero times anything is zero."""
-    if a is None or b is None:
-        return None
-    sums = dict(a)
-    for name, n in b:
-        sums[name] = sums.get(name, 0) + times * n
-    return frozenset((name, n) for name, n in sums.items() if n)
-
-
-def _carries(axes: Any, factors: frozenset[Any]) -> str:
-    """Whether a value has all the channels, "once" along axes of their own, or "never", or else."""
-    flat = [f for axis in axes for term in axis for f in term if f in factors]
-    clean = [f for axis in axes if len(axis) == 1 for f in axis[0] if f in factors]
-    if len(flat) == len(clean) == len(set(flat)) == len(factors):
-        return "once"
-    return "never" if len(flat) == len(set(flat)) == len(clean) else "twice"
-
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-LINEAR = _names("""
-    convert_element_type reshape transpose broadcast_in_dim squeeze expand_dims copy copy_p rev
-    slice split dynamic_slice stop_gradient reduce_precision sharding_constraint name gather add sub
-    add_any max min neg abs select_n concatenate pad dynamic_update_slice reduce_sum
-    reduce_max reduce_min cumsum cummax cummin reduce_window_sum reduce_window_max reduce_window_min
-    unit_scale straight_through
-""")
-"""All floating operands that have the channels, and all results, have one degree."""
-COMPARISONS = _names("eq ne lt le gt ge sign is_finite")
-"""The same of the operands; the result has degree zero."""
-
-
-@dataclass
-class _Degrees(Flow[Degree]):
-    """The flow of degrees; `equations` collects (a form that must be zero, because of what)."""
-
-    graph: Dims
-    factors: Factors
-    layers: Mapping[Place, Any]
-    equations: list[tuple[Degree, str]] = field(default_factory=list)
-
-    def require(self, form: Degree, because: str) -> None:
-        if form:
-            self.equations.append((form, because))
-
-    def constant(self, value: Any) -> Degree:
-        x = np.asarray(value)
-        known = x.dtype == bool or np.issubdtype(x.dtype, np.integer)
-        return None if not known and x.size and _is_scaleless(x) else ZERO
-
-    def join(self, a: Degree, b: Degree) -> Degree:
-        if a is None or b is None:
-            return b if a is None else a
-        self.require(_combined(a, b, -1), "a branch or a loop")
-        return a
-
-    def unstacked(self, site: Site, x: Degree) -> Degree:
-        del site
-        return x
-
-    def repeated(self, site: Site, carry: list[Degree]) -> list[Degree]:
-        if site.place in self.layers:  # inside, a scale is that of one layer
-            for degree in carry:
-                self.require(degree, "the carry of the loop over layers")
-        return carry
-
-    def visit(self, site: Site, inputs: list[Degree]) -> list[Degree]:
-        ins, outs = self.graph.at(site.place)
-        removed = frozenset(self._removed(site))
-        factors = frozenset(self.factors) - removed
-        had = [_carries(axes, factors) for axes in ins]
-        has = [_carries(axes, factors) for axes in outs]
-        met = {f for axes in (*ins, *outs) for axis in axes for term in axis for f in term}
-        stacked = not removed.isdisjoint(met)  # all layers at once, in the loop over layers
-        if stacked or "twice" in (*had, *has):
-            had, has = ["never"] * len(had), ["never"] * len(has)
-        known = [
-            d if how == "once" else self._none(d, site) for d, how in zip(inputs, had, strict=True)
-        ]
-        made = self._made(site, known, ins, factors)
-        made = made * len(outs) if len(made) < len(outs) else made
-        return [
-            d if how == "once" else self._none(d, site) for d, how in zip(made, has, strict=True)
-        ]
-
-    def _removed(self, site: Site) -> Iterator[Any]:
-        while site.parent is not None:
-            site = site.parent
-            if site.place in self.layers:
-                yield self.layers[site.place]
-
-    def _none(self, degree: Degree, site: Site) -> Degree:
-        self.require(degree, site.name)
-        return None if degree is None else ZERO
-
-    def _made(
-        self, site: Site, known: list[Degree], ins: Any, factors: frozenset[Any]
-    ) -> list[Degree]:
-        name = site.name
-        if name == "optimization_barrier":
-            return known
-        rounds = name == "convert_element_type" and not _is_float(site.results[0])
-        if name in LINEAR and not rounds:
-            first = 1 if name == "select_n" else 0
-            for d in known[:first]:
-                self.require(d, name)
-            return [self._same(known[first : _operands(name)], name)]
-        if name in COMPARISONS:
-            self._same(known, name)
-            return [ZERO]
-        if name == "mul":
-            return [_combined(known[0], known[1], 1)]
-        if name == "div":
-            return [_combined(known[0], known[1], -1)]
-        if name in ("integer_pow", "square"):
-            times = 2 if name == "square" else site.eqn.params["y"]
-            return [_combined(ZERO, known[0], times)]
-        if name in ("dot_general", "conv_general_dilated"):
-            return [self._product(site, known, ins, factors)]
-        for d in known:
-            self.require(d, name)
-        return [ZERO]
-
-    def _same(self, known: Sequence[Degree], name: str) -> Degree:
-        definite = [d for d in known if d is not None]
-        for d in definite[1:]:
-            self.require(_combined(definite[0], d, -1), name)
-        return definite[0] if definite else None
-
-    def _product(
-        self, site: Site, known: list[Degree], ins: Any, factors: frozenset[Any]
-    ) -> Degree:
-        """Degrees add up; over the channels themselves to zero."""
-        params = site.eqn.params
-        if site.name == "dot_general":
-            summed = params["dimension_numbers"][0][0]
-        elif params["feature_group_count"] == params["batch_group_count"] == 1:
-            summed = params["dimension_numbers"].lhs_spec[1:]
-        else:
-            for d in known:
-                self.require(d, "a grouped convolution")
-            return ZERO
-        total = _combined(known[0], known[1], 1)
-        over = {f for axis in summed for term in ins[0][axis] for f in term}
-        if factors & over:
-            self.require(total, site.name)
-            return ZERO
-        return total
-
-
-def _is_float(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating)
-
-
-def _operands(name: str) -> int | None:
-    """How many of the operands are numbers; the rest are positions."""
-    return {"gather": 1, "dynamic_slice": 1, "dynamic_update_slice": 2, "pad": 2}.get(name)
-
-
-def _is_scaleless(x: np.ndarray) -> bool:
-    """Whether all numbers stay what they are, times any positive one: zero and infinity."""
-    wide = x.astype(np.float32)
-    return bool(((wide == 0) | np.isinf(wide)).all())
-
-
-def _solved(name: str, equations: Sequence[tuple[Degree, str]]) -> dict[str, int]:
-    """Powers with that of `name` one, as many zero as the elimination leaves free."""
-    rows: dict[str, dict[str, Fraction]] = {}  # by pivot, in terms of what is free
-    causes: list[str] = []
-    for form, because in equations:
-        causes.append(because)
-        row = _reduced({path: Fraction(n) for path, n in form or ()}, rows)
-        others = sorted(path for path in row if path != name)
-        if not row:
-            continue
-        if not others:
-            raise _Rigid(_in_the_way(causes))
-        pivot = others[0]
-        scaled = {path: -n / row[pivot] for path, n in row.items() if path != pivot}
-        for path, held in rows.items():
-            rows[path] = _reduced(held, {pivot: scaled})
-        rows[pivot] = scaled
-    powers = {path: row.get(name, Fraction(0)) for path, row in rows.items()} | {name: Fraction(1)}
-    broken = [path for path, power in powers.items() if power.denominator > 1]
-    if broken:
-        raise _Rigid(f"{broken[0]} would take a root of the scale")
-    degrees = {path: int(power) for path, power in powers.items() if power}
-    if min(degrees.values()) > 0:
-        raise _Rigid("no parameter produces its channels")
-    return degrees
-
-
-def _in_the_way(causes: Sequence[str]) -> str:
-    """What keeps a scale from passing: the last one, products aside, which only hand it on."""
-    found = [cause for cause in causes if cause not in PRODUCTS]
-    return f"in the way: {found[-1]}" if found else "no parameter before it has its channels"
-
-
-def _reduced(
-    row: Mapping[str, Fraction], rows: Mapping[str, Mapping[str, Fraction]]
-) -> dict[str, Fraction]:
-    out: dict[str, Fraction] = {}
-    for path, n in row.items():
-        for other, m in rows.get(path, {path: Fraction(1)}).items():
-            out[other] = out.get(other, Fraction(0)) + n * m
-    return {path: n for path, n in out.items() if n}
