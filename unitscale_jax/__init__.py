@@ -5,7 +5,7 @@
 Every technique maps one of these stations to the same station, so composing is calling.
 """
 
-from unitscale_jax import formats, fwd_bwd, rules, testing, tree
+from unitscale_jax import distill, formats, fwd_bwd, prune, rules, testing, tree
 from unitscale_jax.accumulate import MultiStepsState, accumulated, multi_steps
 from unitscale_jax.bridge import Bridged, from_linen, from_nnx
 from unitscale_jax.checkpoint import Checkpoints, export_compressed_tensors, load, save
@@ -93,6 +93,7 @@ __all__ = [
     "chain",
     "current_scale",
     "dequantize",
+    "distill",
     "explain",
     "export_compressed_tensors",
     "formats",
@@ -109,6 +110,7 @@ __all__ = [
     "multi_steps",
     "observed",
     "overflowing",
+    "prune",
     "quantize",
     "quantized",
     "resolve",

@@ -1,0 +1,1 @@
+"""Pruning: masks, and compaction into a really smaller model."""
