@@ -270,8 +270,9 @@ def test_the_smallest_run_needs_no_weights(tmp_path):
 def test_cheaper_forms_are_codes_that_stay_near(encoder):
     apply, params, tokenizer = encoder
     exact = minilm.encode(apply, params, tokenizer, TEXTS)
+    forms = minilm.cheaper(apply, params, tokenizer, TEXTS)
     for name, most in (("int8", 0.27), ("int4 weights", 0.16)):
-        form, codes = minilm.cheaper(apply, params, tokenizer, TEXTS)[name]
+        form, codes = forms[name]
         assert minilm.share_of_floats(codes) <= most
         near = minilm.cosines(minilm.encode(form, codes, tokenizer, TEXTS), exact)
         assert 0.99 < near.min() < 1

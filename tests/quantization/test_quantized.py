@@ -260,21 +260,13 @@ def named_by_use(name):
 
 # A table (Koopman operator, spectral norm) that is contracted both ways needs its axes from us.
 BOTH_WAYS = {"plain_spectral": [("kernel", DotSpec(w=QSpec(axes=(-2,)), x=QSpec()))]}
-FAST = ["plain_scan_remat", "plain_moe_top_k", "linen_custom_vjp", "plain_spectral", "nnx_mlp"]
-FAST += ["linen_cnn_eval", "plain_equilibrium"]
-
-
-def zoo_names(names):
-    slow = lambda name: () if name in FAST else pytest.mark.slow
-    return [pytest.param(name, marks=slow(name)) for name in names]
-
 
 # The order of a model's own float32 sums is up to the compiler: fused into one loop with other
 # neighbors, the mean of a norm after a product moves by an ulp in 3 of the 47 models.
 UNFUSED = {"xla_disable_hlo_passes": "fusion"}
 
 
-@pytest.mark.parametrize("name", zoo_names(zoo.NAMES))
+@pytest.mark.parametrize("name", zoo.COVER)
 def test_every_model_is_served_as_it_was_trained(name):
     model = zoo.model(name)
     rules = BOTH_WAYS.get(name) or named_by_use(name)
@@ -289,7 +281,7 @@ def test_every_model_is_served_as_it_was_trained(name):
     assert_same_bits(trained, served)
 
 
-@pytest.mark.parametrize("name", zoo_names(zoo.named(having=("differentiable",))))
+@pytest.mark.parametrize("name", [n for n in zoo.COVER if "while" not in zoo.tags_of(n)])
 def test_no_gradient_is_lost_in_any_model(name):
     """Each leaf has the gradient of the float model, but for what eight bits change."""
     model = zoo.model(name)

@@ -1,6 +1,7 @@
 """The zoo holds what it says."""
 
 import functools
+import os
 import re
 
 import chex
@@ -192,3 +193,9 @@ def test_names_are_picked_by_tags():
     }
     with pytest.raises(AssertionError, match=r"no model has the tags \['atention'\]"):
         zoo.named(having=("atention",))
+
+
+def test_the_covering_models_have_every_tag_that_any_model_has():
+    tags = lambda names: set().union(*map(zoo.tags_of, names))
+    assert tags(zoo.COVER) == tags(zoo.NAMES)
+    assert len(zoo.COVER) < len(zoo.NAMES) / 2 or os.environ.get("WHOLE_ZOO")

@@ -25,7 +25,7 @@ def exact_groups(found):
     return [group for group in found.groups if "exact" in group.flags]
 
 
-@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize("name", zoo.COVER)
 def test_removing_channels_of_exact_groups_equals_zeros_in_them(name):
     model = zoo.model(name)
     traced = trace(model.apply, model.params, *model.inputs)
@@ -725,10 +725,9 @@ def test_random_programs_lose_exact_groups_without_a_change(seed, steps):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(10_000, 10_100, 50))
-def test_many_random_programs_lose_exact_groups_without_a_change(seed):
+def test_many_random_programs_lose_exact_groups_without_a_change():
     for k in range(50):
-        check(seed + k, 2 + k % 9)
+        check(10_000 + k, 2 + k % 9)
 
 
 @settings(max_examples=10)

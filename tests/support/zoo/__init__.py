@@ -5,12 +5,14 @@
         model = zoo.model(name)
         out = transformed(model.apply)(model.params, *model.inputs)
 
-`zoo.named(having=("attention",), without=("scan",))` picks by what the models are made of. Linen,
+`zoo.named(having=("attention",), without=("scan",))` picks by what the models are made of, and
+`zoo.COVER` are a few that have all of it among them, for laws that take seconds to check. Linen,
 NNX and plain JAX build the same kinds of layers, so what names parameters is seen with all three
 ways of naming; reading the models is also the quickest way to see what the library supports.
 """
 
 import functools
+import os
 
 from tests.support.zoo import _linen, _nnx, _plain
 from tests.support.zoo._model import Model
@@ -61,10 +63,21 @@ def named(*, having: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> lis
     ]
 
 
+def _covering(names: list[str]) -> list[str]:
+    """A few models that have all tags: each time the one with most of those that lack."""
+    lacking, chosen = set().union(*map(tags_of, names)), []
+    while lacking:
+        chosen.append(max(names, key=lambda name: len(lacking & tags_of(name))))
+        lacking -= tags_of(chosen[-1])
+    return [name for name in names if name in chosen]
+
+
 NAMES = named()
+# For laws that take seconds a model; WHOLE_ZOO=1 runs them on all.
+COVER = NAMES if os.environ.get("WHOLE_ZOO") else _covering(NAMES)
 
 # Parameters without effect: what is added to all keys moves all scores of a query alike, which
 # softmax does not see. With rotary embedding it would not be so.
 INERT = r"(^|/)(attention|self|cross)/key/bias$"
 
-__all__ = ["INERT", "NAMES", "Model", "build", "model", "named", "tags_of"]
+__all__ = ["COVER", "INERT", "NAMES", "Model", "build", "model", "named", "tags_of"]
