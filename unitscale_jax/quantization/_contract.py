@@ -17,10 +17,10 @@ from unitscale_jax.quantization._ops import (
     spread,
     symmetric,
 )
-from unitscale_jax.quantization._product import Dot, Product
 from unitscale_jax.quantization._qtensor import QTensor, is_quantized, value_of
 from unitscale_jax.quantization._served import EXACT, Unquantizable, grouped, reach, varying
 from unitscale_jax.quantization._spec import DotSpec, QSpec
+from unitscale_jax.trace import Dot, Product
 from unitscale_jax.typing import Key
 
 INT32 = 2**31

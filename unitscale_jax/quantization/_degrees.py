@@ -14,8 +14,7 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
-from unitscale_jax.quantization._product import PRODUCTS
-from unitscale_jax.trace import Dims, Flow, Place, Site
+from unitscale_jax.trace import PRODUCTS, Dims, Flow, Place, Site
 
 Factors: TypeAlias = tuple[Any, ...]
 Degree: TypeAlias = frozenset[tuple[str, int]] | None

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
-from unitscale_jax.quantization._meetings import canonical, uncanonical
 from unitscale_jax.quantization._ops import (
     as_codes,
     asymmetric,
@@ -32,7 +31,8 @@ from unitscale_jax.quantization._ops import (
 from unitscale_jax.quantization._params import Rules, check_leaf, encode, match, range_of, sum_codes
 from unitscale_jax.quantization._qtensor import QTensor, is_quantized, value_of
 from unitscale_jax.quantization._spec import DotSpec, QSpec
-from unitscale_jax.quantization._stat import Layout, Stat
+from unitscale_jax.quantization._stat import Stat
+from unitscale_jax.trace import Layout, canonical, inverse_factor, uncanonical
 
 EXACT = jax.lax.Precision.HIGHEST
 
@@ -201,7 +201,7 @@ def _by_tiles(sizes: list[int], tiles: int) -> np.ndarray:
 def _columns(w: jax.Array, h: jax.Array, spec: QSpec, tiles: int, damp: float) -> dict[str, Any]:
     """One matrix (K, outputs) by its H: codes, and scales for each tile."""
     size = w.shape[0] // tiles
-    u, dead = _upper(h, damp)
+    u, dead = inverse_factor(h, damp)
     w = jnp.where(dead[:, None], np.float32(0), w)
     zero = w == 0
     whole = _whole(w, spec)
@@ -281,16 +281,3 @@ def _nearest(row: jax.Array, fixed: dict[str, jax.Array], spec: QSpec) -> tuple[
     by = fixed["multiplier"].astype(jnp.float32) if "multiplier" in fixed else np.float32(1)
     code = codes_of(steps * (1 / by), spec).astype(jnp.float32)
     return code, code * by * fixed["scale"]
-
-
-def _upper(h: jax.Array, damp: float) -> tuple[jax.Array, jax.Array]:
-    """U with U^T U = H^-1, of the damped H; and the channels that were never used."""
-    k = h.shape[0]
-    diagonal = jnp.diagonal(h)
-    dead = diagonal == 0
-    mean = jnp.mean(diagonal)
-    unit = h / jnp.where(mean > 0, mean, 1)  # for float32's sake; a factor of H drops out
-    damped = unit + jnp.diag(jnp.where(dead, np.float32(1), np.float32(damp)))
-    lower = jnp.linalg.cholesky(damped)
-    inverse = jax.scipy.linalg.cho_solve((lower, True), jnp.eye(k, dtype=h.dtype))
-    return jnp.linalg.cholesky(inverse).T, dead

@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from unitscale_jax.quantization._ops import spread
-from unitscale_jax.quantization._product import Dot, Product, product_of
 from unitscale_jax.quantization._qtensor import QTensor, integer_codes, is_quantized, value_of
 from unitscale_jax.quantization._served import Unquantizable, served
 from unitscale_jax.quantization._spec import DotSpec
-from unitscale_jax.trace import Site
+from unitscale_jax.trace import Dot, Product, Site, product_of
 from unitscale_jax.typing import Key
 
 Multiply = Callable[..., Any]

@@ -1,63 +1,67 @@
 """What is measured of the operands that meet one parameter."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax.quantization._calibrators import MSE, Percentile
-from unitscale_jax.quantization._meetings import Meeting, Pairs, batch_pairs, contraction
 from unitscale_jax.quantization._ops import on_grid, symmetric
-from unitscale_jax.quantization._product import Conv, Dot, Product, product_of
 from unitscale_jax.quantization._spec import QSpec
-from unitscale_jax.quantization._stat import BINS, SHIFT, Layout, Stat, is_tried
+from unitscale_jax.quantization._stat import BINS, SHIFT, Stat, is_tried
+from unitscale_jax.trace import (
+    Meeting,
+    Observer,
+    channel_rows,
+    count_rows,
+    input_rows,
+    second_moments,
+    valid_rows,
+)
 
 
-@dataclass(frozen=True, eq=False)
-class Observer:
-    """Measures what meets one parameter."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Ranges(Observer[Stat]):
+    """Measures what meets one parameter.
 
-    name: str
+    Attributes:
+        spec: How it is quantized.
+        collect: Kinds of statistics; see `observed`.
+        candidates: (layers,) bounds that `MSE` tries fractions of.
+    """
+
     spec: QSpec | None
-    layout: Layout
     collect: frozenset[str]
-    mask: Any
     candidates: Any
+
+    reductions: ClassVar[Mapping[str, Any]] = {"low": jnp.min, "high": jnp.max, "peak": jnp.max}
 
     def measure(self, meeting: Meeting, x: jax.Array) -> dict[str, Any]:
         """All numbers of one product; zeros are what an empty operand has."""
-        product = product_of(meeting.site)
-        assert product is not None
         v = on_grid(jax.lax.stop_gradient(x))
-        keep = self._rows(product, meeting, v)
+        keep = valid_rows(self.name, meeting, v, self.mask)
         seen = v if keep is None else jnp.where(keep, v, np.float32(0))
         out: dict[str, Any] = {
             "low": jnp.min(seen, initial=0.0),
             "high": jnp.max(seen, initial=0.0),
-            "rows": self._count(product, meeting, v, keep),
+            "rows": count_rows(meeting, v, self.mask),
         }
         calibrator = None if self.spec is None else self.spec.calibrator
         if isinstance(calibrator, Percentile):
             out["counts"] = _histogram(v, keep)
         if isinstance(calibrator, MSE) and self.candidates is not None:
             out["errors"] = self._tried(seen, calibrator)
-        if {"channels", "hessian"} & self.collect:
-            out |= self._channels(product, meeting, seen)
-        return out
+        return out | self._channels(meeting, seen)
 
-    def stat(self, meeting: Meeting, value: dict[str, Any]) -> Stat:
-        """The numbers of a capture as a `Stat`, with leading axes only for the layers."""
-        loops = len(meeting.stacks)
-        gone = tuple(range(self.layout.layers, loops))
-        fold = {"low": jnp.min, "high": jnp.max, "peak": jnp.max}
-        out = {k: fold.get(k, jnp.sum)(x, axis=gone) for k, x in value.items()} if gone else value
-        if "errors" in out:
-            out = out | {"errors": self._own(out["errors"])}
-        return Stat(**out, spec=self.spec, layout=self.layout)
+    def made(self, value: dict[str, Any]) -> Stat:
+        """The numbers as a `Stat`."""
+        if "errors" in value:
+            value = value | {"errors": self._own(value["errors"])}
+        return Stat(**value, spec=self.spec, layout=self.layout)
 
     def _own(self, errors: jax.Array) -> jax.Array:
         """Each layer's errors at fractions of its own bound: (layers.., bounds, ratios)."""
@@ -65,30 +69,6 @@ class Observer:
         n = math.prod(lead)
         flat = errors.reshape(n, n, -1)[jnp.arange(n), jnp.arange(n)]
         return flat.reshape(*lead, -1)
-
-    def _rows(self, product: Product, meeting: Meeting, v: jax.Array) -> jax.Array | None:
-        """Which elements count, in the shape of the operand."""
-        if self.mask is None:
-            return None
-        free = [d for d in range(v.ndim) if d not in product.contracted(1 - meeting.side)]
-        shape, sizes = self.mask.shape, tuple(v.shape[d] for d in free)
-        known = isinstance(product, Dot | Conv)
-        if known and sizes[: len(shape)] == shape:
-            return jax.lax.broadcast_in_dim(self.mask, v.shape, free[: len(shape)])
-        if known and sizes and sizes[0] == math.prod(shape):
-            return jax.lax.broadcast_in_dim(self.mask.reshape(-1), v.shape, free[:1])
-        raise ValueError(
-            f"valid has shape {shape}, and what meets {self.name} has rows {sizes} ("
-            f"{meeting.site.name}), so padding cannot be told there. Give batches without padding, "
-            f"or rules without {self.name}."
-        )
-
-    def _count(self, product: Product, meeting: Meeting, v: jax.Array, keep: Any) -> jax.Array:
-        wide = _row_size(product, meeting)
-        if keep is None:
-            return jnp.int32(v.size // max(wide, 1))
-        each = v.size // max(wide * self.mask.size, 1)
-        return jnp.sum(self.mask, dtype=jnp.int32) * np.int32(each)
 
     def _tried(self, v: jax.Array, calibrator: MSE) -> jax.Array:
         spec = self.spec
@@ -102,66 +82,14 @@ class Observer:
         tried = self.candidates[:, None] * jnp.asarray(calibrator.ratios)
         return jax.lax.map(error, tried.reshape(-1)).reshape(tried.shape)
 
-    def _channels(self, product: Product, meeting: Meeting, v: jax.Array) -> dict[str, Any]:
-        pairs = contraction(product, meeting)
-        if not self.layout.clear or pairs is None:
-            raise ValueError(
-                f"what meets {self.name} in {meeting.site.name} has no input channels that are its "
-                "own axes, one by one (it is reshaped, cut, computed with, grouped, or used over "
-                "different axes). Leave it out of these rules."
-            )
-        batch = batch_pairs(product, meeting)
+    def _channels(self, meeting: Meeting, v: jax.Array) -> dict[str, Any]:
         out: dict[str, Any] = {}
         if "channels" in self.collect:
-            conv = isinstance(product, Conv)  # whose channels are one dimension, windows aside
-            dims = [product.numbers.lhs_spec[1]] if conv else [d for _, d in pairs]
-            rows = _by_rows(v, [d for _, d in batch], dims)  # (batch.., rows, channels)
-            size = jnp.abs(rows)
+            size = jnp.abs(channel_rows(self.name, self.layout, meeting, v))
             out |= {"peak": jnp.max(size, axis=-2, initial=0.0), "total": jnp.sum(size, axis=-2)}
         if "hessian" in self.collect:
-            if isinstance(product, Conv):
-                rows = _patches(product, v, pairs)
-            else:
-                rows = _by_rows(v, [d for _, d in batch], [d for _, d in pairs])
-            exact = jax.lax.Precision.HIGHEST
-            out["hessian"] = jnp.einsum("...rk,...rl->...kl", rows, rows, precision=exact)
+            out["hessian"] = second_moments(input_rows(self.name, self.layout, meeting, v))
         return out
-
-
-def _row_size(product: Product, meeting: Meeting) -> int:
-    """Elements of a row: K, of a convolution its channels."""
-    shape = product.shape(1 - meeting.side)
-    if isinstance(product, Conv):
-        return shape[product.numbers.lhs_spec[1]]
-    return math.prod(shape[d] for d in product.contracted(1 - meeting.side))
-
-
-def _by_rows(v: jax.Array, batch: Sequence[int], dims: Sequence[int]) -> jax.Array:
-    rows = [d for d in range(v.ndim) if d not in (*batch, *dims)]
-    sizes = [v.shape[d] for d in batch]
-    count = math.prod(v.shape[d] for d in rows)
-    return v.transpose(*batch, *rows, *dims).reshape(*sizes, count, -1)
-
-
-def _patches(product: Conv, v: jax.Array, pairs: Pairs) -> jax.Array:
-    """(rows, K): the windows of a convolution, K in the order of the kernel's axes."""
-    params, numbers = product.site.eqn.params, product.numbers
-    kernel = product.shape(1)
-    window = [kernel[d] for d in numbers.rhs_spec[2:]]
-    v = v.transpose(numbers.lhs_spec)  # (batch, channels, window..)
-    patches = jax.lax.conv_general_dilated_patches(
-        v,
-        window,
-        params["window_strides"],
-        params["padding"],
-        params["lhs_dilation"],
-        params["rhs_dilation"],
-        precision=jax.lax.Precision.HIGHEST,
-    )
-    patches = jnp.moveaxis(patches, 1, -1)
-    cut = patches.reshape(-1, v.shape[1], *window)  # (rows, channels, window..)
-    order = [1 + numbers.lhs_spec[1:].index(d) for _, d in pairs]
-    return cut.transpose(0, *order).reshape(cut.shape[0], -1)
 
 
 def _histogram(v: jax.Array, keep: jax.Array | None) -> jax.Array:

@@ -31,19 +31,21 @@ from unitscale_jax.quantization._params import (
     inside,
     range_of,
 )
-from unitscale_jax.quantization._product import PRODUCTS, Product, product_of
 from unitscale_jax.quantization._qtensor import QTensor, integer_codes, is_quantized, value_of
 from unitscale_jax.quantization._roles import activation_products, resolved
 from unitscale_jax.quantization._served import Unquantizable
 from unitscale_jax.quantization._spec import DotSpec, QSpec
 from unitscale_jax.quantization._views import logical, view
 from unitscale_jax.trace import (
+    PRODUCTS,
     Place,
+    Product,
     Rewriter,
     Site,
     addresses,
     noted,
     origins,
+    product_of,
     provenance,
     stage,
     taking as notes_are_taken,

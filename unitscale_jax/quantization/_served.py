@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from unitscale_jax.quantization._ops import emit, fence, tiled
-from unitscale_jax.quantization._product import Conv, Dot, Product
 from unitscale_jax.quantization._qtensor import QTensor, integer_codes, is_quantized, value_of
 from unitscale_jax.quantization._spec import DotSpec
-from unitscale_jax.trace import agree, zeros
+from unitscale_jax.trace import Conv, Dot, Product, agree, zeros
 
 EXACT = 2**24
 """Up to here float32 holds every integer, so that sums of integers are exact in any order."""

@@ -33,13 +33,22 @@ from unitscale_jax.quantization._degrees import (
     solved,
     unknown,
 )
-from unitscale_jax.quantization._meetings import Meetings, canonical, meetings
 from unitscale_jax.quantization._params import ACTIVATIONS, Rules, encode
 from unitscale_jax.quantization._qtensor import is_quantized, value_of
 from unitscale_jax.quantization._roles import resolved
 from unitscale_jax.quantization._spec import DotSpec
 from unitscale_jax.quantization._stat import Stat, Stats
-from unitscale_jax.trace import ClosedJaxpr, Dims, dims, stage, trace, walk
+from unitscale_jax.trace import (
+    ClosedJaxpr,
+    Dims,
+    Meetings,
+    canonical,
+    dims,
+    meetings,
+    stage,
+    trace,
+    walk,
+)
 
 FEWEST = np.float32(1e-4)
 

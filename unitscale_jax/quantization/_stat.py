@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,31 +18,10 @@ import numpy as np
 
 from unitscale_jax.quantization._calibrators import EMA, MSE, Fixed, Percentile
 from unitscale_jax.quantization._spec import QSpec
-
-Axes: TypeAlias = tuple[int, ...]
+from unitscale_jax.trace import Layout
 
 BINS = 8192
 SHIFT = 18  # sign, exponent and five bits of the fraction of a float32 remain: bins of 2^-5
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which axes of a parameter the statistics of what it meets are about, counted from the end.
-
-    Attributes:
-        batch: One statistic for each index: stacked layers first, then batch axes of the product.
-        contracted: K, flattened in the order of the parameter's axes.
-        channels: The input channels among them: all but the window of a convolution.
-        layers: How many of `batch` are stacked layers; those a range has, too.
-        clear: Whether `contracted` is known element by element, so that channels have statistics.
-    """
-
-    batch: Axes = ()
-    contracted: Axes = ()
-    channels: Axes = ()
-    layers: int = 0
-    clear: bool = False
-
 
 _FIELDS = ["low", "high", "rows", "counts", "errors", "peak", "total", "hessian"]
 

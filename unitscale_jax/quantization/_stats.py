@@ -5,23 +5,29 @@ sums in float64.
 """
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
-from unitscale_jax.quantization._meetings import Meeting, above, layout_of, meetings
-from unitscale_jax.quantization._observer import Observer, candidates
+from unitscale_jax.quantization._observer import Ranges, candidates
 from unitscale_jax.quantization._params import ACTIVATIONS, Rules
 from unitscale_jax.quantization._qtensor import is_quantized
 from unitscale_jax.quantization._roles import resolved
 from unitscale_jax.quantization._spec import QSpec
-from unitscale_jax.quantization._stat import Layout, Stat, Stats, is_tried, merge_stats, on_host
-from unitscale_jax.trace import Place, Site, captured, stage
+from unitscale_jax.quantization._stat import Stat, Stats, is_tried, on_host
+from unitscale_jax.trace import (
+    Layout,
+    Meeting,
+    layout_of,
+    meetings,
+    observe,
+    over_batches,
+    stage,
+)
 
 Kind: TypeAlias = Literal["range", "channels", "hessian"]
 Valid: TypeAlias = Callable[..., Any]
@@ -76,32 +82,18 @@ def observed(
     def observed_fn(params: Any, *inputs: Any, **kwargs: Any) -> tuple[Any, dict[str, Stat]]:
         wanted = _wanted(fn, rules, collect, params, *inputs, **kwargs)
         mask = None if valid is None else jnp.asarray(valid(*inputs, **kwargs))
-        observers = {
-            name: Observer(name, spec, layout, frozenset(collect), mask, candidates(given, name))
-            for name, (spec, layout, _) in wanted.items()
-        }
-        at: dict[Place, list[tuple[Observer, Meeting]]] = {}
-        for name, (_, _, met) in wanted.items():
-            for meeting in met:
-                at.setdefault(meeting.site.place, []).append((observers[name], meeting))
-
-        def pick(site: Site, operands: list[Any], results: list[Any]) -> Any:
-            del results
-            found = at.get(site.place)
-            return found and [o.measure(m, operands[1 - m.side]) for o, m in found]
-
-        y, captures = captured(fn, pick)(params, *inputs, **kwargs)
-        stats: dict[str, Stat] = {}
-        for capture in captures:
-            for (observer, meeting), value in zip(
-                at.pop(capture.place), capture.value, strict=True
-            ):
-                stat = observer.stat(meeting, value)
-                known = stats.get(observer.name)
-                stats[observer.name] = stat if known is None else known.joined(stat)
-        if at:
-            raise ValueError(_unobserved(at))
-        return y, {name: stats[name] for name in wanted}
+        observers: dict[str, tuple[Ranges, list[Meeting]]] = {}
+        for name, (spec, layout, met) in wanted.items():
+            observer = Ranges(
+                name=name,
+                layout=layout,
+                mask=mask,
+                spec=spec,
+                collect=frozenset(collect),
+                candidates=candidates(given, name),
+            )
+            observers[name] = observer, met
+        return observe(fn, observers, params, *inputs, **kwargs)
 
     return observed_fn
 
@@ -177,21 +169,7 @@ def calibrate(
 def _folded(
     measured: Callable[..., Any], params: Any, batches: Iterable[Any]
 ) -> tuple[dict[str, Stat], tuple[Any, ...]]:
-    step = jax.jit(lambda params, *inputs: measured(params, *inputs)[1])
-    stats: dict[str, Stat] | None = None
-    inputs: tuple[Any, ...] = ()
-    for batch in batches:
-        inputs = batch if isinstance(batch, tuple) else (batch,)
-        measured_now: dict[str, Stat] = step(params, *inputs)
-        new = {name: on_host(stat) for name, stat in measured_now.items()}
-        stats = new if stats is None else merge_stats(stats, new)
-    if stats is None:
-        raise ValueError(
-            "there are no batches to calibrate on; an iterator that was used before is empty."
-        )
-    return stats, jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), inputs
-    )
+    return over_batches(measured, params, batches, on_host, Stat.merge)
 
 
 def _wanted(
@@ -223,15 +201,3 @@ def _wanted(
         layout = layout_of(name, sizes[name], met)
         wanted[name] = spec.x, layout, met
     return wanted
-
-
-def _unobserved(at: Mapping[Place, Sequence[tuple["Observer", Meeting]]]) -> str:
-    missed = []
-    for observer, meeting in [pair for pairs in at.values() for pair in pairs]:
-        closed = [it.name for it in above(meeting.site) if it.name in ("while", "shard_map")]
-        where = f" inside of {closed[0]}" if closed else ""
-        missed.append(f"{observer.name} meets a {meeting.site.name}{where}")
-    return (
-        f"{'; '.join(missed)}: nothing can be observed there. Calibrate a function without it (a "
-        "scan for a while loop, one shard), or give these ranges by Fixed(..) or leave them open."
-    )

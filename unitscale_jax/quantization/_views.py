@@ -5,7 +5,7 @@ where they would not, there is no view and the array is dequantized.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax.quantization._qtensor import LIKE_SCALE, QTensor, is_quantized
-from unitscale_jax.trace import Site, varying_axes, zeros
+from unitscale_jax.trace import Site, segments, varying_axes, zeros
 
 
 def logical(tree: Any) -> Any:
@@ -34,28 +34,6 @@ def view(site: Site, operands: list[Any]) -> list[Any] | None:
     """The results of a movement of quantized arrays; None if they are no views."""
     make = _VIEWS.get(site.name)
     return None if make is None else make(site, operands)
-
-
-def segments(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
-    """The shortest runs of axes of two shapes that have the same size; axes of size 1 alone.
-
-    Example:
-        >>> list(segments((6, 4, 5), (2, 3, 20)))
-        [([0], [0, 1]), ([1, 2], [2])]
-    """
-    i = j = 0
-    while i < len(old) or j < len(new):
-        before, after = list(range(i, i + 1))[: len(old) - i], list(range(j, j + 1))[: len(new) - j]
-        if 0 in (*old, *new):
-            before, after = list(range(i, len(old))), list(range(j, len(new)))
-        size = lambda shape, axes: math.prod(shape[k] for k in axes)
-        while size(old, before) != size(new, after):
-            if size(old, before) < size(new, after):
-                before.append(i + len(before))
-            else:
-                after.append(j + len(after))
-        yield before, after
-        i, j = i + len(before), j + len(after)
 
 
 def _fields(t: QTensor, change: Callable[[Any, bool], Any], **statics: Any) -> QTensor:

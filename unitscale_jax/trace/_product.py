@@ -1,4 +1,4 @@
-"""Products of two operands, as what quantization needs to know of them.
+"""Products of two operands: what a technique of weights needs to know of them.
 
 A dot, a convolution and a ragged dot differ in one thing only: which dimensions of an operand are
 summed over, and where the others are in the result. `contracted` and `placed` say that, and all the
@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unitscale_jax.trace import Site, noted
+from unitscale_jax.trace._notes import noted
+from unitscale_jax.trace._walk import Site
 
 PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
 
@@ -162,7 +163,7 @@ class Ragged(Product):
 
 
 def product_of(site: Site, extra: Sequence[Any] = ()) -> Product | None:
-    """An equation as a product; None if it is none, or of a kind that cannot be quantized.
+    """An equation as a product of floats; None if it is none, or of a kind that is not known here.
 
     Args:
         site: Where the equation stands.

@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unitscale_jax.quantization._product import Conv, Dot, Product, product_of
-from unitscale_jax.quantization._roles import Held, Roles
-from unitscale_jax.quantization._stat import Axes, Layout
-from unitscale_jax.trace import Place, Site, Staged, origins, walk
+from unitscale_jax.trace._function import Staged
+from unitscale_jax.trace._held import Held, Roles, entering
+from unitscale_jax.trace._product import Conv, Dot, Product, product_of
+from unitscale_jax.trace._provenance import origins
+from unitscale_jax.trace._walk import Place, Site, walk
+
+Axes: TypeAlias = tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,14 +82,28 @@ def above(site: Site) -> Iterator[Site]:
 
 def meetings(staged: Staged, params: Any) -> Meetings:
     """Every product that each parameter meets, and the scans that run along its axes."""
-    flow, jaxpr = Meetings(), staged.closed.jaxpr
-    entering: list[tuple[Held, ...]] = []
-    for x, origin in zip(staged.operands, origins(staged, params), strict=True):
-        rank = len(np.shape(x))
-        axes = tuple(frozenset({k - rank}) for k in range(rank))
-        entering.append(() if origin.holds is None else (Held(origin.holds, axes),))
-    walk(flow, jaxpr, entering, staged.closed.consts)
+    flow, known = Meetings(), entering(staged, origins(staged, params))
+    walk(flow, staged.closed.jaxpr, known, staged.closed.consts)
     return flow
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which axes of a parameter the statistics of what it meets are about, counted from the end.
+
+    Attributes:
+        batch: One statistic for each index: stacked layers first, then batch axes of the product.
+        contracted: K, flattened in the order of the parameter's axes.
+        channels: The input channels among them: all but the window of a convolution.
+        layers: How many of `batch` are stacked layers; those a range has, too.
+        clear: Whether `contracted` is known element by element, so that channels have statistics.
+    """
+
+    batch: Axes = ()
+    contracted: Axes = ()
+    channels: Axes = ()
+    layers: int = 0
+    clear: bool = False
 
 
 def layout_of(name: str, shape: Sequence[int], met: Sequence[Meeting]) -> Layout:
