@@ -7,13 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
 from jax import lax
 
 import unitscale_jax as us
 from tests.quantization.test_quantized import W8A8, assert_same_bits, normal
 from unitscale_jax import DotSpec, Group, QSpec
-from unitscale_jax.quantization._views import segments
 
 SHAPE = STACK, IN, OUT = (3, 8, 6)
 W = normal(*SHAPE)
@@ -203,26 +201,3 @@ def test_a_static_range_goes_with_its_layer(length):
     for k in range(STACK):
         one = replace(jax.tree.map(lambda leaf, k=k: leaf[k], t), spec=t.spec)
         assert_same_bits(us.quantized(lambda w, x: x @ w)(one, x), y[k])
-
-
-sizes = st.lists(st.sampled_from([1, 2, 3, 4]), min_size=0, max_size=4)
-
-
-@given(sizes, st.randoms(use_true_random=False))
-def test_segments_are_the_runs_of_axes_of_the_same_size(shape, rng):
-    """They cover both shapes in order, and each pair has as many elements."""
-    total = int(np.prod(shape, dtype=int))
-    new, rest = [], total
-    while rest > 1:
-        size = rng.choice([d for d in range(1, rest + 1) if rest % d == 0])
-        new.append(size)
-        rest //= size
-        if len(new) > 5:
-            new.append(rest)
-            break
-    pairs = list(segments(shape, new))
-    assert [k for before, _ in pairs for k in before] == list(range(len(shape)))
-    assert [k for _, after in pairs for k in after] == list(range(len(new)))
-    for before, after in pairs:
-        count = lambda of, axes: int(np.prod([of[k] for k in axes], dtype=int))
-        assert count(shape, before) == count(new, after)
