@@ -38,10 +38,19 @@ class Held:
 
 @dataclass(frozen=True)
 class Use:
-    """A product or lookup that a parameter meets: over which axes, and whether as it is."""
+    """A product or lookup that a parameter meets.
+
+    Attributes:
+        site: Where.
+        axes: Which of the parameter's own axes it sums over; of a lookup, those it reads whole.
+        channels: Those of `axes` that are input channels: all but the window of a convolution.
+        whole: Whether the parameter was only moved on its way there.
+        clear: Whether no axis is in part summed over, in part not.
+    """
 
     site: Site
     axes: Axes
+    channels: Axes
     whole: bool
     clear: bool
 
@@ -76,21 +85,28 @@ class Roles(Flow[tuple[Held, ...]]):
         product = product_of(site)
         if product is not None:
             for side in (0, 1):
-                self._meet(site, inputs[side], product.contracted(side))
+                dims = product.contracted(side), product.channels(side)
+                self._meet(site, inputs[side], *dims)
             return [()]
         if site.name == "gather":
             dims = _looked_up_whole(site)
-            self._meet(site, inputs[0], dims)
+            self._meet(site, inputs[0], dims, dims)
             return [()]
         moved = _moved(site, inputs)
         return moved if moved is not None else [()] * len(site.eqn.outvars)
 
-    def _meet(self, site: Site, helds: tuple[Held, ...], contracted: Sequence[int]) -> None:
+    def _meet(
+        self,
+        site: Site,
+        helds: tuple[Held, ...],
+        contracted: Sequence[int],
+        channels: Sequence[int],
+    ) -> None:
         for held in helds:
-            own = frozenset().union(*(held.axes[dim] for dim in contracted))
-            free = [axes for dim, axes in enumerate(held.axes) if dim not in contracted]
-            clear = own.isdisjoint(frozenset().union(*free))
-            use = Use(site, own, held.whole, clear)
+            own_axes = lambda dims, held=held: frozenset().union(*(held.axes[d] for d in dims))
+            own = own_axes(contracted)
+            free = own_axes([d for d in range(len(held.axes)) if d not in contracted])
+            use = Use(site, own, own_axes(channels), held.whole, own.isdisjoint(free))
             self.uses.setdefault(held.name, {})[site.place] = use
 
 

@@ -133,12 +133,12 @@ def _layout_at(name: str, shape: Sequence[int], meeting: Meeting) -> Layout:
         return unclear
     contracted = sorted({axis for axis, _ in pairs if axis is not None})
     batch = sorted({axis for axis, _ in batch_pairs(product, meeting) if axis is not None})
-    window = _window(product, meeting)
+    inputs = [axis for dim in product.channels(meeting.side) for axis in held.axes[dim]]
     full = product.shape(meeting.side)
     at = {axis: full[dim] for dim, axes in enumerate(held.axes) for axis in axes}
     if any(at[axis] != shape[axis] for axis in (*contracted, *batch)) or set(stacked) & set(batch):
         return unclear
-    channels = tuple(axis for axis in contracted if axis not in window)
+    channels = tuple(axis for axis in contracted if axis in inputs)
     return Layout(stacked + tuple(batch), tuple(contracted), channels, layers, clear=True)
 
 
@@ -192,13 +192,6 @@ def batch_pairs(product: Product, meeting: Meeting) -> Pairs:
     dims = zip(numbers[meeting.side], numbers[1 - meeting.side], strict=True)
     pairs = [(_single(meeting.held.axes[dim]), other) for dim, other in dims]
     return sorted([(axis, d) for axis, d in pairs if axis is not None])
-
-
-def _window(product: Product, meeting: Meeting) -> list[int]:
-    if not isinstance(product, Conv):
-        return []
-    window = product.numbers.rhs_spec[2:]
-    return [axis for dim in window for axis in meeting.held.axes[dim]]
 
 
 def canonical(w: Any, layout: Layout) -> jax.Array:

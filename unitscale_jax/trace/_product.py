@@ -33,6 +33,10 @@ class Product(abc.ABC):
     def contracted(self, side: int) -> tuple[int, ...]:
         """Dimensions of an operand over which its scale must be constant."""
 
+    def channels(self, side: int) -> tuple[int, ...]:
+        """The contracted dimensions but for the window of a convolution."""
+        return self.contracted(side)
+
     @abc.abstractmethod
     def placed(self, s: jax.Array, side: int) -> jax.Array:
         """What belongs to an operand (size 1 where contracted), laid out like the result."""
@@ -129,6 +133,10 @@ class Conv(Product):
         """All but the batch of the left, all but the output features of the right."""
         kept = self.numbers.lhs_spec[0] if side == 0 else self.numbers.rhs_spec[0]
         return tuple(d for d in range(len(self.shape(side))) if d != kept)
+
+    def channels(self, side: int) -> tuple[int, ...]:
+        """The input features."""
+        return (self.numbers.lhs_spec[1] if side == 0 else self.numbers.rhs_spec[1],)
 
     def placed(self, s: jax.Array, side: int) -> jax.Array:
         """Along the batch or the features of the result."""
