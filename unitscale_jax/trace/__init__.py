@@ -10,7 +10,9 @@ from unitscale_jax.trace._compat import (
     varying_axes,
 )
 from unitscale_jax.trace._cost import Cost, Row, cost
-from unitscale_jax.trace._dims import Dims, Group, dims
+from unitscale_jax.trace._couplings import Coupled, coupled, settled
+from unitscale_jax.trace._dims import Dims, Group, Member, Refused, dims
+from unitscale_jax.trace._factors import Axes, Factor, expanded, mark, new_axes
 from unitscale_jax.trace._function import Staged, Traced, stage, trace
 from unitscale_jax.trace._held import Held, Roles, Use, segments, uses
 from unitscale_jax.trace._meetings import (
@@ -26,11 +28,12 @@ from unitscale_jax.trace._meetings import (
     uncanonical,
 )
 from unitscale_jax.trace._notes import noted, notes_at, scope_without_notes, taking, taking_notes
-from unitscale_jax.trace._observe import Observer, observe, over_batches
+from unitscale_jax.trace._observe import Observer, Observers, observe, over_batches
 from unitscale_jax.trace._op_cost import OpCost, cost_of
 from unitscale_jax.trace._operands import (
     channel_rows,
     count_rows,
+    damped_moments,
     input_rows,
     inverse_factor,
     second_moments,
@@ -63,12 +66,15 @@ from unitscale_jax.trace._walk import (
 __all__ = [
     "ACTIVATION",
     "PRODUCTS",
+    "Axes",
     "Capture",
     "ClosedJaxpr",
     "Conv",
     "Cost",
+    "Coupled",
     "Dims",
     "Dot",
+    "Factor",
     "Flow",
     "Group",
     "Held",
@@ -77,12 +83,15 @@ __all__ = [
     "Literal",
     "Meeting",
     "Meetings",
+    "Member",
     "Observer",
+    "Observers",
     "OpCost",
     "Origin",
     "Place",
     "Product",
     "Ragged",
+    "Refused",
     "Rewriter",
     "Roles",
     "Row",
@@ -104,14 +113,19 @@ __all__ = [
     "cost",
     "cost_of",
     "count_rows",
+    "coupled",
+    "damped_moments",
     "dims",
     "dtype_of",
+    "expanded",
     "input_rows",
     "inverse_factor",
     "is_call",
     "is_constant",
     "layout_of",
+    "mark",
     "meetings",
+    "new_axes",
     "noted",
     "notes_at",
     "observe",
@@ -127,6 +141,7 @@ __all__ = [
     "scope_without_notes",
     "second_moments",
     "segments",
+    "settled",
     "sites",
     "sliced",
     "stage",

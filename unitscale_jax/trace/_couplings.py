@@ -5,14 +5,55 @@ unifying factors, so a loop's body is walked once.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from unitscale_jax.trace._axis_rules import RULES, cut_to, opaque, shape, shapes
-from unitscale_jax.trace._factors import Axes, Axis, new_axes, new_axis, unify
-from unitscale_jax.trace._walk import Flow, Place, Site, bodies
+from unitscale_jax.trace._compat import Jaxpr
+from unitscale_jax.trace._factors import Axes, Axis, expanded, new_axes, new_axis, unify
+from unitscale_jax.trace._walk import Flow, Place, Site, bodies, walk
+
+Record: TypeAlias = Mapping[Place, tuple[list[Axes], list[Axes]]]
+"""Axes of the operands and the results of equations, by place."""
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """Axes of all values of a function, in terms of factors as they are known in the end.
+
+    Attributes:
+        results: Of the results.
+        record: For each equation without a body.
+        calls: For each call whose derivative is the user's.
+        unknown: Primitives without a rule, and how often they occur.
+    """
+
+    results: list[Axes]
+    record: Record
+    calls: Record
+    unknown: Mapping[str, int]
+
+
+def coupled(
+    jaxpr: Jaxpr,
+    operands: Sequence[Axes],
+    consts: Sequence[Any] = (),
+    parent: Site | None = None,
+    body: int = 0,
+) -> Coupled:
+    """Unifies the axes of everything in `jaxpr`, whose operands have the axes given."""
+    flow = Couplings()
+    results = walk(flow, jaxpr, operands, consts, parent, body)
+    both = lambda record: {at: (settled(i), settled(o)) for at, (i, o) in record.items()}
+    return Coupled(settled(results), both(flow.record), both(flow.calls), dict(flow.unknown))
+
+
+def settled(values: Iterable[Axes]) -> list[Axes]:
+    """Axes in terms of factors as they are known by now; what they cannot express, marked."""
+    return [tuple(map(expanded, axes)) for axes in values]
 
 
 class Couplings(Flow[Axes]):
@@ -20,12 +61,14 @@ class Couplings(Flow[Axes]):
 
     Attributes:
         record: For each equation without a body, by place: axes of its operands, of its results.
+        calls: Likewise for each call with a derivative of its own.
         unknown: How often a primitive without a rule was met.
     """
 
     def __init__(self) -> None:
         """A walk that has met nothing."""
         self.record: dict[Place, tuple[list[Axes], list[Axes]]] = {}
+        self.calls: dict[Place, tuple[list[Axes], list[Axes]]] = {}
         self.unknown: Counter[str] = Counter()
         self._stacks: dict[Place, Axis] = {}  # the axis that a scan runs along
 
@@ -47,6 +90,16 @@ class Couplings(Flow[Axes]):
         outs = list(rule(site.eqn, inputs))
         self.record[site.place] = inputs, outs
         return outs
+
+    def met(self, site: Site, inputs: list[Axes]) -> None:
+        """Remembers what a call with a derivative of its own takes."""
+        if site.name.startswith("custom_"):
+            self.calls[site.place] = inputs, []
+
+    def made(self, site: Site, outputs: list[Axes]) -> None:
+        """Remembers what a call with a derivative of its own returns."""
+        if site.place in self.calls:
+            self.calls[site.place][1][:] = outputs
 
     def unstacked(self, site: Site, x: Axes) -> Axes:
         """A row, without the axis that the scan runs along."""

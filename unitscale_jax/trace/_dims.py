@@ -17,18 +17,12 @@ from typing import NamedTuple
 import jax
 
 from unitscale_jax import tree
-from unitscale_jax.trace._couplings import Couplings
-from unitscale_jax.trace._factors import (
-    Axes,
-    Factor,
-    expanded,
-    mark,
-    new_axes,
-)
+from unitscale_jax.trace._couplings import Record, coupled, settled
+from unitscale_jax.trace._factors import Axes, Factor, mark, new_axes
 from unitscale_jax.trace._function import Traced
 from unitscale_jax.trace._walk import Place, walk
 from unitscale_jax.trace._zero_rules import Known
-from unitscale_jax.trace._zeros import Record, Zeros
+from unitscale_jax.trace._zeros import Zeros
 
 
 class Member(NamedTuple):
@@ -158,14 +152,12 @@ def dims(traced: Traced) -> Dims:
     params, *inputs = jax.tree.unflatten(traced.inputs, traced.closed.in_avals)
     axes = {path: new_axes(leaf.shape) for path, leaf in tree.named_leaves(params).items()}
     given = [new_axes(leaf.shape, "input") for leaf in jax.tree.leaves(inputs)]
-    couplings, closed = Couplings(), traced.closed
-    for out in walk(couplings, closed.jaxpr, [*axes.values(), *given], closed.consts):
+    closed = traced.closed
+    found = coupled(closed.jaxpr, [*axes.values(), *given], closed.consts)
+    for out in found.results:
         mark(out, "output")
-    record = {
-        place: (_settled(ins), _settled(outs)) for place, (ins, outs) in couplings.record.items()
-    }
-    axes = dict(zip(axes, _settled(axes.values()), strict=True))
-    members = _members(axes)
+    axes = dict(zip(axes, settled(axes.values()), strict=True))
+    members, record = _members(axes), found.record
     _mark_unused(members, record)
     zeros = Zeros(record, {factor for factor in members if not factor.marks})
     start = [*map(zeros.parameter, axes.values()), *[Known()] * len(given)]
@@ -174,15 +166,10 @@ def dims(traced: Traced) -> Dims:
     return Dims(
         tuple(_group(f, members[f], axes, zeros) for f in members if grouped[f]),
         tuple(_refused(f, members[f], axes) for f in members if not grouped[f]) + _singles(axes),
-        dict(couplings.unknown),
+        found.unknown,
         axes,
         record,
     )
-
-
-def _settled(values: Iterable[Axes]) -> list[Axes]:
-    """Axes in terms of factors as they are known in the end; what they cannot express, marked."""
-    return [tuple(map(expanded, axes)) for axes in values]
 
 
 def _members(axes: Mapping[str, Axes]) -> dict[Factor, list[Member]]:

@@ -11,8 +11,7 @@ stays finite, and so are its gradients. What else mixes the channels (a maximum,
 leaks them.
 """
 
-from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ import numpy as np
 
 from unitscale_jax.trace._axis_rules import REDUCTIONS
 from unitscale_jax.trace._compat import is_concrete
+from unitscale_jax.trace._couplings import Record
 from unitscale_jax.trace._factors import Axes, Factor
 from unitscale_jax.trace._walk import Flow, Place, Site
 from unitscale_jax.trace._zero_rules import (
@@ -33,8 +33,6 @@ from unitscale_jax.trace._zero_rules import (
     Operation,
     mixes_nothing,
 )
-
-Record: TypeAlias = Mapping[Place, tuple[list[Axes], list[Axes]]]
 
 
 class Zeros(Flow[Known]):
