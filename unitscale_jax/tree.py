@@ -33,6 +33,16 @@ class Compound(abc.ABC):
     def astype(self, dtype: DType) -> "Compound":
         """The same, standing for an array of another dtype."""
 
+    def take(self, axis: int, at: np.ndarray) -> "Compound":
+        """Some positions of an axis, ascending; ValueError if it cannot be cut there."""
+        del at
+        raise ValueError(f"a {type(self).__name__} cannot be cut along axis {axis}.")
+
+    def put(self, axis: int, at: np.ndarray, size: int) -> "Compound":
+        """Positions of an axis back to where they were `take`n from, with zeros elsewhere."""
+        del at, size
+        raise ValueError(f"a {type(self).__name__} cannot be filled up along axis {axis}.")
+
 
 def is_compound(node: Any) -> bool:
     """Whether a node of a tree stands for one array."""

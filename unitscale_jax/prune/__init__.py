@@ -1,8 +1,64 @@
 """Pruning: masks, and compaction into a really smaller model."""
 
+from unitscale_jax.prune._activations import Moments as Moments, calibrate as calibrate
+from unitscale_jax.prune._allocate import (
+    erk as erk,
+    global_ as global_,
+    kept as kept,
+    owl as owl,
+    uniform as uniform,
+)
+from unitscale_jax.prune._compact import (
+    compact as compact,
+    expand as expand,
+    mask as mask,
+    masks as masks,
+)
+from unitscale_jax.prune._compacted import compacted as compacted
 from unitscale_jax.prune._groups import (
     Graph as Graph,
     Plan as Plan,
     groups as groups,
     plan_of as plan_of,
+)
+from unitscale_jax.prune._masks import prune as prune, with_masks as with_masks
+from unitscale_jax.prune._packed import (
+    Bits as Bits,
+    Packed as Packed,
+    pack as pack,
+    packed as packed,
+    unpack as unpack,
+)
+from unitscale_jax.prune._patterns import (
+    Block as Block,
+    Channel as Channel,
+    NofM as NofM,
+    Unstructured as Unstructured,
+)
+from unitscale_jax.prune._refit import refit as refit
+from unitscale_jax.prune._report import SparsityReport as SparsityReport, report as report
+from unitscale_jax.prune._resolve import resolve as resolve
+from unitscale_jax.prune._schedules import (
+    Cubic as Cubic,
+    Linear as Linear,
+    OneShot as OneShot,
+    Steps as Steps,
+)
+from unitscale_jax.prune._select import (
+    exact_k as exact_k,
+    exact_k_of as exact_k_of,
+    n_of_m as n_of_m,
+)
+from unitscale_jax.prune._sparsegpt import (
+    SparseGPTReport as SparseGPTReport,
+    sparsegpt as sparsegpt,
+)
+from unitscale_jax.prune._spec import (
+    SparsitySpec as SparsitySpec,
+    make_masks as make_masks,
+)
+from unitscale_jax.prune._wanda import (
+    owl_ratios as owl_ratios,
+    wanda as wanda,
+    wanda_masks as wanda_masks,
 )

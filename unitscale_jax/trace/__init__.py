@@ -10,7 +10,7 @@ from unitscale_jax.trace._compat import (
     varying_axes,
 )
 from unitscale_jax.trace._cost import Cost, Row, cost
-from unitscale_jax.trace._couplings import Coupled, coupled, settled
+from unitscale_jax.trace._couplings import Coupled, Record, coupled, settled
 from unitscale_jax.trace._dims import Dims, Group, Member, Refused, dims
 from unitscale_jax.trace._factors import Axes, Factor, expanded, mark, new_axes
 from unitscale_jax.trace._function import Staged, Traced, stage, trace
@@ -91,6 +91,7 @@ __all__ = [
     "Place",
     "Product",
     "Ragged",
+    "Record",
     "Refused",
     "Rewriter",
     "Roles",

@@ -209,7 +209,10 @@ def _scan(rewriter: Rewriter, site: Site, operands: list[Any]) -> Sequence[Any]:
         out = rewriter.returned(site, rewriter.enter(site, 0, [*before, *carry, *x]))
         return out[:carries], out[carries:]
 
-    carry, ys = jax.lax.scan(body, init, xs, **_compat.scan_options(site.eqn))
+    options = _compat.scan_options(site.eqn)
+    if xs:
+        options["length"] = None  # that of the operands, which rules may have made shorter
+    carry, ys = jax.lax.scan(body, init, xs, **options)
     return [*carry, *ys]
 
 
