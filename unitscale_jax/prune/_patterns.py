@@ -1,0 +1,217 @@
+"""Patterns: which weights of an array stay or go together.
+
+    Unstructured   every weight on its own
+    Block          tiles, kept whole by the sum of their scores
+    Channel        slices along one axis, likewise
+    NofM           N of every M neighbors: the pattern fixes the ratio, nothing is allocated
+
+A pattern turns scores into scores of its *units* (`pooled`), of which the k largest stay, and a
+mask of units into one of weights (`spread`).
+"""
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unitscale_jax.prune._select import divisors, n_of_m
+
+Shape: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Every weight stays or goes on its own.
+
+    Example:
+        >>> us.prune.SparsitySpec(patterns=Unstructured()).patterns
+        Unstructured()
+    """
+
+    def units(self, name: str, shape: Shape) -> Shape:
+        """The shape of the units' scores."""
+        del name
+        return shape
+
+    def pooled(self, scores: jax.Array) -> jax.Array:
+        """Scores of units."""
+        return scores
+
+    def spread(self, keep: jax.Array, shape: Shape) -> jax.Array:
+        """The mask of weights that a mask of units stands for."""
+        del shape
+        return keep
+
+
+@dataclass(frozen=True)
+class NofM:
+    """N of every M neighbors along an axis stay, whatever the sparsity: it is 1 - N / M.
+
+    Attributes:
+        n: How many stay, at least 1.
+        m: Of how many; it divides the axis.
+        axis: That of the input channels, which a product sums over. None is open, until
+            `resolve(spec, fn, params, *inputs)` fills it in. Within `stacked` layers it counts in
+            one of them.
+
+    Raises:
+        ValueError: Not 1 <= n <= m.
+
+    Example:
+        >>> NofM(2, 4, axis=-1).mask(jnp.array([1.0, 3.0, 3.0, 3.0])).astype(int).tolist()
+        [0, 1, 1, 0]
+    """
+
+    n: int = 2
+    m: int = 4
+    axis: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the fields."""
+        if not (type(self.n) is int and type(self.m) is int and 1 <= self.n <= self.m):
+            raise ValueError(f"{self!r}: n of m neighbors stay, whole numbers with 1 <= n <= m.")
+        _check_axis(self, self.axis)
+
+    def units(self, name: str, shape: Shape) -> Shape:
+        """The shape of the array, once the axis and M are known to fit it."""
+        if self.axis is None:
+            raise ValueError(
+                f"{name}: {self!r} does not say along which axis. Fill it in by "
+                "`us.prune.resolve(spec, fn, params, *inputs)`, or give that of the input "
+                "channels: NofM(axis=-2) for a kernel (in, out)."
+            )
+        size = _size_of(name, shape, self.axis)
+        if size % self.m:
+            raise ValueError(
+                f"{name} has {size} along axis {self.axis}, which groups of {self.m} do not "
+                f"divide; {divisors(size)}. Choose `m` among them or leave {name} out."
+            )
+        return shape
+
+    def mask(self, scores: jax.Array) -> jax.Array:
+        """The mask of weights."""
+        assert self.axis is not None
+        return n_of_m(scores, self.n, self.m, self.axis)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Tiles of the last axes stay or go whole, by the sum of their scores.
+
+    Attributes:
+        shape: Sides of a tile; each divides its axis. Axes before them are not tiled.
+
+    Raises:
+        ValueError: A side is not a positive whole number.
+
+    Example:
+        >>> w = jnp.arange(1.0, 17.0).reshape(4, 4)
+        >>> Block((2, 2)).pooled(w**2).tolist()
+        [[66.0, 138.0], [546.0, 746.0]]
+    """
+
+    shape: Shape = (16, 16)
+
+    def __post_init__(self) -> None:
+        """Checks the sides."""
+        object.__setattr__(self, "shape", tuple(self.shape))
+        if not (self.shape and all(type(side) is int and side > 0 for side in self.shape)):
+            raise ValueError(f"{self!r}: sides of a block are positive whole numbers.")
+
+    def units(self, name: str, shape: Shape) -> Shape:
+        """How many tiles there are, axis by axis."""
+        if len(self.shape) > len(shape):
+            raise ValueError(
+                f"{name} has the shape {shape}, and {self!r} has more axes. Give a block of at "
+                f"most {len(shape)} sides or leave {name} out."
+            )
+        sides = self._sides(shape)
+        for axis, (size, side) in enumerate(zip(shape, sides, strict=True)):
+            if size % side:
+                raise ValueError(
+                    f"{name} has {size} along axis {axis}, which blocks of {side} do not divide; "
+                    f"{divisors(size)}. Choose a side among them or leave {name} out."
+                )
+        return tuple(size // side for size, side in zip(shape, sides, strict=True))
+
+    def pooled(self, scores: jax.Array) -> jax.Array:
+        """float32 sums over tiles."""
+        sides = self._sides(scores.shape)
+        tiled = [
+            n for size, side in zip(scores.shape, sides, strict=True) for n in (size // side, side)
+        ]
+        inner = tuple(range(1, len(tiled), 2))
+        return jnp.sum(scores.astype(jnp.float32).reshape(tiled), axis=inner)
+
+    def spread(self, keep: jax.Array, shape: Shape) -> jax.Array:
+        """Each tile's bit, over the tile."""
+        sides = self._sides(shape)
+        open_up = tuple(range(1, 2 * len(shape), 2))
+        tiled = [n for size, side in zip(shape, sides, strict=True) for n in (size // side, side)]
+        return jnp.broadcast_to(jnp.expand_dims(keep, open_up), tiled).reshape(shape)
+
+    def _sides(self, shape: Shape) -> Shape:
+        return (1,) * (len(shape) - len(self.shape)) + self.shape
+
+
+@dataclass(frozen=True)
+class Channel:
+    """Slices of one tensor along an axis stay or go whole, by the sum of their scores.
+
+    The tensor keeps its shape. Channels that several tensors share, and a smaller model, are the
+    matter of `compact`.
+
+    Attributes:
+        axis: Along which channels are counted; -1 are the outputs of a kernel (in, out).
+
+    Raises:
+        ValueError: The axis is not a whole number.
+
+    Example:
+        >>> Channel(axis=0).pooled(jnp.array([[1.0, 2.0], [3.0, 4.0]])).tolist()
+        [3.0, 7.0]
+    """
+
+    axis: int = -1
+
+    def __post_init__(self) -> None:
+        """Checks the axis."""
+        if self.axis is None:
+            raise ValueError(f"{self!r}: channels are along one axis, as Channel(axis=-1).")
+        _check_axis(self, self.axis)
+
+    def units(self, name: str, shape: Shape) -> Shape:
+        """How many channels there are."""
+        return (_size_of(name, shape, self.axis),)
+
+    def pooled(self, scores: jax.Array) -> jax.Array:
+        """float32 sums over all but the axis."""
+        others = tuple(a for a in range(scores.ndim) if a != self.axis % scores.ndim)
+        return jnp.sum(scores.astype(jnp.float32), axis=others)
+
+    def spread(self, keep: jax.Array, shape: Shape) -> jax.Array:
+        """Each channel's bit, over the channel."""
+        others = tuple(a for a in range(len(shape)) if a != self.axis % len(shape))
+        return jnp.broadcast_to(jnp.expand_dims(keep, others), shape)
+
+
+Ranked: TypeAlias = Unstructured | Block | Channel
+"""Patterns whose units are ranked, so that any number of them may stay."""
+
+Pattern: TypeAlias = Ranked | NofM
+"""Any of the patterns."""
+
+
+def _check_axis(pattern: Any, axis: Any) -> None:
+    if axis is not None and type(axis) is not int:
+        raise ValueError(f"{pattern!r}: axis is a whole number, as -1.")
+
+
+def _size_of(name: str, shape: Shape, axis: int) -> int:
+    if not -len(shape) <= axis < len(shape):
+        raise ValueError(
+            f"{name} has the shape {shape}, and no axis {axis}. Choose one of its own."
+        )
+    return int(np.asarray(shape)[axis])

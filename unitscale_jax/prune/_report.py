@@ -1,0 +1,116 @@
+"""What masks leave of a model, parameter by parameter."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from unitscale_jax import tree as trees
+from unitscale_jax.prune._masks import paired
+from unitscale_jax.typing import Params
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Share:
+    """What is left of one parameter.
+
+    Attributes:
+        name: Its path.
+        kept: How many of its numbers stay.
+        size: How many it has.
+        masked: Whether it has a mask at all.
+    """
+
+    name: str
+    kept: int
+    size: int
+    masked: bool
+
+    @property
+    def sparsity(self) -> float:
+        """The share that is gone."""
+        return 1 - self.kept / self.size if self.size else 0.0
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """What is left of every parameter; printed, a table.
+
+    Attributes:
+        rows: One for each parameter, in tree order.
+    """
+
+    rows: tuple[Share, ...]
+
+    @property
+    def total(self) -> Share:
+        """All parameters, those without a mask included."""
+        return _sum("all", self.rows)
+
+    @property
+    def masked(self) -> Share:
+        """The parameters with a mask."""
+        return _sum("masked", [row for row in self.rows if row.masked])
+
+    def table(self) -> "Table":
+        """The rows as a table of `rich`."""
+        from rich.table import Table
+
+        table = Table()
+        for title in ("parameter", "kept", "of", "sparsity"):
+            table.add_column(title, justify="left" if title == "parameter" else "right")
+        for row in (*self.rows, self.masked, self.total):
+            sparsity = f"{row.sparsity:.4f}" if row.masked else "dense"
+            table.add_row(row.name, f"{row.kept:,}", f"{row.size:,}", sparsity)
+        return table
+
+    def __str__(self) -> str:
+        """The table as text."""
+        from rich.console import Console
+
+        console = Console(width=100)
+        with console.capture() as capture:
+            console.print(self.table())
+        return capture.get()
+
+
+def report(params: Params, masks: Any) -> SparsityReport:
+    """Counts what masks leave of each parameter.
+
+    Args:
+        params: A pytree of parameters.
+        masks: One like it of concrete bool arrays, as of `prune`.
+
+    Returns:
+        A `SparsityReport`.
+
+    Raises:
+        ValueError: As `prune`; masks that are traced.
+        TypeError: As `prune`.
+
+    Example:
+        >>> params = {"w": jnp.ones(4), "b": jnp.ones(2)}
+        >>> masks = {"w": jnp.array([True, False, False, False]), "b": jnp.array(True)}
+        >>> found = report(params, masks)
+        >>> found.masked.sparsity, found.total.kept, found.total.size
+        (0.75, 3, 6)
+    """
+    known = trees.named_leaves(params, is_leaf=trees.is_compound)
+    pairs = paired(params, masks).items()
+    return SparsityReport(tuple(_share(name, known[name], mask) for name, mask in pairs))
+
+
+def _share(name: str, leaf: Any, mask: Any) -> Share:
+    if isinstance(mask, jax.core.Tracer):
+        raise ValueError(f"the mask of {name} is traced; report on masks outside of jit.")
+    size, masked = int(np.prod(np.shape(leaf))), bool(np.shape(mask))
+    return Share(name, int(np.asarray(mask).sum()) if masked else size, size, masked)
+
+
+def _sum(name: str, rows: Any) -> Share:
+    kept, size = sum(row.kept for row in rows), sum(row.size for row in rows)
+    return Share(name, kept, size, True)
