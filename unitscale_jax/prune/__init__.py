@@ -21,6 +21,11 @@ from unitscale_jax.prune._groups import (
     groups as groups,
     plan_of as plan_of,
 )
+from unitscale_jax.prune._masked import (
+    MaskedState as MaskedState,
+    masked as masked,
+    masks_of as masks_of,
+)
 from unitscale_jax.prune._masks import prune as prune, with_masks as with_masks
 from unitscale_jax.prune._packed import (
     Bits as Bits,
@@ -38,11 +43,21 @@ from unitscale_jax.prune._patterns import (
 from unitscale_jax.prune._refit import refit as refit
 from unitscale_jax.prune._report import SparsityReport as SparsityReport, report as report
 from unitscale_jax.prune._resolve import resolve as resolve
+from unitscale_jax.prune._rigl import rigl as rigl, set_ as set_
 from unitscale_jax.prune._schedules import (
     Cubic as Cubic,
     Linear as Linear,
     OneShot as OneShot,
     Steps as Steps,
+)
+from unitscale_jax.prune._scores import (
+    FisherState as FisherState,
+    Score as Score,
+    fisher as fisher,
+    magnitude as magnitude,
+    movement as movement,
+    random as random,
+    saliency as saliency,
 )
 from unitscale_jax.prune._select import (
     exact_k as exact_k,
@@ -56,6 +71,11 @@ from unitscale_jax.prune._sparsegpt import (
 from unitscale_jax.prune._spec import (
     SparsitySpec as SparsitySpec,
     make_masks as make_masks,
+)
+from unitscale_jax.prune._straight import (
+    magnitude_masks as magnitude_masks,
+    sr_ste as sr_ste,
+    straight_through as straight_through,
 )
 from unitscale_jax.prune._wanda import (
     owl_ratios as owl_ratios,

@@ -1,0 +1,310 @@
+"""Pruning in training: an optax transform after which `optax.apply_updates` leaves exact zeros.
+
+    due = (masks made so far) < (scheduled steps <= t)   and g is finite
+    m'  = due ? masks of the scores : m
+    u   = inner(m' ? g : 0,  state cleared where m' is False,  m' ? p : 0)
+    u'  = m' ? u : -p                                         p + (-p) = +0, exactly
+
+So norms, decays and moments see the kept weights only, whatever the inner transform is, and there
+is nothing to remember after a step. Gradual pruning: https://arxiv.org/abs/1710.01878.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from unitscale_jax import tree as trees
+from unitscale_jax.prune._schedules import OneShot, Schedule
+from unitscale_jax.prune._scores import Score, magnitude
+from unitscale_jax.prune._spec import SparsitySpec, counts, masks_from, selected
+from unitscale_jax.trace import varying_axes
+from unitscale_jax.typing import Params
+
+
+class MaskedState(NamedTuple):
+    """State of `masked`, `rigl` and `set_`.
+
+    Attributes:
+        masks: A pytree like the parameters of bool arrays; the scalar True where nothing is pruned.
+        done: Scheduled updates of masks that are made, int32.
+        count: Steps taken, int32.
+        score: State of the score.
+        inner: State of the inner transform.
+    """
+
+    masks: Any
+    done: jax.Array
+    count: jax.Array
+    score: Any
+    inner: optax.OptState
+
+
+def masked(
+    tx: optax.GradientTransformation,
+    spec: SparsitySpec,
+    schedule: Schedule = OneShot(0),  # noqa: B008, frozen
+    score: Score = magnitude(),  # noqa: B008, a pair of pure functions
+    *,
+    sticky: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Prunes parameters while an optimizer trains the others.
+
+    Place it outermost: a factor applied to its updates breaks the zeros. `multi_steps` and
+    `loss_scaled`, which pass updates on as they are, may be around it; steps then are steps of the
+    optimizer, not parts. Arrays may be sharded any way under `jit`.
+
+    Args:
+        tx: Any optax transform.
+        spec: What to prune, and to which sparsity in the end.
+        schedule: At which steps masks are made anew, and how sparse they are then. An update whose
+            gradients are not finite is made up for at the next step.
+        score: What a weight is worth.
+        sticky: Whether masks only shrink. False: pruned weights are ranked too, and may return, at
+            zero and with no moments. By `magnitude` and `saliency` a zero is worth nothing, by
+            `movement` and `random` it is.
+
+    Returns:
+        A transform whose `update(grads, state, params, **extra)` needs the parameters; `extra` goes
+        to `tx`. Gradients are those at the pruned parameters. Updates have the wider dtype of the
+        inner update and the parameter. Its state is a `MaskedState`.
+
+    Raises:
+        ValueError: At `init`, the spec or the schedule does not fit the parameters; sticky masks
+            and sparsities that fall. In `update`, no parameters; gradients that vary over a manual
+            axis of a `shard_map`.
+
+    Laws: after every `optax.apply_updates` what masks leave out is zero, and so are its moments;
+    masks have as many ones as scheduled; the last scheduled step has the sparsity of the spec, also
+    if it was postponed; sticky masks are nested; with nothing pruned it is `tx`, bit for bit; the
+    path of the kept weights under an element-wise `tx` is that of a model without the others.
+
+    Example:
+        >>> spec = SparsitySpec(patterns={"w": us.prune.Unstructured()}, sparsity=1 / 3)
+        >>> tx, params = masked(optax.sgd(0.1), spec), {"w": jnp.array([1.0, -2.0, 0.5])}
+        >>> updates, state = tx.update({"w": jnp.ones(3)}, tx.init(params), params)
+        >>> [round(w, 4) for w in optax.apply_updates(params, updates)["w"].tolist()]
+        [0.9, -2.1, 0.0]
+        >>> masks_of(state)["w"].tolist()
+        [True, True, False]
+    """
+
+    def start(params: Params) -> Any:
+        _falling(spec, schedule, sticky)
+        _table(spec, schedule, params, sticky)
+        return full(spec, params)
+
+    def renew(state: MaskedState, grads: Params, params: Params, number: jax.Array) -> Any:
+        scores = score.value(state.score, grads, params, number)
+        scores = sunk(scores, state.masks) if sticky else scores
+        table = _table(spec, schedule, params, sticky)
+        return masks_from(spec, scores, {name: rows[number - 1] for name, rows in table.items()})
+
+    return evolving(tx, schedule.steps, score, start, renew)
+
+
+def masks_of(state: Any) -> Any:
+    """The masks in an optimizer's state, wherever in it they are.
+
+    Args:
+        state: The state of `masked`, `rigl` or `set_`, or of a transform around it.
+
+    Returns:
+        A pytree like the parameters of bool arrays, as `make_masks` gives them.
+
+    Raises:
+        ValueError: There is no `MaskedState` in it, or there are several.
+
+    Example:
+        >>> tx = masked(optax.sgd(0.1), SparsitySpec(patterns=us.prune.Unstructured()))
+        >>> masks_of(us.multi_steps(tx, 2).init({"w": jnp.ones((1, 2))}))["w"].tolist()
+        [[True, True]]
+    """
+    nodes: list[Any] = []
+    # `is_leaf` is asked about every node on the way down, which makes it a visitor.
+    jax.tree.flatten(state, is_leaf=lambda node: bool(nodes.append(node)))
+    found = [node for node in nodes if isinstance(node, MaskedState)]
+    if len(found) != 1:
+        raise ValueError(
+            f"the state holds {len(found)} MaskedStates, and 1 is expected. Wrap the optimizer in "
+            "us.prune.masked once, with one spec for all parameters, and pass the whole state."
+        )
+    return found[0].masks
+
+
+# ------------------------------------------------------------------- the step, for any method
+
+
+def evolving(
+    tx: optax.GradientTransformation,
+    steps: Sequence[int],
+    score: Score,
+    start: Callable[[Params], Any],
+    renew: Callable[[MaskedState, Params, Params, jax.Array], Any],
+    *,
+    rests: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """The transform of masks that begin as `start` says and change as `renew` does.
+
+    Args:
+        tx: The inner transform.
+        steps: At which masks are made anew.
+        score: What is remembered for `renew`, in `state.score`.
+        start: `start(params) -> masks`.
+        renew: `renew(state, grads, params, number) -> masks`; number counts updates from 1, and
+            grads and params have scalars for what is not pruned.
+        rests: Whether `tx` takes no step when masks change.
+    """
+    inner, steps = optax.with_extra_args_support(tx), np.asarray(steps, np.int32)
+
+    def init_fn(params: Params) -> MaskedState:
+        # No two leaves share a buffer, so that a state can be donated.
+        masks = jax.tree.map(lambda m: m if np.ndim(m) else jnp.ones((), bool), start(params))
+        score_state, zero = score.init(ranked(masks, params)), lambda: jnp.zeros((), jnp.int32)
+        return MaskedState(masks, zero(), zero(), score_state, inner.init(params))
+
+    def update_fn(
+        updates: Params, state: Any, params: Params | None = None, **extra: Any
+    ) -> tuple[Params, MaskedState]:
+        _check_params(params)
+        finite, scheduled = _is_finite(updates), jnp.sum(steps <= state.count, dtype=jnp.int32)
+        seen = ranked(state.masks, updates), ranked(state.masks, params)
+        score_state = trees.select(finite, score.update(state.score, *seen), state.score)
+        state = state._replace(count=state.count + 1, score=score_state)
+        due = finite & (state.done < scheduled)
+        masks, before = _renewed(due, lambda: renew(state, *seen, scheduled), state)
+
+        def step() -> tuple[Params, Any]:
+            return inner.update(zeroed(masks, updates), before, zeroed(masks, params), **extra)
+
+        updates, after = _rest_or_step(due, step, before) if rests else step()
+        done = jnp.where(due, scheduled, state.done)
+        updates = jax.tree.map(_erased, masks, updates, params)
+        return updates, state._replace(masks=masks, done=done, inner=after)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def full(spec: SparsitySpec, params: Params) -> Any:
+    """Masks that leave nothing out: arrays of True for what the spec prunes."""
+    chosen = selected(spec, params)
+    leaves, structure = jax.tree.flatten(params, is_leaf=trees.is_compound)
+    named = zip(trees.names(params, is_leaf=trees.is_compound), leaves, strict=True)
+    # What is made like a parameter has its sharding.
+    ones = lambda name, w: jnp.ones_like(w, bool) if name in chosen else jnp.ones((), bool)
+    return structure.unflatten([ones(name, w) for name, w in named])
+
+
+def zeroed(masks: Any, tree: Any) -> Any:
+    """A tree with zeros where masks are False; what is not pruned is left as it is."""
+    return jax.tree.map(lambda m, x: jnp.where(m, x, 0) if np.ndim(m) else x, masks, tree)
+
+
+def ranked(masks: Any, tree: Any) -> Any:
+    """A tree with a scalar in place of what is not pruned."""
+    return jax.tree.map(lambda m, x: x if np.ndim(m) else jnp.zeros(()), masks, tree)
+
+
+def sunk(scores: Any, masks: Any) -> Any:
+    """Scores that rank what masks leave out below everything else.
+
+    NaN is the lowest of all; so that it is theirs alone, scores that are NaN become the lowest
+    number.
+    """
+    lowest = np.finfo(np.float32).min
+    sink = lambda m, s: jnp.where(m, jnp.where(jnp.isnan(s), lowest, s), np.nan)
+    return jax.tree.map(lambda m, s: sink(m, s) if np.ndim(m) else s, masks, scores)
+
+
+def _table(
+    spec: SparsitySpec, schedule: Schedule, params: Params, sticky: bool
+) -> dict[str, jax.Array]:
+    """How many units stay after each update, as data."""
+    table = counts(spec, params, schedule.sparsities(spec.sparsity))
+    if sticky:
+        # Shares rounded to a common total may give one parameter 1 more at a higher sparsity, which
+        # masks that only shrink cannot; so they keep that one from before.
+        table = {n: np.maximum.accumulate(rows[::-1])[::-1] for n, rows in table.items()}
+    return {name: jnp.asarray(rows, jnp.int32) for name, rows in table.items()}
+
+
+def _falling(spec: SparsitySpec, schedule: Schedule, sticky: bool) -> None:
+    levels = schedule.sparsities(spec.sparsity)
+    falls = [(a, b) for a, b in zip(levels, levels[1:], strict=False) if b < a]
+    if sticky and falls:
+        raise ValueError(
+            f"{schedule!r} goes from sparsity {falls[0][0]} to {falls[0][1]}, but sticky masks "
+            "only shrink. Let sparsities rise, or weights return: masked(..., sticky=False)."
+        )
+
+
+def _renewed(due: jax.Array, renew: Callable[[], Any], state: MaskedState) -> tuple[Any, Any]:
+    """Masks and inner state, made anew and cleared if due."""
+
+    def anew() -> tuple[Any, Any]:
+        masks = renew()
+        return masks, _cleared(state.inner, masks)
+
+    return jax.lax.cond(due, anew, lambda: (state.masks, state.inner))
+
+
+def _cleared(inner: Any, masks: Any) -> Any:
+    """The inner state with zeros where masks are False, in all that is one number per weight.
+
+    That is an array of the shape of a parameter whose path ends with the parameter's, such as
+    `mu/layer/kernel`: moments, averages and copies, whoever keeps them. Factored moments have other
+    shapes, and hold sums over weights that are still there.
+    """
+    known = {tuple(path): m for path, m in jax.tree_util.tree_flatten_with_path(masks)[0]}
+    leaves, structure = jax.tree_util.tree_flatten_with_path(inner)
+    return structure.unflatten([_cleared_leaf(known, tuple(path), x) for path, x in leaves])
+
+
+def _cleared_leaf(known: dict[tuple, jax.Array], path: tuple, x: Any) -> Any:
+    ends = (path[i:] for i in range(len(path) + 1))
+    mask = next((known[end] for end in ends if end in known), None)  # of the longest path
+    if mask is None or not np.ndim(mask) or np.shape(mask) != np.shape(x):
+        return x
+    return jnp.where(mask, x, 0) if trees.is_floating(x) else x
+
+
+def _rest_or_step(resting: jax.Array, step: Callable[[], tuple], inner: Any) -> tuple:
+    """Zero updates and the same state, or a step."""
+    updates, after = jax.eval_shape(step)
+    # Minus zero, because x + -0.0 is x for every x.
+    still = lambda: (
+        jax.tree.map(lambda u: jnp.full(u.shape, -0.0).astype(u.dtype), updates),
+        jax.tree.map(lambda s, x: jnp.asarray(x).astype(s.dtype), after, inner),
+    )
+    return jax.lax.cond(resting, still, step)
+
+
+def _erased(mask: jax.Array, update: Any, w: Any) -> Any:
+    """The update where the mask is True, elsewhere what takes a weight to zero."""
+    if not np.ndim(mask):
+        return update
+    # In the wider dtype: w minus bfloat16(w) is not zero for a float32 w.
+    dtype = jnp.promote_types(update.dtype, w.dtype)
+    return jnp.where(mask, update.astype(dtype), -w.astype(dtype))
+
+
+def _is_finite(grads: Params) -> jax.Array:
+    finite = trees.is_finite(grads)
+    axes = sorted(varying_axes(finite))
+    if axes:
+        raise ValueError(
+            f"gradients vary over the manual axes {axes}, and masks are ranked over whole arrays. "
+            "Call `update` outside of the shard_map: under jit arrays may be sharded any way."
+        )
+    return finite
+
+
+def _check_params(params: Params | None) -> None:
+    if params is None:
+        raise ValueError(
+            "pruning needs the parameters, since it ranks and erases them. Pass them: "
+            "update(grads, state, params)."
+        )
