@@ -108,14 +108,19 @@ def inverse_factor(h: jax.Array, damp: Any) -> tuple[jax.Array, jax.Array]:
         >>> dead.tolist(), (1 / jnp.diagonal(u) ** 2).round(4).tolist()
         ([False, False, True], [1.75, 1.75, 1.0])
     """
+    damped, dead = damped_moments(h, damp)
+    lower = jnp.linalg.cholesky(damped)
+    inverse = jax.scipy.linalg.cho_solve((lower, True), jnp.eye(h.shape[0], dtype=h.dtype))
+    return jnp.linalg.cholesky(inverse).T, dead
+
+
+def damped_moments(h: jax.Array, damp: Any) -> tuple[jax.Array, jax.Array]:
+    """H / mean(diag H) + damp I, with 1 on the diagonal of dead inputs; and which are dead."""
     diagonal = jnp.diagonal(h)
     dead = diagonal == 0
     mean = jnp.mean(diagonal)
     unit = h / jnp.where(mean > 0, mean, 1)  # for float32's sake
-    damped = unit + jnp.diag(jnp.where(dead, np.float32(1), jnp.float32(damp)))
-    lower = jnp.linalg.cholesky(damped)
-    inverse = jax.scipy.linalg.cho_solve((lower, True), jnp.eye(h.shape[0], dtype=h.dtype))
-    return jnp.linalg.cholesky(inverse).T, dead
+    return unit + jnp.diag(jnp.where(dead, np.float32(1), jnp.float32(damp))), dead
 
 
 def _product(meeting: Meeting) -> Product:

@@ -1,0 +1,252 @@
+"""SparseGPT: pruning that makes up for itself, input by input.
+
+    H = sum x x^T + damp mean(diag H) I,        U upper triangular, U^T U = H^-1
+    for j ascending:  e = (w_j - q_j) / U_jj,    w_l -= U_jl e    for l >= j
+
+where q_j is w_j, zero where it is pruned. The error of each pruned weight is spread over the inputs
+that are still to come, as far as the data says they are alike (https://arxiv.org/abs/2301.00774).
+Which weights go is decided block by block, by w^2 / U_jj^2 of the weights as they are by then.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unitscale_jax import tree as trees
+from unitscale_jax.prune._activations import Moments, check_moments, check_second, matrices_of
+from unitscale_jax.prune._patterns import NofM, Unstructured
+from unitscale_jax.prune._refit import singular
+from unitscale_jax.prune._shares import counts_of_parts
+from unitscale_jax.prune._spec import SparsitySpec, selected, stacked_axes
+from unitscale_jax.prune._surgeon import squared_error, sweep
+from unitscale_jax.trace import Layout, canonical, inverse_factor, uncanonical
+
+RETRIES = 3
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What pruning did to the products of one parameter: squared errors ||X (W' - W)||^2.
+
+    Attributes:
+        dense: ||X W||^2, to compare with.
+        masked: With the mask alone.
+        updated: With the weights that make up for it.
+        damp: The damping of each of the parameter's matrices (layers, experts).
+    """
+
+    dense: float
+    masked: float
+    updated: float
+    damp: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class SparseGPTReport:
+    """Errors by parameter.
+
+    Attributes:
+        errors: Parameter -> errors of its products, on the batches calibrated on.
+        kept: Parameters that the spec leaves dense.
+        retries: Parameter -> dampings at which its moments were singular, before the one that was
+            used; only of parameters that needed one.
+    """
+
+    errors: Mapping[str, Pruned]
+    kept: tuple[str, ...]
+    retries: Mapping[str, tuple[float, ...]]
+
+    def __str__(self) -> str:
+        """A table of |X (W' - W)| / |X W|, and every damping that had to be raised."""
+        width = max(map(len, self.errors), default=0)
+        rows = [f"{'':<{width}}   masked  updated      damp"]
+        for name, e in self.errors.items():
+            part = lambda x, e=e: math.sqrt(x / e.dense) if e.dense > 0 else 0.0
+            rows.append(
+                f"{name:<{width}}  {part(e.masked):7.4f}  {part(e.updated):7.4f}  "
+                f"{max(e.damp):8.2g}"
+            )
+        rows += [
+            f"{name}: singular at damp {', '.join(f'{d:g}' for d in tried)}"
+            for name, tried in self.retries.items()
+        ]
+        return "\n".join(rows)
+
+
+def sparsegpt(
+    params: Any,
+    moments: Mapping[str, Moments],
+    spec: SparsitySpec,
+    damp: float = 0.01,
+    block: int = 128,
+) -> tuple[Any, Any, SparseGPTReport]:
+    """Prunes the parameters a spec selects, the others making up for what goes.
+
+    Args:
+        params: A pytree of parameters.
+        moments: Of `calibrate(.., what="hessian")`.
+        spec: Patterns are `Unstructured` or `NofM` along an input axis, as `resolve` gives it. Each
+            block of inputs keeps its share of what the parameter keeps; stacked layers and experts
+            are pruned each by its own moments.
+        damp: What is added to the diagonal of H, in parts of its mean. Where H is singular in
+            float32 all the same, ten times as much, three times at most; the report says so.
+        block: How many inputs are decided on together.
+
+    Returns:
+        `(params, masks, report)`: parameters of the same dtypes with exact zeros; masks as
+        `make_masks` gives them; errors and dampings.
+
+    Raises:
+        ValueError: A parameter has no second moments, is not finite, or has a pattern of blocks or
+            channels; its moments stay singular.
+
+    Law: ||X (W' - W)||^2 is at least that of `refit`, the least squares on the same mask.
+
+    Example:
+        >>> fn = lambda params, x: x @ params["w"]
+        >>> params = {"w": jnp.array([[1.0], [0.5]])}
+        >>> x = jnp.array([[1.0, 1.0], [2.0, 2.0]])  # two inputs that are one
+        >>> spec = SparsitySpec(patterns=Unstructured(), sparsity=0.5)
+        >>> moments = us.prune.calibrate(fn, params, [x], spec, what="hessian")
+        >>> pruned, masks, report = sparsegpt(params, moments, spec)
+        >>> pruned["w"].round(1).tolist(), masks["w"].tolist()
+        ([[0.0], [1.5]], [[False], [True]])
+    """
+    if not damp >= 0 or block < 1:
+        raise ValueError(f"damp is {damp}, block {block}; they are at least 0 and 1.")
+    leaves, chosen = trees.named_leaves(params), selected(spec, params)
+    check_moments(moments, params)
+    check_second(chosen, moments)
+    done = dict(leaves)
+    masks: dict[str, Any] = {name: jnp.array(True) for name in leaves}
+    errors, retries = {}, {}
+    for name, pattern in chosen.items():
+        layout = moments[name].layout
+        shape, stacked = np.shape(leaves[name]), stacked_axes(spec, params)[name]
+        plan = _plan(name, pattern, shape, stacked, layout, block)
+        if plan.ratio is None:
+            counts = counts_of_parts(name, layout, spec, params, plan.parts)
+        else:  # of a group, by its own ratio
+            counts = np.zeros((math.prod(shape[a] for a in layout.batch), len(plan.parts)), int)
+        out = _pruned(name, leaves[name], moments[name], plan, counts, damp)
+        done[name], masks[name], errors[name], tried = out
+        if tried:
+            retries[name] = tried
+    tree = lambda named: jax.tree.unflatten(jax.tree.structure(params), list(named.values()))
+    kept = tuple(name for name in leaves if name not in chosen)
+    return tree(done), tree(masks), SparseGPTReport(errors, kept, retries)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How one parameter is pruned; `axis` is the place among its input axes that groups run along.
+
+    Attributes:
+        layout: Its matrices.
+        sizes: Of its input axes.
+        axis: The one that becomes the last of them.
+        block: Inputs decided on together.
+        parts: Weights in each block.
+        ratio: Of N:M.
+    """
+
+    layout: Layout
+    sizes: tuple[int, ...]
+    axis: int
+    block: int
+    parts: tuple[int, ...]
+    ratio: tuple[int, int] | None
+
+    @property
+    def order(self) -> np.ndarray:
+        """K in the order it is pruned in: groups are consecutive."""
+        k = np.arange(math.prod(self.sizes)).reshape(self.sizes)
+        return np.moveaxis(k, self.axis, -1).reshape(-1)
+
+
+def _plan(
+    name: str, pattern: Any, shape: tuple[int, ...], stacked: int, layout: Layout, block: int
+) -> _Plan:
+    sizes = tuple(shape[axis] for axis in layout.contracted)
+    k, last, ratio = math.prod(sizes), len(sizes) - 1, None
+    if isinstance(pattern, NofM):
+        last = _place(name, pattern, shape, stacked, layout)
+        ratio = pattern.n, pattern.m
+        block = max(block // pattern.m, 1) * pattern.m
+    elif not isinstance(pattern, Unstructured):
+        raise ValueError(
+            f"{name} has the pattern {pattern}, and SparseGPT decides weight by weight: it prunes "
+            "Unstructured() and NofM(..). Make masks of blocks by make_masks(wanda(..), spec), and "
+            "let `refit` make up for them."
+        )
+    block = min(block, k)
+    outputs = math.prod(shape) // (k * math.prod(shape[axis] for axis in layout.batch))
+    cuts = tuple(outputs * min(block, k - start) for start in range(0, k, block))
+    return _Plan(layout, sizes, last, block, cuts, ratio)
+
+
+def _place(name: str, pattern: NofM, shape: tuple[int, ...], stacked: int, layout: Layout) -> int:
+    pattern.units(name, shape[stacked:])  # the axis is known, and M divides it
+    assert pattern.axis is not None
+    axis = pattern.axis if pattern.axis < 0 else pattern.axis + stacked - len(shape)
+    if axis not in layout.contracted:
+        raise ValueError(
+            f"{name} is pruned {pattern.n} of {pattern.m} along axis {axis}, and its inputs "
+            f"are along {layout.contracted}; groups run along an input axis. Use `resolve`."
+        )
+    return layout.contracted.index(axis)
+
+
+_Found = tuple[Any, Any, Pruned, tuple[float, ...]]
+
+
+def _pruned(name: str, w: Any, of: Moments, plan: _Plan, counts: np.ndarray, damp: float) -> _Found:
+    if not bool(jnp.isfinite(w).all()):
+        raise ValueError(f"{name} has NaN or infinite values; mend it first.")
+    h = matrices_of(of)
+    u, dead, damps, tried = _factored(name, h[:, plan.order][:, :, plan.order], damp)
+    new, mask = _swept(jnp.asarray(w), u, dead, jnp.asarray(counts, jnp.int32), plan)
+    wide = canonical(jnp.asarray(w, jnp.float32), plan.layout)
+    off = lambda x: canonical(x.astype(jnp.float32), plan.layout) - wide
+    power = lambda x: float(squared_error(x, h))
+    alone = jnp.where(mask, w, jnp.zeros_like(w))
+    errors = Pruned(power(wide), power(off(alone)), power(off(new)), damps)
+    return new, mask, errors, tried
+
+
+def _factored(
+    name: str, h: jax.Array, damp: float
+) -> tuple[jax.Array, jax.Array, tuple[float, ...], tuple[float, ...]]:
+    """U of each matrix, and its dampings: those used, and those at which one was singular."""
+    damps = np.full(h.shape[0], damp, np.float64)
+    tried: list[float] = []
+    while True:
+        u, dead = _factors(h, jnp.asarray(damps, jnp.float32))
+        bad = ~np.isfinite(np.asarray(u)).all((-2, -1))
+        if not bad.any():
+            return u, dead, tuple(map(float, damps)), tuple(tried)
+        tried.append(float(damps[bad].max()))
+        if len(tried) > RETRIES or damp == 0:
+            raise ValueError(singular(name, tried))
+        damps[bad] *= 10
+
+
+_factors = jax.jit(jax.vmap(inverse_factor))
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _swept(
+    w: jax.Array, u: jax.Array, dead: jax.Array, counts: jax.Array, plan: _Plan
+) -> tuple[jax.Array, jax.Array]:
+    columns = canonical(w.astype(jnp.float32), plan.layout)[:, plan.order]
+    one = lambda *x: sweep(*x, block=plan.block, ratio=plan.ratio)
+    new, mask = jax.vmap(one)(columns, u, dead, counts)
+    back = np.argsort(plan.order)
+    laid = lambda x: uncanonical(x[:, back], plan.layout, w.shape)
+    return laid(new).astype(w.dtype), laid(mask)

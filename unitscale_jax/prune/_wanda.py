@@ -1,0 +1,150 @@
+"""Wanda: a weight counts as much as what it multiplies.
+
+    S_ij = |W_ij| ||X_j||_2,        ranked for each output i on its own
+
+(https://arxiv.org/abs/2306.11695). OWL takes from the same scores how many outliers each layer has,
+and leaves more to the layers that have many (https://arxiv.org/abs/2310.05175).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unitscale_jax import tree as trees
+from unitscale_jax.prune._activations import Moments, check_moments
+from unitscale_jax.prune._allocate import global_
+from unitscale_jax.prune._patterns import Unstructured
+from unitscale_jax.prune._select import exact_k
+from unitscale_jax.prune._shares import counts_of_parts
+from unitscale_jax.prune._spec import SparsitySpec, make_masks, selected
+from unitscale_jax.trace import Layout, canonical, uncanonical
+
+
+def wanda(params: Any, moments: Mapping[str, Moments]) -> Any:
+    """Scores |W_ij| ||X_j||_2 of the parameters that moments are of.
+
+    Args:
+        params: A pytree of parameters.
+        moments: Of `calibrate`.
+
+    Returns:
+        A pytree like `params` of float32 scores; a parameter without moments has the scalar NaN,
+        which no mask can be made of.
+
+    Raises:
+        ValueError: Moments are of a parameter that is not there, or has another shape.
+
+    Example:
+        >>> x, params = jnp.array([[3.0, 1.0], [4.0, 0.0]]), {"w": jnp.array([[1.0], [-2.0]])}
+        >>> moments = us.prune.calibrate(lambda p, x: x @ p["w"], params, [x], ["w"])
+        >>> wanda(params, moments)["w"].tolist()
+        [[5.0], [2.0]]
+    """
+    check_moments(moments, params)
+    score = lambda name, w: (
+        _score(w, moments[name]) if name in moments else jnp.full((), np.nan, jnp.float32)
+    )
+    return trees.map_named(score, params)
+
+
+def _score(w: Any, of: Moments) -> jax.Array:
+    norms = _norms(of)[..., None]
+    columns = canonical(jnp.asarray(w, jnp.float32), of.layout)
+    return uncanonical(jnp.abs(columns) * norms, of.layout, np.shape(w))
+
+
+def _norms(of: Moments) -> jax.Array:
+    """float32 (batch, K): lengths of what meets each input."""
+    norms = np.sqrt(np.asarray(of.squares, np.float64))
+    return jnp.asarray(norms.reshape(-1, norms.shape[-1]), jnp.float32)
+
+
+def wanda_masks(params: Any, moments: Mapping[str, Moments], spec: SparsitySpec) -> Any:
+    """Masks of Wanda: each output keeps its own best inputs.
+
+    Args:
+        params: A pytree of parameters.
+        moments: Of `calibrate`, for every parameter that the spec selects.
+        spec: Of an `Unstructured` parameter with the sparsity s each output keeps
+            kept(inputs, s) weights; where sparsities are allocated over parameters, outputs share
+            what the parameter keeps as evenly as can be, the first ones one more. Other patterns,
+            and `global_`, take the same scores as they are.
+
+    Returns:
+        Masks as `make_masks` gives them.
+
+    Raises:
+        ValueError: A parameter has no moments, or a pattern does not fit it.
+
+    Law: scaling an input up and its weights down changes no mask.
+
+    Example:
+        >>> params = {"w": jnp.array([[1.0, 4.0], [2.0, 3.0]])}
+        >>> x, spec = jnp.array([[9.0, 1.0]]), SparsitySpec(patterns=Unstructured(), sparsity=0.5)
+        >>> moments = us.prune.calibrate(lambda p, x: x @ p["w"], params, [x], spec)
+        >>> wanda_masks(params, moments, spec)["w"].astype(int).tolist()
+        [[1, 1], [0, 0]]
+    """
+    chosen, leaves = selected(spec, params), trees.named_leaves(params)
+    missing = [name for name in chosen if name not in moments]
+    if missing:
+        raise ValueError(
+            f"there are no moments of what meets {', '.join(missing)}; `calibrate` by this spec, "
+            "or leave out what meets no product."
+        )
+    masks = {name: jnp.array(True) for name in leaves}
+    by_output = [n for n, p in chosen.items() if isinstance(p, Unstructured)]
+    if spec.allocate is global_:
+        by_output = []
+    if len(by_output) < len(chosen):
+        made = make_masks(wanda(params, moments), spec)
+        masks = dict(zip(leaves, jax.tree.leaves(made), strict=True))
+    for name in by_output:
+        masks[name] = _per_output(name, leaves[name], moments[name], spec, params)
+    return jax.tree.unflatten(jax.tree.structure(params), list(masks.values()))
+
+
+def _per_output(name: str, w: Any, of: Moments, spec: SparsitySpec, params: Any) -> jax.Array:
+    shape, layout = np.shape(w), of.layout
+    columns = canonical(_score(w, of), layout).swapaxes(-1, -2)  # (batch, outputs, K)
+    parts = [columns.shape[-1]] * columns.shape[-2]
+    counts = counts_of_parts(name, layout, spec, params, parts)
+    best = _best(columns, jnp.asarray(counts, jnp.int32))
+    return uncanonical(best.swapaxes(-1, -2), layout, shape)
+
+
+_best = jax.jit(jax.vmap(jax.vmap(exact_k)))
+
+
+def owl_ratios(params: Any, moments: Mapping[str, Moments], m: float = 5.0) -> dict[str, Any]:
+    """How many outliers each parameter has: the share of scores above m times their mean.
+
+    Args:
+        params: A pytree of parameters.
+        moments: Of `calibrate`.
+        m: From how many times the mean of |W| ||X|| on a score is an outlier.
+
+    Returns:
+        Parameter -> ratio, for `owl(ratios)`; of stacked layers an array, one for each.
+
+    Example:
+        >>> params = {"w": jnp.ones((4, 1))}
+        >>> moments = us.prune.calibrate(
+        ...     lambda p, x: x @ p["w"], params, [jnp.array([[90.0, 1.0, 1.0, 1.0]])], ["w"]
+        ... )
+        >>> owl_ratios(params, moments, m=3)
+        {'w': 0.25}
+    """
+    check_moments(moments, params)
+    leaves = trees.named_leaves(params)
+    return {name: _ratio(_score(leaves[name], of), of.layout, m) for name, of in moments.items()}
+
+
+def _ratio(scores: jax.Array, layout: Layout, m: float) -> Any:
+    stack = scores.shape[: layout.layers]
+    flat = np.asarray(scores, np.float64).reshape(*stack, -1)
+    out = np.mean(flat > m * np.mean(flat, axis=-1, keepdims=True), axis=-1)
+    return out if stack else float(out)
