@@ -1,5 +1,9 @@
 """Pruning: masks, and compaction into a really smaller model."""
 
+from unitscale_jax.prune._ablation import (
+    layer_losses as layer_losses,
+    loss_increase as loss_increase,
+)
 from unitscale_jax.prune._activations import Moments as Moments, calibrate as calibrate
 from unitscale_jax.prune._allocate import (
     erk as erk,
@@ -8,6 +12,7 @@ from unitscale_jax.prune._allocate import (
     owl as owl,
     uniform as uniform,
 )
+from unitscale_jax.prune._budget import Bytes as Bytes, Flops as Flops, Params as Params
 from unitscale_jax.prune._compact import (
     compact as compact,
     expand as expand,
@@ -15,6 +20,10 @@ from unitscale_jax.prune._compact import (
     masks as masks,
 )
 from unitscale_jax.prune._compacted import compacted as compacted
+from unitscale_jax.prune._depth import layer_scores as layer_scores, without as without
+from unitscale_jax.prune._follow import Followed as Followed, follow as follow
+from unitscale_jax.prune._group_activations import activation as activation
+from unitscale_jax.prune._group_scores import l2 as l2, taylor as taylor
 from unitscale_jax.prune._groups import (
     Graph as Graph,
     Plan as Plan,
@@ -27,6 +36,13 @@ from unitscale_jax.prune._masked import (
     masks_of as masks_of,
 )
 from unitscale_jax.prune._masks import prune as prune, with_masks as with_masks
+from unitscale_jax.prune._movement import (
+    Scored as Scored,
+    add_scores as add_scores,
+    movement_masked as movement_masked,
+    movement_masks as movement_masks,
+    movement_penalty as movement_penalty,
+)
 from unitscale_jax.prune._packed import (
     Bits as Bits,
     Packed as Packed,
@@ -40,6 +56,8 @@ from unitscale_jax.prune._patterns import (
     NofM as NofM,
     Unstructured as Unstructured,
 )
+from unitscale_jax.prune._plan import plan as plan
+from unitscale_jax.prune._plan_file import load_plan as load_plan, save_plan as save_plan
 from unitscale_jax.prune._refit import refit as refit
 from unitscale_jax.prune._report import SparsityReport as SparsityReport, report as report
 from unitscale_jax.prune._resolve import resolve as resolve
@@ -76,6 +94,12 @@ from unitscale_jax.prune._straight import (
     magnitude_masks as magnitude_masks,
     sr_ste as sr_ste,
     straight_through as straight_through,
+)
+from unitscale_jax.prune._verify import (
+    Rebuilt as Rebuilt,
+    Verified as Verified,
+    verify as verify,
+    verify_rebuild as verify_rebuild,
 )
 from unitscale_jax.prune._wanda import (
     owl_ratios as owl_ratios,

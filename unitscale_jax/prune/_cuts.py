@@ -33,6 +33,7 @@ class Cuts:
         self._others: list[Factor] = []
         self._kept: dict[Factor, np.ndarray] = {}
         self._broken: dict[str, str] = {}
+        self._known: set[Factor] = set()
         self.record: dict[Place, Pair] = {}
         self.calls: dict[Place, Pair] = {}
         self.changed: set[Place] = set()
@@ -50,16 +51,16 @@ class Cuts:
 
     def include(self, found: Coupled) -> dict[str, str]:
         """Adds equations; returns the groups that are no dimension of theirs, and why."""
-        self._settle()
+        broken = self.settle()
         self.record |= found.record
         self.calls |= found.calls
         for place, (ins, outs) in found.record.items():
             if any(self.loses(axis) for axes in (*ins, *outs) for axis in axes):
                 self.changed |= {place[:n] for n in range(1, len(place) + 1, 2)}
-        return self._broken
+        return broken
 
-    def _settle(self) -> None:
-        """Finds the factors that stand for the groups by now."""
+    def settle(self) -> dict[str, str]:
+        """Finds what stands for the groups by now; returns those that nothing does, and why."""
         whole = set(itertools.chain.from_iterable(map(_standing, self._others)))
         owners: dict[Factor, str] = {}
         self._kept, self._broken = {}, {}
@@ -78,6 +79,12 @@ class Cuts:
             for factor in _standing(self._groups[name]):
                 if factor in owners and not self._alike(owners[factor], name):
                     self._broken[owners[factor]] = f"it is the same dimension as {name}"
+        self._kept = {f: kept for f, kept in self._kept.items() if owners[f] not in self._broken}
+        named = [self._groups[name] for name in self._plan.sizes if name not in self._broken]
+        self._known = whole | set(itertools.chain.from_iterable(map(_standing, named)))
+        for name in self._broken:
+            self._known -= set(_standing(self._groups[name]))
+        return self._broken
 
     def _alike(self, a: str, b: str) -> bool:
         return np.array_equal(self._plan.channels(a), self._plan.channels(b))
@@ -85,6 +92,10 @@ class Cuts:
     def loses(self, axis: Sequence[Sequence[Factor]]) -> bool:
         """Whether an axis has channels that are not kept."""
         return any(f in self._kept for term in expanded(tuple(map(tuple, axis))) for f in term)
+
+    def follows(self, axis: Sequence[Sequence[Factor]]) -> bool:
+        """Whether all of an axis is made of dimensions of parameters."""
+        return all(f in self._known for term in expanded(tuple(map(tuple, axis))) for f in term)
 
     def positions(self, axis: Sequence[Sequence[Factor]]) -> np.ndarray:
         """Where the kept channels are in a dense axis."""

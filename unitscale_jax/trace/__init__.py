@@ -12,7 +12,7 @@ from unitscale_jax.trace._compat import (
 from unitscale_jax.trace._cost import Cost, Row, cost
 from unitscale_jax.trace._couplings import Coupled, Record, coupled, settled
 from unitscale_jax.trace._dims import Dims, Group, Member, Refused, dims
-from unitscale_jax.trace._factors import Axes, Factor, expanded, mark, new_axes
+from unitscale_jax.trace._factors import Axes, Factor, expanded, mark, new_axes, unify
 from unitscale_jax.trace._function import Staged, Traced, stage, trace
 from unitscale_jax.trace._held import Held, Roles, Use, segments, uses
 from unitscale_jax.trace._meetings import (
@@ -150,6 +150,7 @@ __all__ = [
     "taking_notes",
     "trace",
     "uncanonical",
+    "unify",
     "uses",
     "valid_rows",
     "varying",
