@@ -9,7 +9,13 @@ from unitscale_jax.quantization._calibrators import (
     Fixed as Fixed,
     Percentile as Percentile,
 )
+from unitscale_jax.quantization._delayed import (
+    AmaxHistory as AmaxHistory,
+    amax_history as amax_history,
+)
 from unitscale_jax.quantization._gptq import GPTQReport as GPTQReport, gptq as gptq
+from unitscale_jax.quantization._learned import learned as learned
+from unitscale_jax.quantization._lsq import Learned as Learned
 from unitscale_jax.quantization._params import quantize as quantize
 from unitscale_jax.quantization._qtensor import (
     QTensor as QTensor,

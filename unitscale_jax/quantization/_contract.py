@@ -1,5 +1,6 @@
 """A product with a quantized operand: what is folded, what is quantized, and what is refused."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -7,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unitscale_jax.quantization._gradient import straight_through
+from unitscale_jax.quantization._gradient import refusals, straight_through
+from unitscale_jax.quantization._lsq import Trained, carrier
 from unitscale_jax.quantization._ops import (
     asymmetric,
     bounds_of,
@@ -20,7 +22,7 @@ from unitscale_jax.quantization._ops import (
 from unitscale_jax.quantization._qtensor import QTensor, is_quantized, value_of
 from unitscale_jax.quantization._served import EXACT, Unquantizable, grouped, reach, varying
 from unitscale_jax.quantization._spec import DotSpec, QSpec
-from unitscale_jax.trace import Dot, Product
+from unitscale_jax.trace import Conv, Dot, Product
 from unitscale_jax.typing import Key
 
 INT32 = 2**31
@@ -34,6 +36,7 @@ class Verdict:
     terms: int = 0
     bound: int = 0  # K Qx Qw
     kept: str = ""
+    backward: tuple[str, ...] = ()  # why a derivative that was to be quantized is not
 
 
 def multiply(
@@ -57,10 +60,6 @@ def multiply(
     Raises:
         Unquantizable: int32 cannot hold the sum.
     """
-    if spec.g is not None and not isinstance(product, Dot):
-        raise Unquantizable(
-            "has no quantized backward pass, which only dots have; leave g out of its spec."
-        )
     sides = [left, right]
     for side in (0, 1):
         sides = _folded(product, sides, side) or sides
@@ -73,9 +72,13 @@ def multiply(
         held = sides[1 - open_side]
         x = sides[open_side]
         how = spec.x if draws is None else replace(spec.x, rounding="stochastic")
-        sides[open_side] = activation(product, open_side, x, how, held.x_range, draws)
+        sides[open_side] = activation(
+            product, open_side, x, how, held.x_range, draws, learned=isinstance(held, Trained)
+        )
     verdict = _verdict(product, sides, spec)
     product = replace(product, note=_note(verdict, spec))
+    if spec.g is not None:
+        verdict = replace(verdict, backward=refusals(product, sides, spec, multiply))
     return straight_through(product, sides, spec, key, multiply), verdict
 
 
@@ -86,8 +89,10 @@ def activation(
     spec: QSpec,
     x_range: jax.Array | None = None,
     key: Key | None = None,
+    *,
+    learned: bool = False,
 ) -> QTensor:
-    """A float operand as codes; a scale for each row, or for what was calibrated."""
+    """A float operand as codes; a scale for each row, or for what was calibrated or learned."""
     axes = product.contracted(side)
     v = on_grid(jax.lax.stop_gradient(x))
     latent = x
@@ -102,7 +107,11 @@ def activation(
     else:
         bounds, clips = ends_of(v, axes, spec), spec.clips
     low, high = bounds
-    if clips:
+    if learned and low is not None and high is not None:
+        step = jnp.maximum(-low, high) * np.float32(1 / spec.max_code)
+        latent = carrier(x, step, spec.max_code, math.prod(x.shape[a] for a in axes))
+        low, high = jax.lax.stop_gradient((low, high))
+    elif clips:
         inside = (jnp.abs(v) <= high) if low is None else (low <= v) & (v <= high)
         latent = jnp.where(inside, x, jax.lax.stop_gradient(x))
     quiet = DotSpec(w=replace(spec, rounding="nearest", axes=None))
@@ -121,14 +130,40 @@ def _folded(product: Product, sides: list[Any], side: int) -> list[Any] | None:
     sum_k (x_k s_k) q_k: the same algebra, with one rounding of x s.
     """
     t, other = sides[side], sides[1 - side]
-    if not is_quantized(t) or is_quantized(other) or not isinstance(product, Dot):
+    if not is_quantized(t) or is_quantized(other) or t.zero_point is not None:
         return None
-    free = any(t.scale.shape[d] != 1 for d in product.free(side))
-    if not varying(product, side, t) or grouped(product, side, t) or free:
+    if not varying(product, side, t) or grouped(product, side, t):
         return None
-    if t.zero_point is not None:
+    by = _across(product, side, t, other)
+    if by is None:
         return None
-    # Laid out like the other operand: batch and contracted dimensions, none of its free ones.
+    moved = emit(on_grid(other) * by, other.dtype)
+    ones = jnp.ones([1] * t.ndim, jnp.float32)
+    rest = replace(t, scale=ones, spec=replace(t.spec, w=replace(t.spec.w, group=None)))
+    if t.latent is not None:
+        rest = replace(rest, latent=_unscaled(t))
+    out = [moved, rest]
+    return out if side == 1 else out[::-1]
+
+
+def _across(product: Product, side: int, t: QTensor, other: jax.Array) -> jax.Array | None:
+    """The scale laid out like the other operand; None if that does not have its dimensions."""
+    if isinstance(product, Dot):
+        return _across_dot(product, side, t, other)
+    if not isinstance(product, Conv) or product.site.eqn.params["feature_group_count"] != 1:
+        return None
+    specs = product.numbers.lhs_spec, product.numbers.rhs_spec
+    (kept, mine, *_), theirs = specs[side], specs[1 - side][1]
+    if t.scale.shape[kept] != 1 or varying(product, side, t) != [mine]:
+        return None
+    full = spread(t.scale, [n if d == mine else 1 for d, n in enumerate(t.shape)])
+    return full.reshape([full.size if d == theirs else 1 for d in range(other.ndim)])
+
+
+def _across_dot(product: Dot, side: int, t: QTensor, other: jax.Array) -> jax.Array | None:
+    if any(t.scale.shape[d] != 1 for d in product.free(side)):
+        return None
+    # Batch and contracted dimensions, none of the other's free ones.
     numbers = product.site.eqn.params["dimension_numbers"]
     mine = [*numbers[1][side], *numbers[0][side]]
     theirs = [*numbers[1][1 - side], *numbers[0][1 - side]]
@@ -138,14 +173,7 @@ def _folded(product: Product, sides: list[Any], side: int) -> list[Any] | None:
     by = by.reshape(by.shape[: len(mine)])
     order = sorted(range(len(theirs)), key=lambda k: theirs[k])
     by = by.transpose(order)
-    by = jax.lax.broadcast_in_dim(by, _embedded(by, other, sorted(theirs)), sorted(theirs))
-    moved = emit(on_grid(other) * by, other.dtype)
-    ones = jnp.ones([1] * t.ndim, jnp.float32)
-    rest = replace(t, scale=ones, spec=replace(t.spec, w=replace(t.spec.w, group=None)))
-    if t.latent is not None:
-        rest = replace(rest, latent=_unscaled(t))
-    out = [moved, rest]
-    return out if side == 1 else out[::-1]
+    return jax.lax.broadcast_in_dim(by, _embedded(by, other, sorted(theirs)), sorted(theirs))
 
 
 def _embedded(by: jax.Array, other: jax.Array, dims: list[int]) -> list[int]:

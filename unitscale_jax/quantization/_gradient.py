@@ -15,7 +15,8 @@ from unitscale_jax.quantization._ops import spread
 from unitscale_jax.quantization._qtensor import QTensor, integer_codes, is_quantized, value_of
 from unitscale_jax.quantization._served import Unquantizable, served
 from unitscale_jax.quantization._spec import DotSpec
-from unitscale_jax.trace import Dot, Product, Site, product_of
+from unitscale_jax.quantization._views import view
+from unitscale_jax.trace import Conv, Dot, Product, Site, noted, product_of, zeros
 from unitscale_jax.typing import Key
 
 Multiply = Callable[..., Any]
@@ -67,12 +68,17 @@ def _backward(
 ) -> jax.Array:
     """The cotangent of one operand, in the dtype it was traced in."""
     other = parts[1 - side]
-    if spec.g is not None and isinstance(product, Dot) and is_quantized(other):
-        own = None if key is None else jax.random.fold_in(key, side)
-        try:
-            return _quantized_backward(product, other, side, g, spec, own, multiply)
-        except Unquantizable:  # more rows than int32 can sum up: in floating point
-            pass
+    if spec.g is None or not is_quantized(other):
+        return _float_backward(product, parts, side, g)
+    own = None if key is None else jax.random.fold_in(key, side)
+    try:
+        return _quantized_backward(product, other, side, g, spec, own, multiply)
+    except Unquantizable as error:  # which `refusals` said in the forward pass
+        with noted(quantize=f"kept: {error}"):
+            return _float_backward(product, parts, side, g)
+
+
+def _float_backward(product: Product, parts: list[Any], side: int, g: jax.Array) -> jax.Array:
     values = [_value(t) if is_quantized(t) else t for t in parts]
 
     def times(v: jax.Array) -> jax.Array:
@@ -80,6 +86,36 @@ def _backward(
         return product.as_traced(*pair)
 
     return jax.vjp(times, values[side])[1](g)[0]
+
+
+def refusals(
+    product: Product, sides: list[Any], spec: DotSpec, multiply: Multiply
+) -> tuple[str, ...]:
+    """Why a backward pass that was to be quantized will be in floating point, operand by operand.
+
+    Nothing is computed: the backward pass is traced on a cotangent of zeros. Only of what is
+    trained; codes that are served have no backward pass to speak of.
+    """
+    parts = [replace(t, latent=None) if is_quantized(t) else t for t in sides]
+    weights = [t for t in sides if is_quantized(t) and t.spec.x is not None]
+    if weights and all(t.latent is None for t in weights):
+        return ()
+    shape, dtype = product.result_shape, product.dtype
+    found = []
+    for side, name in enumerate(("left", "right")):
+        other = parts[1 - side]
+        if not is_quantized(other):
+            continue
+
+        def attempt(side: int = side, other: QTensor = other) -> jax.Array:
+            g = zeros(shape, dtype, like=other.codes)
+            return _quantized_backward(product, other, side, g, spec, None, multiply)
+
+        try:
+            jax.eval_shape(attempt)
+        except Unquantizable as error:
+            found.append(f"the derivative by its {name} operand: {error}")
+    return tuple(found)
 
 
 def _value(t: QTensor) -> jax.Array:
@@ -103,28 +139,59 @@ def _quantized_backward(
 
     The other operand's scale varies along this sum, so it is folded into g before g is quantized.
     """
+    other = replace(other, x_range=None, colsum=None)  # those of the forward pass
+    backward = _backward_spec(product, other, spec)
     own = jax.ShapeDtypeStruct(product.shape(side), product.site.operands[side])
     transposed = jax.make_jaxpr(
         lambda g, o: jax.linear_transpose(
             lambda v: product.as_traced(*((v, o) if side == 0 else (o, v))), own
         )(g)
     )(g, value_of(other))
-    assert spec.g is not None
-    nearest = replace(spec.g, rounding="nearest")  # draws say that it is not
-    backward = DotSpec(w=other.spec.w, x=nearest, compute=spec.compute)
-    draws = key if spec.g.rounding == "stochastic" else None
+    draws = key if spec.g is not None and spec.g.rounding == "stochastic" else None
     env: dict[Any, Any] = dict(zip(transposed.jaxpr.invars, (g, other), strict=True))
     for index, eqn in enumerate(transposed.jaxpr.eqns):
         site = Site(eqn, index)
         operands = [env[v] for v in eqn.invars]
         inner = product_of(site)
         if inner is not None:
-            env[eqn.outvars[0]] = multiply(inner, operands[0], operands[1], backward, draws=draws)[
-                0
-            ]
+            results = [_multiplied(inner, operands, backward, draws, multiply)]
+        elif any(map(is_quantized, operands)):
+            results = view(site, operands)
+            assert results is not None, site.name
         else:
-            env |= dict(zip(eqn.outvars, site.bind(operands), strict=True))
+            results = site.bind(operands)
+        env |= dict(zip(eqn.outvars, results, strict=True))
     return env[transposed.jaxpr.outvars[0]]
+
+
+def _multiplied(
+    inner: Product, operands: list[Any], spec: DotSpec, draws: Key | None, multiply: Multiply
+) -> jax.Array:
+    with noted(quantize=str(spec)):
+        out, verdict = multiply(inner, *operands, spec, draws=draws)
+    if verdict.kept:
+        raise Unquantizable(verdict.kept.removeprefix("kept: "))
+    return out
+
+
+def _backward_spec(product: Product, other: QTensor, spec: DotSpec) -> DotSpec:
+    """How a transposed product is computed.
+
+    Raises:
+        Unquantizable: It is not, but in floating point.
+    """
+    assert spec.g is not None
+    if not isinstance(product, Dot | Conv):
+        raise Unquantizable("of a ragged product it is in floating point")
+    if isinstance(product, Conv) and product.site.eqn.params["feature_group_count"] != 1:
+        raise Unquantizable("of a convolution with feature groups it is in floating point")
+    if other.zero_point is not None:
+        raise Unquantizable("codes with a zero point have scales that cross its sum")
+    nearest = replace(spec.g, rounding="nearest")  # draws say that it is not
+    try:
+        return DotSpec(w=other.spec.w, x=nearest, compute=spec.compute)
+    except ValueError as error:
+        raise Unquantizable(str(error)) from None
 
 
 def draw(key: Key | None, place: tuple[int, ...]) -> Key | None:

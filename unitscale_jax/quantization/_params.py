@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import rules as named_rules, tree as trees
+from unitscale_jax.quantization._lsq import Learned, encoded, is_learned
 from unitscale_jax.quantization._ops import (
     asymmetric,
     bounds_of,
@@ -28,13 +29,18 @@ ACTIVATIONS: tuple[int, ...] = ()
 
 
 def quantize(
-    params: Any, rules: Rules, stats: Mapping[str, Any] | None = None, *, delete: bool = False
+    params: Any,
+    rules: Rules | None = None,
+    stats: Mapping[str, Any] | None = None,
+    *,
+    delete: bool = False,
 ) -> Any:
-    """Replaces the parameters that rules name by codes and scales.
+    """Replaces the parameters that rules name, and every `Learned`, by codes and scales.
 
     Args:
         params: A pytree of parameters.
-        rules: Pairs (pattern, `DotSpec`) whose axes are given, as `resolve` gives them.
+        rules: Pairs (pattern, `DotSpec`) whose axes are given, as `resolve` gives them. A `Learned`
+            needs none.
         stats: What `calibrate` found: by parameter, the range of what meets it. A parameter that
             they do not have finds the range of each input when it meets it.
         delete: Frees each float array once its codes are there, so that the peak is the model and
@@ -57,25 +63,31 @@ def quantize(
         >>> w.codes.tolist(), w.scale.shape
         ([[-127, 38, 64, 127]], (1, 1))
     """
-    found = match(rules, params)
-    known = trees.named_leaves(params, is_leaf=is_quantized)
+    known = trees.named_leaves(params, is_leaf=trees.is_compound)
+    chosen = {name: leaf.spec for name, leaf in known.items() if is_learned(leaf)}
+    if rules is None and not chosen and not any(map(is_quantized, known.values())):
+        raise ValueError(
+            "no parameter is learned, and there are no rules: give quantize(.., rules)"
+        )
+    found = {} if rules is None else match(rules, params)
     check_stats(stats, known)
-    chosen = {name: spec for name, spec in found.items() if spec is not None}
+    chosen |= {name: spec for name, spec in found.items() if spec is not None}
     done = dict(known)
     bytes_of = lambda name: trees.nbytes(known[name])
     for name in sorted(chosen, key=bytes_of):  # small ones first, which frees most for the largest
         leaf, spec = known[name], chosen[name]
         done[name] = _quantized(name, leaf, spec, range_of(stats, name))
-        if delete and done[name] is not leaf and isinstance(leaf, jax.Array):
+        array = leaf.latent if is_learned(leaf) else leaf
+        if delete and done[name] is not leaf and isinstance(array, jax.Array):
             jax.block_until_ready(done[name])
-            leaf.delete()
-    structure = jax.tree.structure(params, is_leaf=is_quantized)
+            array.delete()
+    structure = jax.tree.structure(params, is_leaf=trees.is_compound)
     return jax.tree.unflatten(structure, list(done.values()))
 
 
 def match(rules: Rules, params: Any) -> dict[str, DotSpec | None]:
     """The spec of each parameter; a rule known to name activations need match none."""
-    names = trees.names(params, is_leaf=is_quantized)
+    names = trees.names(params, is_leaf=trees.is_compound)
     pairs = [pair for pair in named_rules.pairs_of(rules) if _checked(pair).w.axes != ACTIVATIONS]
     return named_rules.match(pairs, names)
 
@@ -115,17 +127,35 @@ def range_of(stats: Mapping[str, Any] | None, name: str) -> Any:
     return None if stat is None else stat.range
 
 
+def check_range(name: str, x_range: Any) -> None:
+    """Whether a parameter whose activation has a learned scale is given no other range.
+
+    Raises:
+        ValueError: It is; the message says the way out.
+    """
+    if x_range is not None:
+        raise ValueError(
+            f"{name} is learned, its activation's scale with it, and stats give another range; "
+            "leave it out of the stats."
+        )
+
+
 def _quantized(name: str, leaf: Any, spec: DotSpec, x_range: Any) -> QTensor:
-    if is_quantized(leaf):
+    if is_quantized(leaf) or is_learned(leaf):
         if not agrees(leaf.spec, spec):
             raise ValueError(
                 f"{name} is quantized already, as {leaf.spec}, and a rule asks for {spec}; "
                 "dequantize it first, or leave it out."
             )
-        return leaf
-    check_leaf(name, leaf, spec)
-    made = _on_device(leaf, spec)
-    if not isinstance(leaf, jax.core.Tracer) and not bool(jnp.isfinite(made.scale).all()):
+        if is_quantized(leaf):
+            return leaf
+        check_range(name, x_range)
+        made = _of_learned(leaf)
+        x_range = made.x_range
+    else:
+        check_leaf(name, leaf, spec)
+        made = _on_device(leaf, spec)
+    if not isinstance(made.scale, jax.core.Tracer) and not bool(jnp.isfinite(made.scale).all()):
         raise ValueError(f"{name} has NaN or infinite values, which no scale fits; mend it first.")
     return replace(made, x_range=x_range)
 
@@ -158,6 +188,11 @@ def check_leaf(name: str, leaf: Any, spec: DotSpec) -> None:
             f"{name} has {size} elements along axis {max(axes)}, which groups of {group.size} do "
             f"not divide. Choose a group among {', '.join(divisors)}, or pad the parameter."
         )
+
+
+@jax.jit
+def _of_learned(leaf: Learned) -> QTensor:
+    return encoded(leaf)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -21,12 +21,12 @@ from unitscale_jax.quantization._ops import emit, spread
 from unitscale_jax.quantization._spec import DotSpec
 from unitscale_jax.typing import DType
 
-_ARRAYS = ["codes", "scale", "zero_point", "multiplier", "colsum", "x_range", "latent"]
+ARRAYS = ["codes", "scale", "zero_point", "multiplier", "colsum", "x_range", "latent"]
 LIKE_SCALE = ("scale", "zero_point", "multiplier", "colsum")
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=_ARRAYS, meta_fields=["spec", "axes", "dtype"]
+    jax.tree_util.register_dataclass, data_fields=ARRAYS, meta_fields=["spec", "axes", "dtype"]
 )
 @dataclass(frozen=True, eq=False)
 class QTensor(trees.Compound):
@@ -77,7 +77,7 @@ class QTensor(trees.Compound):
 
     def over(self, change: Callable[[str, Any], Any], **statics: Any) -> "QTensor":
         """Maps `change(name, array)` over the arrays it has."""
-        held = {f.name: getattr(self, f.name) for f in fields(self) if f.name in _ARRAYS}
+        held = {f.name: getattr(self, f.name) for f in fields(self) if f.name in ARRAYS}
         new = {k: None if v is None else change(k, v) for k, v in held.items()}
         return replace(self, **new, **statics)
 

@@ -20,12 +20,14 @@ from unitscale_jax.fwd_bwd import straight_through
 from unitscale_jax.quantization._cache import appended
 from unitscale_jax.quantization._contract import Verdict, activation, multiply
 from unitscale_jax.quantization._gradient import draw
+from unitscale_jax.quantization._lsq import Trained, entered
 from unitscale_jax.quantization._ops import emit
 from unitscale_jax.quantization._params import (
     ACTIVATIONS,
     Rules,
     agrees,
     check_leaf,
+    check_range,
     check_stats,
     encode,
     inside,
@@ -75,8 +77,8 @@ def quantized(
 
     Returns:
         A function of the signature of `fn`, traced once per call: call it under `jit`. Any argument
-        may hold `QTensor`s. Results keep their dtypes; one that is a quantized array itself (a
-        cache) stays one.
+        may hold `QTensor`s, and `Learned` parameters, whose scales receive gradients too. Results
+        keep their dtypes; one that is a quantized array itself (a cache) stays one.
 
     Raises:
         ValueError: A rule matches nothing, or names a parameter that meets no product; a product
@@ -104,6 +106,7 @@ def quantized(
 
     @functools.wraps(fn)
     def quantized_fn(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = entered((args, kwargs))
         plain, plain_kwargs = logical((args, kwargs))
         staged = stage(fn, *plain, **plain_kwargs)
         leaves = jax.tree.leaves((args, kwargs), is_leaf=is_quantized)
@@ -112,7 +115,7 @@ def quantized(
         known = origins(staged, sources)
         check_stats(stats, trees.names(sources))
         chosen = [] if rules is None else resolved(rules, staged, params, sources)
-        _check_key(chosen, key)
+        _check_key([*chosen, *_learned_specs(params)], key)
         specs = {name: spec for name, spec in chosen if spec.w.axes != ACTIVATIONS}
         operands = [
             _entered(origin.holds, x, specs, stats)
@@ -128,6 +131,11 @@ def quantized(
         return staged.finish([_result(x) for x in out])
 
     return quantized_fn
+
+
+def _learned_specs(params: Any) -> list[tuple[str, DotSpec]]:
+    named = trees.named_leaves(params, is_leaf=is_quantized)
+    return [(name, leaf.spec) for name, leaf in named.items() if isinstance(leaf, Trained)]
 
 
 def _check_key(rules: Sequence[tuple[Any, DotSpec]], key: Key | None) -> None:
@@ -149,6 +157,8 @@ def _entered(
     if is_quantized(x):
         if not agrees(x.spec, spec):
             raise ValueError(f"{name} is quantized as {x.spec}, and a rule asks for {spec}.")
+        if isinstance(x, Trained):
+            check_range(name, range_of(stats, name))
         return x
     check_leaf(name, x, spec)
     x = jnp.asarray(x)
@@ -253,6 +263,7 @@ class _Quantizer(Rewriter):
     def _judge(self, site: Site, verdict: Verdict) -> None:
         if verdict.kept:
             self.left.append(Left(self.where(site), verdict.kept.removeprefix("kept: ")))
+        self.left += [Left(self.where(site), why) for why in verdict.backward]
 
     def arrays(self, site: Site, operands: Sequence[Any], why: str) -> list[Any]:
         """Operands with arrays for whatever is quantized, which is reported."""

@@ -4,7 +4,10 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+
 from unitscale_jax import rules as named_rules, tree as trees
+from unitscale_jax.quantization._lsq import is_learned, trained
 from unitscale_jax.quantization._params import ACTIVATIONS, Rules, match
 from unitscale_jax.quantization._qtensor import is_quantized
 from unitscale_jax.quantization._spec import DotSpec
@@ -52,9 +55,16 @@ def resolve(rules: Rules, fn: Callable[..., Any], params: Any, *inputs: Any, **k
         >>> resolve({"**": us.DotSpec()}, fn, *shapes)[0][1].w.axes
         (-3,)
     """
+    params = _with_axes(params)
     plain = logical((params, *inputs))
     staged = stage(fn, *plain, **logical(kwargs))
     return resolved(rules, staged, params, plain[0])
+
+
+def _with_axes(params: Any) -> Any:
+    """A learned parameter as one that is quantized, which has axes."""
+    swap = lambda leaf: jax.eval_shape(trained, leaf) if is_learned(leaf) else leaf
+    return jax.tree.map(swap, params, is_leaf=trees.is_compound)
 
 
 def resolved(rules: Rules, staged: Staged, params: Any, plain: Any) -> list[tuple[Any, DotSpec]]:

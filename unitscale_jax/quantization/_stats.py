@@ -15,7 +15,6 @@ import numpy as np
 from unitscale_jax import tree as trees
 from unitscale_jax.quantization._observer import Ranges, candidates
 from unitscale_jax.quantization._params import ACTIVATIONS, Rules
-from unitscale_jax.quantization._qtensor import is_quantized
 from unitscale_jax.quantization._roles import resolved
 from unitscale_jax.quantization._spec import QSpec
 from unitscale_jax.quantization._stat import Stat, Stats, is_tried, on_host
@@ -183,8 +182,8 @@ def _wanted(
     """For each parameter to observe, how what it meets is quantized, and its products."""
     done = [
         name
-        for name, leaf in trees.named_leaves(params, is_leaf=is_quantized).items()
-        if is_quantized(leaf)
+        for name, leaf in trees.named_leaves(params, is_leaf=trees.is_compound).items()
+        if trees.is_compound(leaf)
     ]
     if done:
         raise ValueError(f"{', '.join(done)}: quantized already; calibrate the float parameters.")

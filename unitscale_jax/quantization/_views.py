@@ -13,16 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unitscale_jax import tree as trees
+from unitscale_jax.quantization._lsq import is_learned
 from unitscale_jax.quantization._qtensor import LIKE_SCALE, QTensor, is_quantized
 from unitscale_jax.trace import Site, segments, varying_axes, zeros
 
 
 def logical(tree: Any) -> Any:
-    """A tree with an abstract array for every `QTensor`, as the function sees it."""
-    return jax.tree.map(_abstract, tree, is_leaf=is_quantized)
+    """A tree with an abstract array for every `QTensor` and `Learned`, as the function sees it."""
+    return jax.tree.map(_abstract, tree, is_leaf=trees.is_compound)
 
 
 def _abstract(leaf: Any) -> Any:
+    if is_learned(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     if not is_quantized(leaf):
         return leaf
     if varying_axes(leaf.codes):  # an abstract array cannot say so; these zeros are not computed
