@@ -21,6 +21,7 @@ from unitscale_jax.prune._compact import (
 )
 from unitscale_jax.prune._compacted import compacted as compacted
 from unitscale_jax.prune._depth import layer_scores as layer_scores, without as without
+from unitscale_jax.prune._experts import expert_scores as expert_scores
 from unitscale_jax.prune._follow import Followed as Followed, follow as follow
 from unitscale_jax.prune._group_activations import activation as activation
 from unitscale_jax.prune._group_scores import l2 as l2, taylor as taylor
