@@ -118,7 +118,7 @@ def amax_history(stats: Mapping[str, Stat], length: int = 16) -> AmaxHistory:
 
     Raises:
         ValueError: There are no statistics, the length is not positive, or a range has another
-            calibrator than `Absmax`.
+            calibrator than `Absmax`, or is not finite.
 
     Law: after `length` steps of one batch, the range is that of the batch.
 
@@ -162,6 +162,12 @@ def _begun(name: str, stat: Stat, length: int) -> Ring:
         raise ValueError(
             f"a history is of the largest magnitudes, and the range of what meets {name} has "
             f"{found}; use QSpec(calibrator=Absmax()), or the stats themselves."
+        )
+    known = not any(isinstance(x, jax.core.Tracer) for x in (stat.low, stat.high, stat.rows))
+    if known and not (np.isfinite([stat.low, stat.high]).all() and np.all(stat.rows)):
+        raise ValueError(
+            f"nothing finite met {name}, and a history begins with a range; begin it with a batch "
+            "that reaches it."
         )
     zeros = lambda end: jnp.zeros((length, *np.shape(end)), jnp.float32)
     return Ring(zeros(stat.low), zeros(stat.high), spec=spec).push(stat)
