@@ -75,10 +75,10 @@ def cosine(
         ([0.0, 0.0], [2.0, 2.0])
     """
     t, s = _aligned(t, s, projection, index)
+    t, s = _unit(t), _unit(s)
+    zero = ~(jnp.any(t != 0, axis=-1) & jnp.any(s != 0, axis=-1))
     # Half the square of the difference: not below 0, and exact where they are equal.
-    near = jnp.sum((_unit(s) - _unit(t)) ** 2, axis=-1) / 2
-    zero = jnp.all(s == 0, axis=-1) | jnp.all(t == 0, axis=-1)
-    return jnp.where(zero, 1, near)
+    return jnp.where(zero, 1, jnp.sum((s - t) ** 2, axis=-1) / 2)
 
 
 def attention_transfer(t: jax.Array, s: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
@@ -251,6 +251,12 @@ def _same(what: str, expected: tuple[int, ...], came: tuple[int, ...]) -> None:
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    """Vectors of length 1 along the last axis; zero stays zero, with zero gradient."""
-    square = jnp.sum(x**2, axis=-1, keepdims=True)
-    return jnp.where(square > 0, x * jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
+    """Vectors of length 1 along the last axis; what is shorter than 1e-19 becomes zero.
+
+    A direction does not depend on the scale, so the scale is a constant to the gradient, and
+    squares neither overflow nor vanish.
+    """
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+    there = largest > jnp.sqrt(jnp.finfo(x.dtype).tiny)
+    x = jnp.where(there, x, 1) / jnp.where(there, largest, 1)
+    return jnp.where(there, x * jax.lax.rsqrt(jnp.sum(x**2, axis=-1, keepdims=True)), 0)

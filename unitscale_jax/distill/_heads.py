@@ -54,8 +54,8 @@ def counted(weight: jax.Array, terms: jax.Array) -> jax.Array:
 
 
 def times(a: jax.Array, b: jax.Array) -> jax.Array:
-    """A product of two matrices, summed in float32."""
-    dtype = jnp.promote_types(a.dtype, b.dtype)
+    """A product of two matrices, summed in float32; of two dtypes, in float32 throughout."""
+    dtype = a.dtype if a.dtype == b.dtype else jnp.dtype(jnp.float32)
     return jnp.matmul(a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
 
 

@@ -138,7 +138,7 @@ def divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     absent = p == 0
     # What is not selected is kept finite, since a gradient passes there too.
     d = jnp.where(absent, 0, log_q) - jnp.where(absent, 0, log_p)
-    near = jnp.minimum(d, 1)
+    near = jnp.where(d > 1, 1, d)  # not `minimum`, which halves the gradient at a tie
     # e^d overflows where p is tiny; there q - p - p d cancels nothing.
     terms = jnp.where(d > 1, q - p - p * d, p * (jnp.expm1(near) - near))
     return jnp.where(absent, q, terms)
