@@ -20,11 +20,13 @@ import jax
 import optax
 
 
-def arguments(doc):
-    """The flags every benchmark has."""
+def arguments(doc, **more):
+    """The flags every benchmark has, and `more`: name -> help of a flag that takes a text."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--smallest", action="store_true", help="tiny shapes and two runs, for CI")
     parser.add_argument("--runs", type=int, default=10, help="timed runs of each side (default 10)")
+    for name, text in more.items():
+        parser.add_argument(f"--{name}", help=text)
     options = parser.parse_args()
     options.runs = 2 if options.smallest else options.runs
     return options

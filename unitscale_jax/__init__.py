@@ -10,6 +10,7 @@ from unitscale_jax.accumulate import MultiStepsState, accumulated, multi_steps
 from unitscale_jax.bridge import Bridged, from_linen, from_nnx
 from unitscale_jax.checkpoint import Checkpoints, export_compressed_tensors, load, save
 from unitscale_jax.compose import chain
+from unitscale_jax.distill import distilled
 from unitscale_jax.loss import Grad, Mean, loss_value, row_keys, value_and_grad
 from unitscale_jax.precision import (
     DynamicScale,
@@ -101,6 +102,7 @@ __all__ = [
     "current_scale",
     "dequantize",
     "distill",
+    "distilled",
     "explain",
     "export_compressed_tensors",
     "formats",

