@@ -17,9 +17,7 @@ def kernels(model):
     rank = 3 if "scan" in model.tags else 2
     leaves = tree.named_leaves(model.params)
     return {
-        name: x
-        for name, x in leaves.items()
-        if x.ndim == rank and not {"tokens", "positions"} & {name}
+        name: x for name, x in leaves.items() if x.ndim == rank and name not in ("tokens", "places")
     }
 
 

@@ -38,7 +38,7 @@ def tripled(*operands):
 
 
 @OVER
-@pytest.mark.parametrize("chunk", [1, 3, 8, 100])
+@pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_equals_the_divergence_of_whole_logits(over, chunk):
     operands = heads()
     weight = jnp.asarray(np.random.default_rng(1).integers(0, 3, ROWS).astype(np.float32))

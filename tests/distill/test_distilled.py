@@ -93,7 +93,7 @@ def test_is_the_weighted_sum_of_means_over_tokens_that_count():
     close(grads, expected)
 
 
-@pytest.mark.parametrize("parts", [2, 3, 4, 6])
+@pytest.mark.parametrize("parts", [2, 4])
 def test_parts_give_the_gradient_of_the_whole_batch(parts):
     grad_fn = us.value_and_grad(soft(alpha=0.5))
     whole, in_parts = (
@@ -171,9 +171,10 @@ def test_a_teacher_of_integers_teaches():
     rules = {"mix": us.DotSpec(w=us.QSpec(format="int8"))}
     codes = us.quantize(TEACHER, us.resolve(rules, apply, TEACHER, batch()["tokens"]))
     integers = teacher(fn, codes)
-    close(integers(batch()["tokens"])["logits"], frozen(batch()["tokens"])["logits"], 0.2)
+    logits = jax.jit(lambda teacher, tokens: teacher(tokens)["logits"])
+    close(*(logits(t, batch()["tokens"]) for t in (integers, frozen)), 0.2)
     loss = distilled(hard, lambda batch: integers(batch["tokens"]), TERMS)
-    assert us.value_and_grad(loss)(STUDENT, batch())[0]["kl"].value > 0
+    assert jax.jit(loss)(STUDENT, batch())["kl"].value > 0
 
 
 def test_a_cache_in_the_batch_teaches_as_the_teacher_does():
