@@ -158,7 +158,7 @@ def evolving(
             grads and params have scalars for what is not pruned.
         rests: Whether `tx` takes no step when masks change.
     """
-    inner, steps = optax.with_extra_args_support(tx), np.asarray(steps, np.int32)
+    inner, table = optax.with_extra_args_support(tx), np.asarray(steps, np.int32)
 
     def init_fn(params: Params) -> MaskedState:
         # No two leaves share a buffer, so that a state can be donated.
@@ -170,7 +170,7 @@ def evolving(
         updates: Params, state: Any, params: Params | None = None, **extra: Any
     ) -> tuple[Params, MaskedState]:
         _check_params(params)
-        finite, scheduled = _is_finite(updates), jnp.sum(steps <= state.count, dtype=jnp.int32)
+        finite, scheduled = _is_finite(updates), jnp.sum(table <= state.count, dtype=jnp.int32)
         seen = ranked(state.masks, updates), ranked(state.masks, params)
         score_state = trees.select(finite, score.update(state.score, *seen), state.score)
         state = state._replace(count=state.count + 1, score=score_state)
