@@ -147,7 +147,7 @@ def test_with_nothing_pruned_it_is_the_inner_transform(inner):
 @pytest.mark.parametrize("grads_dtype", [jnp.bfloat16, jnp.float32])
 def test_zeros_are_exact_in_any_dtype(dtype, grads_dtype):
     params, grads = draw(0, dtype), draw(1, grads_dtype, (3,))
-    for after, state in run(masked(optax.sgd(0.1, momentum=0.9), SPEC), params, grads, 3):
+    for after, state in run(masked(optax.sgd(0.1), SPEC), params, grads, 3):
         mask = masks_of(state)["stack"]
         assert mask.sum() == 3 * 5 and after["stack"].dtype == dtype
         assert not np.any(after["stack"][~mask])
