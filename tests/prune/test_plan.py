@@ -89,6 +89,15 @@ def test_four_bits_are_half_a_byte():
     assert Bytes(1).price(graph).at({"a:1": 3}) == 4 * 3 / 2 + 3 * 2 * 2
 
 
+def test_a_reduction_costs_what_it_takes_away():
+    """Of two channels one addition, of eight seven."""
+    fn, params = lambda p, x: jnp.square(x @ p["a"]).sum(-1), {"a": f32(5, 8)}
+    graph = groups(fn, params, f32(4, 5))
+    made = plan_of(graph, {"a:1": [2, 3]})
+    real = cost(compacted(fn, made), shaped(params, made), f32(4, 5)).flops
+    assert Flops(1).price(graph).at(made.new_sizes) == real
+
+
 @pytest.mark.parametrize("twice", [False, True])
 def test_operations_of_a_scan_fall_with_its_layers(twice):
     """Also where it runs along what was computed from the stack."""
