@@ -38,11 +38,16 @@ def test_a_kernels_output_is_its_input_times_the_kernel(name):
 
 
 def test_a_convolutions_features_have_the_channels_last():
-    model = zoo.model("plain_cnn")
-    names = [name for name, x in tree.named_leaves(model.params).items() if x.ndim == 4]
-    fn = features(model.apply, {name: f"{name}:output" for name in names})
-    _, values = fn(model.params, *model.inputs)
-    assert all(x.ndim == 4 and len(x) == len(model.inputs[0]) for x in values.values())
+    x, w = np.random.default_rng(1).normal(size=(2, 5, 6, 3)), np.ones((3, 3, 3, 4))
+    conv = lambda x, w, layout: jax.lax.conv_general_dilated(
+        x, w, (1, 1), "SAME", dimension_numbers=layout
+    )
+    last = lambda p, x: conv(x, p["w"], ("NHWC", "HWIO", "NHWC"))
+    first = lambda p, x: conv(x.transpose(0, 3, 1, 2), p["w"], ("NCHW", "HWIO", "NCHW"))
+    wanted = {"in": "w:input", "out": "w:output"}
+    expected, got = (features(fn, wanted)({"w": w}, x)[1] for fn in (last, first))
+    assert expected["in"].shape == (2, 5, 6, 3) and expected["out"].shape == (2, 5, 6, 4)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), got, expected)
 
 
 def test_axes_are_in_one_order_on_whichever_side_the_kernel_stands():

@@ -142,7 +142,8 @@ def test_alpha_and_weights_may_be_data_and_start_at_zero():
 def test_no_gradient_reaches_the_teacher():
     def total(params):
         inner = lambda batch: apply(params, batch["tokens"])  # not even of one that forgot to stop
-        terms = distilled(hard, inner, TERMS, alpha=1.0)(STUDENT, batch())
+        square = lambda t, s: jnp.mean((t["logits"] - s["logits"]) ** 2, axis=-1)
+        terms = distilled(hard, inner, TERMS | {"own": Term(square)}, alpha=1.0)(STUDENT, batch())
         return us.loss_value(terms)
 
     grads = jax.jit(jax.grad(total))(TEACHER)

@@ -4,8 +4,9 @@
 
 A feature is named by the parameter that makes it ("output") or reads it ("input"), since parameters
 are what Linen, NNX and plain JAX have in common. Of a kernel it is what its product makes or reads,
-of a table what is looked up, of a bias or a gain what is added to or multiplied. Inside a scan over
-layers a feature comes out stacked. What is not named is not kept, and what only an unused feature
+of a table what is looked up, of a bias or a gain what is added to or multiplied (in Flax's
+normalizations the gain meets the inverse deviation first: name the bias). Inside a scan over layers
+a feature comes out stacked. What is not named is not kept, and what only an unused feature
 needs is not computed.
 """
 
