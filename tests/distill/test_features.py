@@ -188,3 +188,9 @@ def test_the_worked_example():
 def test_what_does_not_fit_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_an_index_may_be_an_array_made_outside_of_the_traced_function():
+    t, s, index = jnp.arange(8.0).reshape(2, 4), jnp.ones((2, 2)), jnp.array([3, 1])
+    loss = lambda t, s: hidden_mse(t, s, index=index)
+    assert (jax.jit(loss)(t, s) == loss(t, s)).all()

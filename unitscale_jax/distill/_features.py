@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unitscale_jax.distill._losses import divergence, fixed, log_softmax, sum_dtype
 
@@ -237,7 +238,7 @@ def _aligned(t: Any, s: Any, projection: Any, index: Any) -> tuple[jax.Array, ja
 def _check_index(index: Any, channels: int) -> None:
     if isinstance(index, jax.core.Tracer):
         return
-    beyond = [int(i) for i in jnp.ravel(jnp.asarray(index)) if not 0 <= i < channels]
+    beyond = [int(i) for i in np.ravel(np.asarray(index)) if not 0 <= i < channels]
     if beyond:
         raise ValueError(
             f"`index` names channel {beyond[0]}, and the teacher has {channels}, counted from 0. "
