@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings, strategies as st
 from jax import lax
 
+import unitscale_jax as us
 from unitscale_jax.prune import (
     Block,
     Moments,
@@ -17,11 +19,13 @@ from unitscale_jax.prune import (
     make_masks,
     owl,
     owl_ratios,
+    prune,
     wanda,
     wanda_masks,
 )
 from unitscale_jax.prune._shares import shares
 from unitscale_jax.trace import Layout
+from unitscale_jax.tree import named_leaves
 
 
 def normal(seed, *shape):
@@ -135,6 +139,35 @@ def test_parameters_that_are_not_selected_keep_a_scalar():
     params, spec = {"w": normal(0, 8, 4), "b": jnp.ones(4)}, spec_of()
     masks = wanda_masks(params, calibrate(fn, params, [normal(1, 9, 8)], spec), spec)
     assert masks["b"].shape == () and bool(masks["b"])
+
+
+class Mlp(nnx.Module):
+    def __init__(self, rngs):
+        self.up, self.down = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(jax.nn.relu(self.up(x)))
+
+
+def test_a_state_of_nnx_is_calibrated_scored_and_pruned():
+    graph, state = nnx.split(Mlp(nnx.Rngs(0)))
+    apply = lambda state, x: nnx.merge(graph, state)(x)
+    spec = SparsitySpec(patterns={"**/kernel": Unstructured()}, sparsity=0.5)
+    moments = calibrate(apply, state, [normal(0, 9, 6)], spec)
+    masks = wanda_masks(state, moments, spec)
+    left = named_leaves(prune(state, masks))
+    assert (np.asarray(left["up/kernel"] != 0).sum(0) == 3).all()
+    assert (np.asarray(left["down/kernel"] != 0).sum(0) == 4).all()
+
+
+def test_a_quantized_parameter_beside_stays_one_leaf():
+    params = {"w": normal(0, 8, 4), "v": normal(1, 4, 4)}
+    v = us.quantize({"v": params["v"]}, {"v": us.DotSpec(w=us.QSpec(axes=(-2,)))})
+    mixed, fn = params | v, us.quantized(lambda p, x: x @ p["w"] @ p["v"])
+    spec = spec_of()
+    masks = wanda_masks(mixed, calibrate(fn, mixed, [normal(2, 9, 8)], spec), spec)
+    assert masks["v"].shape == ()
+    assert prune(mixed, masks)["v"] is mixed["v"]
 
 
 # OWL.

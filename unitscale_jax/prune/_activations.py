@@ -154,7 +154,7 @@ def check_moments(moments: Mapping[str, Moments], params: Any) -> None:
     Raises:
         ValueError: They name others, or others of that name.
     """
-    leaves = trees.named_leaves(params)
+    leaves = trees.named_leaves(params, is_leaf=trees.is_compound)
     odd = sorted(moments.keys() - leaves.keys())
     if odd:
         raise ValueError(

@@ -149,7 +149,15 @@ class _Compactor(Rewriter):
         if number == 1:
             self._residuals[site.place] = found.results[len(outs) :]
         _check_groups(self._cuts.include(found), f"the derivative of {site.name}")
-        return super().derived(site, number, closed, operands)
+        fitted = [self._fitted(x, a) for x, a in zip(operands, axes, strict=True)]
+        return super().derived(site, number, closed, fitted)
+
+    def _fitted(self, x: Any, axes: Axes) -> Any:
+        """A residual loses channels that it had before the backward pass said they were such."""
+        for k, axis in enumerate(axes):
+            if np.shape(x)[k] != self._cuts.size(axis):
+                x = jnp.take(x, self._cuts.positions(axis), axis=k)
+        return x
 
 
 # ------------------------------------------------ what equations say of sizes, by primitive

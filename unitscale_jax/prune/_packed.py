@@ -193,6 +193,8 @@ def _dense(values: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def _scattered(values: jax.Array, mask: jax.Array) -> jax.Array:
+    if not values.size:
+        return jnp.zeros(mask.shape, values.dtype)
     place = jnp.cumsum(mask.reshape(-1), dtype=jnp.int32).reshape(mask.shape) - 1
     # Out of range where there is no value, so that neither pass meets one.
     place = jnp.where(mask, place, values.size)

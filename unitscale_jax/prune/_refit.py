@@ -48,7 +48,7 @@ def refit(params: Any, moments: Mapping[str, Moments], masks: Any, damp: float =
         >>> refit(params, moments, masks, damp=0.0)["w"].round(1).tolist()
         [[0.0], [1.5]]
     """
-    leaves = trees.named_leaves(params)
+    leaves = trees.named_leaves(params, is_leaf=trees.is_compound)
     of_leaf = dict(zip(leaves, jax.tree.leaves(masks), strict=True))
     chosen = [name for name, mask in of_leaf.items() if np.ndim(mask)]
     check_moments(moments, params)
@@ -60,7 +60,8 @@ def refit(params: Any, moments: Mapping[str, Moments], masks: Any, damp: float =
         done[name] = _refitted(leaves[name], jnp.asarray(of_leaf[name]), h, damp, layout)
         if not bool(jnp.isfinite(done[name]).all()):
             raise ValueError(singular(name, [damp]))
-    return jax.tree.unflatten(jax.tree.structure(params), list(done.values()))
+    structure = jax.tree.structure(params, is_leaf=trees.is_compound)
+    return structure.unflatten(list(done.values()))
 
 
 def singular(name: str, tried: Sequence[float]) -> str:

@@ -77,14 +77,7 @@ def exact_k_of(scores: Sequence[Any], k: Any) -> list[jax.Array]:
         _check_count(k, 0)
         return []
     _check_count(k, _size(scores))
-    keys, k = _keys(scores), jnp.asarray(k, jnp.int32)
-    axes = sorted(varying_axes(k).union(*map(varying_axes, keys)))
-    bits = 8 * keys[0].dtype.itemsize
-    threshold = _largest(bits, keys[0].dtype, lambda c: _count([x >= c for x in keys]) >= k, axes)
-    need = k - _count([x > threshold for x in keys])
-    tied = [x == threshold for x in keys]
-    earlier = _before(tied, need, axes)
-    return [(x > threshold) | (t & e) for x, t, e in zip(keys, tied, earlier, strict=True)]
+    return _exact_k_of(_keys(scores), jnp.asarray(k, jnp.int32))
 
 
 def n_of_m(scores: Any, n: int, m: int, axis: int) -> jax.Array:
@@ -156,13 +149,25 @@ def order_key(x: Any) -> jax.Array:
     return jnp.where(magnitude > infinity, unsigned.type(0), key)
 
 
+@jax.jit  # so that outside of any jit, too, a shape is compiled once
+def _exact_k_of(keys: list[jax.Array], k: jax.Array) -> list[jax.Array]:
+    axes = sorted(varying_axes(k).union(*map(varying_axes, keys)))
+    bits = 8 * keys[0].dtype.itemsize
+    threshold = _largest(bits, keys[0].dtype, lambda c: _count([x >= c for x in keys]) >= k, axes)
+    need = k - _count([x > threshold for x in keys])
+    tied = [x == threshold for x in keys]
+    earlier = _before(tied, need, axes)
+    return [(x > threshold) | (t & e) for x, t, e in zip(keys, tied, earlier, strict=True)]
+
+
 def _keys(scores: Sequence[Any]) -> list[jax.Array]:
     """Keys of one width: of float16 and bfloat16 together, those of float32."""
     arrays = [jnp.asarray(x) for x in scores]
-    common = jnp.dtype(arrays[0].dtype)
-    for x in arrays[1:]:
-        common = jnp.promote_types(common, x.dtype)
-    return [order_key(x.astype(common) if trees.is_floating(x) else x) for x in arrays]
+    dtypes = {x.dtype for x in arrays if trees.is_floating(x)}
+    if len(dtypes) > 1:
+        widest = max(np.dtype(np.float32), *dtypes, key=lambda dtype: jnp.finfo(dtype).bits)
+        arrays = [x.astype(widest) if trees.is_floating(x) else x for x in arrays]
+    return [order_key(x) for x in arrays]
 
 
 def _largest(bits: int, dtype: Any, holds: Callable, axes: Sequence[str]) -> jax.Array:

@@ -120,7 +120,8 @@ def sparsegpt(
     """
     if not damp >= 0 or block < 1:
         raise ValueError(f"damp is {damp}, block {block}; they are at least 0 and 1.")
-    leaves, chosen = trees.named_leaves(params), selected(spec, params)
+    chosen = selected(spec, params)
+    leaves = trees.named_leaves(params, is_leaf=trees.is_compound)
     check_moments(moments, params)
     check_second(chosen, moments)
     done = dict(leaves)
@@ -138,7 +139,8 @@ def sparsegpt(
         done[name], masks[name], errors[name], tried = out
         if tried:
             retries[name] = tried
-    tree = lambda named: jax.tree.unflatten(jax.tree.structure(params), list(named.values()))
+    structure = jax.tree.structure(params, is_leaf=trees.is_compound)
+    tree = lambda named: structure.unflatten(list(named.values()))
     kept = tuple(name for name in leaves if name not in chosen)
     return tree(done), tree(masks), SparseGPTReport(errors, kept, retries)
 

@@ -47,7 +47,9 @@ def wanda(params: Any, moments: Mapping[str, Moments]) -> Any:
     score = lambda name, w: (
         _score(w, moments[name]) if name in moments else jnp.full((), np.nan, jnp.float32)
     )
-    return trees.map_named(score, params)
+    leaves, structure = jax.tree.flatten(params, is_leaf=trees.is_compound)
+    names = trees.names(params, is_leaf=trees.is_compound)
+    return structure.unflatten([score(*pair) for pair in zip(names, leaves, strict=True)])
 
 
 def _score(w: Any, of: Moments) -> jax.Array:
@@ -88,7 +90,8 @@ def wanda_masks(params: Any, moments: Mapping[str, Moments], spec: SparsitySpec)
         >>> wanda_masks(params, moments, spec)["w"].astype(int).tolist()
         [[1, 1], [0, 0]]
     """
-    chosen, leaves = selected(spec, params), trees.named_leaves(params)
+    chosen = selected(spec, params)
+    leaves = trees.named_leaves(params, is_leaf=trees.is_compound)
     missing = [name for name in chosen if name not in moments]
     if missing:
         raise ValueError(
@@ -104,7 +107,8 @@ def wanda_masks(params: Any, moments: Mapping[str, Moments], spec: SparsitySpec)
         masks = dict(zip(leaves, jax.tree.leaves(made), strict=True))
     for name in by_output:
         masks[name] = _per_output(name, leaves[name], moments[name], spec, params)
-    return jax.tree.unflatten(jax.tree.structure(params), list(masks.values()))
+    structure = jax.tree.structure(params, is_leaf=trees.is_compound)
+    return structure.unflatten(list(masks.values()))
 
 
 def _per_output(name: str, w: Any, of: Moments, spec: SparsitySpec, params: Any) -> jax.Array:
