@@ -59,7 +59,7 @@ def smaller(options):
     tokens = jax.random.randint(jax.random.key(1), (rows, time), 0, 256)
     graph = us.prune.groups(apply, params, tokens)
     scores = us.prune.l2(graph, params)
-    halves = {"layers/*/up:1": 0.5, "layers/*/query:1": 0.5}
+    halves = {"layers/*/down:0": 0.5, "layers/*/key:1": 0.5}  # FFN and heads
     plan = us.prune.plan(graph, scores, keep=halves)
     masked, small = us.prune.mask(params, plan), us.prune.compact(params, plan)
     compacted = us.prune.compacted(apply, plan)
@@ -93,7 +93,7 @@ def recovered(options):
     tokens = jnp.zeros((2, task.length), jnp.int32)
     graph = us.prune.groups(logits, params, tokens)
     scores = us.prune.l2(graph, params)
-    halves = {name: 0.5 for name in ("layers/down:1", "layers/out:1*")}
+    halves = dict.fromkeys(("layers/down:1", "layers/out:1[0]"), 0.5)  # FFN and heads
     plan = us.prune.plan(graph, scores, keep=halves, round_to=1)
     small = us.prune.compact(params, plan)
     student = us.prune.compacted(logits, plan)
@@ -110,11 +110,11 @@ def recovered(options):
         alpha=0.9,
     )
     alone = lambda params, batch: hard(params, batch)[0]
-    step_loss = lambda loss: lambda params, key: us.loss_value(loss(params, task.batch(key)))
+    grad_of = lambda loss: lambda p, key: us.value_and_grad(loss)(p, task.batch(key))[2]
     score = lambda params: task.score(params, student)
     steps = 5 if options.smallest else 200
     after = {
-        name: score(descended(step_loss(loss), start, adam(task.rate / 2, steps), steps, 99))
+        name: score(descended(grad_of(loss), start, adam(task.rate / 2, steps), steps, 99))
         for name, loss, start in (
             ("trained alone", alone, small),
             ("distilled", taught, small),

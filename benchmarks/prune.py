@@ -151,17 +151,17 @@ def methods(task, sparsity):
 
 def trained(task, tx, seed):
     """Parameters after the task's steps."""
-    return descended(task.loss, task.init(jax.random.key(seed)), tx, task.steps, seed + 1)
+    return descended(jax.grad(task.loss), task.init(jax.random.key(seed)), tx, task.steps, seed + 1)
 
 
-def descended(loss, params, tx, steps, seed):
-    """Parameters after some steps down `loss(params, key)`, in one program."""
+def descended(grad, params, tx, steps, seed):
+    """Parameters after some steps by `grad(params, key)`, in one program."""
 
     @jax.jit
     def run(params, state):
         def step(carry, key):
             params, state = carry
-            updates, state = tx.update(jax.grad(loss)(params, key), state, params)
+            updates, state = tx.update(grad(params, key), state, params)
             return (optax.apply_updates(params, updates), state), None
 
         keys = jax.random.split(jax.random.key(seed), steps)
@@ -173,7 +173,7 @@ def descended(loss, params, tx, steps, seed):
 def in_training(task, options):
     """Mean score of each method over seeds, and the dense model's."""
     seeds = range(1 if options.smallest else 3)
-    wanted = ("magnitude, gradual", "RigL") if options.smallest else None
+    wanted = ("RigL",) if options.smallest else None
     plain = optax.adamw(optax.cosine_decay_schedule(task.rate, task.steps), weight_decay=1e-2)
     mean = lambda tx: round(float(np.mean([task.score(trained(task, tx, s)) for s in seeds])), 4)
     dense = mean(plain)
@@ -205,6 +205,7 @@ def after_training(task, options):
     batch = task.train[starts + jnp.arange(task.length)].astype(jnp.int32)
     moments = us.prune.calibrate(lm_logits, params, [batch], list(task.patterns), what="hessian")
     forms = {"50%": us.prune.Unstructured(), "4:8": us.prune.NofM(4, 8), "2:4": us.prune.NofM()}
+    forms = {"2:4": forms["2:4"]} if options.smallest else forms
     table = {}
     for name, pattern in forms.items():
         spec = us.prune.SparsitySpec(
@@ -220,7 +221,8 @@ def after_training(task, options):
             "SparseGPT": task.score(us.prune.sparsegpt(params, moments, spec)[0]),
         }
     best = all(min(row.values()) != row["magnitude"] for row in table.values())
-    order = lambda method: table["50%"][method] <= table["4:8"][method] <= table["2:4"][method]
+    ordered = lambda values: list(values) == sorted(values)
+    order = lambda method: ordered([row[method] for row in table.values()])
     harness.claim(
         "after training, magnitude is the worst, and 50% < 4:8 < 2:4",
         best and all(map(order, ("magnitude", "Wanda", "SparseGPT"))),

@@ -320,7 +320,7 @@ SIZED = {
     "iota along another axis": lambda h, p: h * (1.0 + lax.broadcasted_iota(h.dtype, (2, H), 0)),
     "reshape": lambda h, p: jnp.tanh(h.reshape(2, 2, 8).reshape(2, 2, 4, 2)).reshape(2, H),
     "gather": lambda h, p: h[jnp.array([1, 1])],
-    "dynamic slice": lambda h, p: h + lax.dynamic_slice(h, ((h.sum() > 1e9).astype(int), 0), (1, H)),
+    "dynamic slice": lambda h, p: h + lax.dynamic_slice_in_dim(h, (h.sum() > 9e9).astype(int), 1),
     "split": lambda h, p: sum(jnp.split(jnp.concatenate([h, h * p["b"]], -1), 2, -1)),
     "slice": lambda h, p: jnp.concatenate([h[:, 6:], h[:, :6]], -1) * jnp.concatenate(
         [p["b"][6:], p["b"][:6]]
