@@ -21,7 +21,17 @@ import numpy as np
 from unitscale_jax import tree as trees
 from unitscale_jax.prune._cuts import Cuts
 from unitscale_jax.prune._groups import Plan
-from unitscale_jax.trace import Axes, ClosedJaxpr, Rewriter, Site, coupled, mark, new_axes, stage
+from unitscale_jax.trace import (
+    Axes,
+    ClosedJaxpr,
+    Rewriter,
+    Site,
+    coupled,
+    mark,
+    new_axes,
+    shape_of,
+    stage,
+)
 
 
 def compacted(fn: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
@@ -63,8 +73,8 @@ def compacted(fn: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
         paths = dict(enumerate(trees.names(params)))
         cuts, closed = Cuts(plan), staged.closed
         axes = [
-            cuts.axes(paths[k]) if k in paths else new_axes(aval.shape, "input")
-            for k, aval in zip(staged.positions, closed.in_avals, strict=True)
+            cuts.axes(paths[k]) if k in paths else new_axes(shape_of(var), "input")
+            for k, var in zip(staged.positions, closed.jaxpr.invars, strict=True)
         ]
         found = coupled(closed.jaxpr, axes, closed.consts)
         for out in found.results:

@@ -21,7 +21,7 @@ from unitscale_jax import tree as trees
 from unitscale_jax.prune._compact import compact, mask
 from unitscale_jax.prune._compacted import compacted
 from unitscale_jax.prune._groups import Plan
-from unitscale_jax.trace import ClosedJaxpr, Jaxpr, Literal, bodies, sites, trace
+from unitscale_jax.trace import ClosedJaxpr, Jaxpr, Literal, bodies, dtype_of, sites, trace
 
 
 class Verified(NamedTuple):
@@ -197,7 +197,7 @@ def _checked(what: str, a: Any, b: Any, allowed: float, plan: Plan) -> float:
 def _tolerance(fn: Callable[..., Any], *args: Any) -> float:
     """300 roundings of the least precise float in the equations."""
     closed = trace(fn, *args).closed
-    dtypes = {aval.dtype for aval in closed.in_avals}
+    dtypes = {dtype_of(var) for var in closed.jaxpr.invars}
     dtypes |= {dtype for site in sites(closed.jaxpr) for dtype in site.results}
     floats = [d for d in dtypes if d is not None and jnp.issubdtype(d, jnp.floating)]
     return 300 * max((float(jnp.finfo(d).eps) for d in floats), default=0.0)

@@ -7,6 +7,7 @@ from unitscale_jax.trace._compat import (
     Jaxpr,
     Literal,
     dtype_of,
+    shape_of,
     varying_axes,
 )
 from unitscale_jax.trace._cost import Cost, Row, cost
@@ -143,6 +144,7 @@ __all__ = [
     "second_moments",
     "segments",
     "settled",
+    "shape_of",
     "sites",
     "sliced",
     "stage",
