@@ -5,7 +5,7 @@
 Every technique maps one of these stations to the same station, so composing is calling.
 """
 
-from unitscale_jax import distill, formats, fwd_bwd, prune, rules, testing, tree
+from unitscale_jax import distill, formats, fwd_bwd, parallel, prune, rules, testing, tree
 from unitscale_jax.accumulate import MultiStepsState, accumulated, multi_steps
 from unitscale_jax.bridge import Bridged, from_linen, from_nnx
 from unitscale_jax.checkpoint import Checkpoints, export_compressed_tensors, load, save
@@ -120,6 +120,7 @@ __all__ = [
     "multi_steps",
     "observed",
     "overflowing",
+    "parallel",
     "prune",
     "quantize",
     "quantized",

@@ -1,0 +1,9 @@
+"""Model parallelism on JAX's own runtime: meshes, layouts, and functions that run on them.
+
+One mesh axis has one owner: manual, inside a `shard_map` of these functions, or automatic, the
+partitioner's. The types of varying axes place the transposed collectives.
+"""
+
+from unitscale_jax.parallel._mesh import mesh
+
+__all__ = ["mesh"]
