@@ -16,6 +16,7 @@ from unitscale_jax.trace._dims import Dims, Group, Member, Refused, dims
 from unitscale_jax.trace._factors import Axes, Factor, expanded, mark, new_axes, unify
 from unitscale_jax.trace._function import Staged, Traced, stage, trace
 from unitscale_jax.trace._held import Held, Roles, Use, segments, uses
+from unitscale_jax.trace._hlo import Collective, collectives
 from unitscale_jax.trace._meetings import (
     Layout,
     Meeting,
@@ -70,6 +71,7 @@ __all__ = [
     "Axes",
     "Capture",
     "ClosedJaxpr",
+    "Collective",
     "Conv",
     "Cost",
     "Coupled",
@@ -111,6 +113,7 @@ __all__ = [
     "canonical",
     "captured",
     "channel_rows",
+    "collectives",
     "contraction",
     "cost",
     "cost_of",
