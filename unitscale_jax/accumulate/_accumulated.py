@@ -15,17 +15,21 @@ import jax
 import jax.numpy as jnp
 
 from unitscale_jax import rules, tree as trees
-from unitscale_jax.accumulate import _inplace, _reduce
-from unitscale_jax.accumulate._split import Part, first, split
+from unitscale_jax.accumulate import _inplace
 from unitscale_jax.loss import (
     Denominators,
     Grad,
     Mean,
+    Part,
+    Reduction,
     Terms,
     check_params,
+    first,
     keys_of_rows,
+    reduction_of,
     row_count,
     scalar_terms,
+    split,
     weight_slice,
 )
 from unitscale_jax.trace import Traced, agree, trace, varying, varying_axes, zeros
@@ -110,8 +114,8 @@ def accumulated(
         traced = trace(part_fn, params, first(stacked), state, weigh(None))
         per_part, uneven = -(-rows // parts), stacked.valid is not None and mask is None
         kinds = (
-            _reduce.plan(traced.result[0], (), per_part, uneven=uneven),
-            _reduce.plan(traced.result[1], reduce, per_part, uneven=uneven),
+            reduction_of(traced.result[0], (), per_part, uneven=uneven),
+            reduction_of(traced.result[1], reduce, per_part, uneven=uneven),
         )
         run = lambda kept: _sum_parts(traced, params, stacked, state, weigh(kept), kinds, kept)
         sums, kept = _until_stable(run, parts, axes) if nonfinite == "drop" else run(None)
@@ -160,7 +164,7 @@ def _sum_parts(
     stacked: Part,
     state: State,
     denominators: Denominators,
-    kinds: tuple[_reduce.Reduction, _reduce.Reduction],
+    kinds: tuple[Reduction, Reduction],
     kept: jax.Array | None,
 ) -> tuple[_Sums, jax.Array | None]:
     """One pass over the parts; given `kept`, over those kept and finite, which it also returns."""

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
-from unitscale_jax.accumulate._split import Part
-from unitscale_jax.loss import Denominators, Terms, scaled_objective
+from unitscale_jax.loss import Denominators, Part, Terms, scaled_objective
 from unitscale_jax.typing import Loss, Params, State
 
 

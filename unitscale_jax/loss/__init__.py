@@ -18,22 +18,29 @@ from unitscale_jax.loss._grad import (
     value_and_grad,
 )
 from unitscale_jax.loss._mean import Denominators, Mean, Terms, inverse, loss_value
+from unitscale_jax.loss._outputs import Reduction, reduction_of
 from unitscale_jax.loss._rows import keys_of_rows, row_count, row_keys
+from unitscale_jax.loss._split import Part, first, split
 
 __all__ = [
     "Denominators",
     "Grad",
     "Mean",
+    "Part",
+    "Reduction",
     "Terms",
     "check_params",
     "evaluate",
+    "first",
     "inverse",
     "keys_of_rows",
     "loss_value",
+    "reduction_of",
     "row_count",
     "row_keys",
     "scalar_terms",
     "scaled_objective",
+    "split",
     "to_accumulator",
     "value_and_grad",
     "weight_slice",

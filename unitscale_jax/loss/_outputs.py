@@ -1,4 +1,4 @@
-"""How each auxiliary output of a part becomes an output of the whole batch.
+"""How each auxiliary output of some rows becomes an output of the whole batch.
 
     sum | mean (by rows that count) | max | last (seen by the next part as its state) | concat
 
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from unitscale_jax import rules, tree as trees
-from unitscale_jax.accumulate._split import gather_rows
-from unitscale_jax.loss import Mean
+from unitscale_jax.loss._mean import Mean
+from unitscale_jax.loss._split import gather_rows
 from unitscale_jax.trace import zeros
 from unitscale_jax.typing import State
 
@@ -72,7 +72,7 @@ class Reduction:
         return list(zip(self.kinds, jax.tree.leaves(outputs, is_leaf=is_mean), strict=True))
 
 
-def plan(outputs: Any, kinds: rules.Rules[str], rows: int, *, uneven: bool) -> Reduction:
+def reduction_of(outputs: Any, kinds: rules.Rules[str], rows: int, *, uneven: bool) -> Reduction:
     """Resolves the rules over the outputs of one part.
 
     Args:
