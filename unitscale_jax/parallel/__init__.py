@@ -4,8 +4,19 @@ One mesh axis has one owner: manual, inside a `shard_map` of these functions, or
 partitioner's. The types of varying axes place the transposed collectives.
 """
 
+from unitscale_jax.parallel._data import Feedback, feedback, reduced
 from unitscale_jax.parallel._layout import Layout, layout, shard
 from unitscale_jax.parallel._mesh import mesh
 from unitscale_jax.parallel._specs import merge_specs, zero_spec
 
-__all__ = ["Layout", "layout", "merge_specs", "mesh", "shard", "zero_spec"]
+__all__ = [
+    "Feedback",
+    "Layout",
+    "feedback",
+    "layout",
+    "merge_specs",
+    "mesh",
+    "reduced",
+    "shard",
+    "zero_spec",
+]
