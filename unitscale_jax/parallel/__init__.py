@@ -8,15 +8,39 @@ from unitscale_jax.parallel._data import Feedback, feedback, reduced
 from unitscale_jax.parallel._layout import Layout, layout, shard
 from unitscale_jax.parallel._mesh import mesh
 from unitscale_jax.parallel._specs import merge_specs, zero_spec
+from unitscale_jax.parallel._tensor import (
+    column,
+    enter_sequence,
+    exit_sequence,
+    ring_matmul,
+    ring_scatter,
+    row,
+)
+from unitscale_jax.parallel._vocabulary import (
+    vocab_argmax,
+    vocab_embed,
+    vocab_logsumexp,
+    vocab_loss,
+)
 
 __all__ = [
     "Feedback",
     "Layout",
+    "column",
+    "enter_sequence",
+    "exit_sequence",
     "feedback",
     "layout",
     "merge_specs",
     "mesh",
     "reduced",
+    "ring_matmul",
+    "ring_scatter",
+    "row",
     "shard",
+    "vocab_argmax",
+    "vocab_embed",
+    "vocab_logsumexp",
+    "vocab_loss",
     "zero_spec",
 ]
