@@ -1,5 +1,6 @@
 """The laws of the library as assertions, for your own models and compositions."""
 
 from unitscale_jax.testing._parts import check_inplace, check_parts
+from unitscale_jax.testing._sharded import check_collectives, check_sharded
 
-__all__ = ["check_inplace", "check_parts"]
+__all__ = ["check_collectives", "check_inplace", "check_parts", "check_sharded"]

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
-from unitscale_jax import tree as trees
 from unitscale_jax.accumulate import accumulated
 from unitscale_jax.loss import Grad, loss_value
+from unitscale_jax.testing._close import assert_close
 from unitscale_jax.typing import Batch, Params
 
 
@@ -56,7 +55,7 @@ over rows?
         values = {"loss": loss_value(other)}, {"loss": loss_value(terms)}
         for noun, pair in {"gradient": (grads, whole), "loss": values}.items():
             title = f"{number} parts give another {noun} than the whole batch"
-            _assert_close(*pair, rtol, f"{title}; is every total a sum over rows?")
+            assert_close(*pair, rtol, f"{title}; is every total a sum over rows?")
 
 
 def check_inplace(
@@ -89,32 +88,4 @@ def check_inplace(
     """
     forms = [accumulated(grad_fn, parts, inplace=i, **(options or {})) for i in (True, False)]
     in_place, carried = [jax.jit(form)(params, batch, **inputs)[2] for form in forms]
-    _assert_close(in_place, carried, rtol, "accumulating in place gives another gradient")
-
-
-def _assert_close(got: Any, want: Any, rtol: float, title: str) -> None:
-    rows = [
-        _difference(name or "params", *leaves, rtol)
-        for name, leaves in zip(
-            trees.names(want),
-            zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True),
-            strict=True,
-        )
-    ]
-    bad = [row for row in rows if row]
-    if bad:
-        raise AssertionError("\n  ".join([title, *bad]))
-
-
-def _difference(name: str, got_leaf: Any, want_leaf: Any, rtol: float) -> str | None:
-    got, want = np.asarray(got_leaf, np.float64), np.asarray(want_leaf, np.float64)
-    largest = np.max(np.abs(want), initial=0.0)
-    off = np.max(np.abs(got - want), initial=0.0)
-    if off <= rtol * largest:  # false for NaN, which is never close
-        return None
-    with np.errstate(all="ignore"):
-        share, ratio = off / largest, np.linalg.norm(got) / np.linalg.norm(want)
-    return (
-        f"{name}: largest difference {share:.2e} of the leaf's largest entry, "
-        f"ratio of norms {ratio:.4g}"
-    )
+    assert_close(in_place, carried, rtol, "accumulating in place gives another gradient")
