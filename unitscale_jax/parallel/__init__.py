@@ -7,7 +7,10 @@ partitioner's. The types of varying axes place the transposed collectives.
 from unitscale_jax.parallel._data import Feedback, feedback, reduced
 from unitscale_jax.parallel._layout import Layout, layout, shard
 from unitscale_jax.parallel._mesh import mesh
+from unitscale_jax.parallel._schedule import Schedule
 from unitscale_jax.parallel._specs import merge_specs, zero_spec
+from unitscale_jax.parallel._stack import stack, unstack
+from unitscale_jax.parallel._stages import Stages
 from unitscale_jax.parallel._tensor import (
     column,
     enter_sequence,
@@ -22,10 +25,19 @@ from unitscale_jax.parallel._vocabulary import (
     vocab_logsumexp,
     vocab_loss,
 )
+from unitscale_jax.parallel._sequence import (
+    ring_attention,
+    row_positions,
+    stripe,
+    ulysses_attention,
+    unstripe,
+)
 
 __all__ = [
     "Feedback",
     "Layout",
+    "Schedule",
+    "Stages",
     "column",
     "enter_sequence",
     "exit_sequence",
@@ -34,10 +46,17 @@ __all__ = [
     "merge_specs",
     "mesh",
     "reduced",
+    "ring_attention",
     "ring_matmul",
     "ring_scatter",
     "row",
+    "row_positions",
     "shard",
+    "stack",
+    "stripe",
+    "ulysses_attention",
+    "unstack",
+    "unstripe",
     "vocab_argmax",
     "vocab_embed",
     "vocab_logsumexp",
