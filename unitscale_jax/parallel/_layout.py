@@ -10,7 +10,7 @@ with the parameters (moments, masks, codes and their scales) is laid out as they
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -157,7 +157,7 @@ class Layout:
             specs[name] = merge_specs(self.by_name[name], spec)
             if len(spec):
                 reasons[name] += f"; dimension {len(spec) - 1} over {axis}"
-        return Layout(self.params, self.mesh, specs, reasons)
+        return replace(self, by_name=specs, reasons=reasons)
 
     @property
     def nbytes(self) -> int:
@@ -229,8 +229,10 @@ def abstract(tree: Any) -> Any:
 
 def _put(x: Any, sharding: NamedSharding) -> Any:
     """From what this process has; devices of others cannot be given arrays, only asked for."""
-    whole = not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer) or x.is_fully_addressable
-    if sharding.is_fully_addressable or isinstance(x, jax.core.Tracer) or not whole:
+    if isinstance(x, jax.core.Tracer):  # whose mesh may be abstract
+        return jax.lax.with_sharding_constraint(x, sharding)
+    whole = not isinstance(x, jax.Array) or x.is_fully_addressable
+    if sharding.is_fully_addressable or not whole:
         return jax.device_put(x, sharding)
     if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
         data = _put(jax.random.key_data(x), sharding)
