@@ -9,6 +9,7 @@ import warnings
 from typing import Any, NamedTuple
 
 from unitscale_jax.checkpoint import _files, _leaves
+from unitscale_jax.parallel._agree import agreed
 
 _UNFINISHED = "unfinished_"
 
@@ -18,11 +19,17 @@ class Checkpoints:
 
     Any pytree can be saved: parameters, an optimiser state, a loss scale, typed random keys, the
     position in the data. Leaves are arrays of any numeric dtype (8-bit floats and 4-bit integers
-    included), typed keys, and Python's `int`, `float`, `bool` and `str`. One process writes to a
-    directory, and it holds all of every array.
+    included), typed keys, and Python's `int`, `float`, `bool` and `str`. Arrays may be spread over
+    devices in any way, and are saved where they are, shard by shard.
 
-    Laws: restore after save is the identity, bit for bit; a process killed at any moment leaves
-    the last completed save whole; a checkpoint of which one byte changed is refused.
+    With several processes the directory is on a disk that they share, and every process calls
+    every method, in the same order. Each writes its shards and reads what its devices need; of
+    what each has for itself, NumPy's arrays and Python's scalars, process 0's is saved. All go on
+    from the checkpoint that process 0 finds whole, and an error of one is an error on all.
+
+    Laws: restore after save is the identity, bit for bit, on any mesh and with any number of
+    processes; a process killed at any moment leaves the last completed save whole; a checkpoint of
+    which one byte changed is refused; the host holds no more than one leaf at a time.
 
     Example:
         >>> import tempfile
@@ -60,7 +67,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that were saved to the end, in order; `restore` finds out which are whole."""
-        return sorted({found.step for found in _newest_first(self.directory)})
+        return agreed(lambda: sorted({found.step for found in _newest_first(self.directory)}))
 
     def save(self, step: int, tree: Any) -> None:
         """Saves a pytree, then removes all but the newest `keep` checkpoints.
@@ -74,20 +81,15 @@ class Checkpoints:
 
         Raises:
             ValueError: A later checkpoint is whole, so this run did not start from it; or two
-                leaves have one name; or an array has parts on other processes.
+                leaves have one name; or no process has some part of an array.
             TypeError: A leaf is neither an array, nor a key, nor a Python scalar.
         """
-        step = _natural(step)
-        leaves = _leaves.encode(tree)
-        passed_over = self._damaged_after(step)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        for leftover in self.directory.glob(f"{_UNFINISHED}*"):
-            shutil.rmtree(leftover)
+        step, leaves = _natural(step), _leaves.encode(tree)
+        passed_over = agreed(lambda: [found.name for found in self._damaged_after(step)])
         unfinished = self.directory / f"{_UNFINISHED}{step:08d}"
+        agreed(self._clear)
         _files.write(unfinished, step, leaves)
-        self._publish(unfinished, self.directory / f"step_{step:08d}")
-        self._remove(*passed_over)
-        self._remove(*(found.path for found in _newest_first(self.directory)[self.keep :]))
+        agreed(lambda: self._finish(unfinished, step, passed_over))
 
     def restore(self, like: Any) -> tuple[int, Any]:
         """Restores the newest checkpoint that is whole.
@@ -96,7 +98,7 @@ class Checkpoints:
             like: A pytree of the structure, shapes and dtypes to restore: what a new run would
                 start from, or `jax.eval_shape` of it. A leaf comes back as what it is in `like`: a
                 NumPy array, a Python scalar, or a JAX array, this with its sharding if the leaf
-                is committed to one.
+                is committed to one; a `jax.ShapeDtypeStruct` may say one.
 
         Returns:
             `(step, tree)`.
@@ -104,19 +106,24 @@ class Checkpoints:
         Raises:
             FileNotFoundError: Nothing was saved to the end.
             ValueError: Every checkpoint is damaged, each listed with its flaw; or the checkpoint
-                is of another model, with the name of the first leaf that differs.
+                is of another model, with the name of the first leaf that differs; or a sharding
+                does not divide its leaf.
 
         Warns:
             UserWarning: A newer checkpoint is damaged and was passed over.
         """
+        name, step, refused = agreed(self._newest_whole)
+        if refused:
+            warnings.warn(_passed_over(name, refused), stacklevel=2)
+        _files.check_seen(self.directory / name)
+        return step, _leaves.decode(_files.read(self.directory / name), like, name)
+
+    def _newest_whole(self) -> tuple[str, int, list[str]]:
         refused = []
         for found in _newest_first(self.directory):
             flaw = _files.flaw(found.path, found.step)
             if flaw is None:
-                if refused:
-                    warnings.warn(_passed_over(found.path, refused), stacklevel=2)
-                leaves = _files.read(found.path)
-                return found.step, _leaves.decode(leaves, like, found.path.name)
+                return found.path.name, found.step, refused
             refused.append(f"{found.path.name}: {flaw}")
         raise _nothing_to_restore(self.directory, refused)
 
@@ -130,6 +137,16 @@ class Checkpoints:
                     "another directory."
                 )
         return [found.path for found in later]
+
+    def _clear(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for leftover in self.directory.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(leftover)
+
+    def _finish(self, unfinished: pathlib.Path, step: int, passed_over: list[str]) -> None:
+        self._publish(unfinished, self.directory / f"step_{step:08d}")
+        self._remove(*(self.directory / name for name in passed_over))
+        self._remove(*(found.path for found in _newest_first(self.directory)[self.keep :]))
 
     def _publish(self, unfinished: pathlib.Path, final: pathlib.Path) -> None:
         aside = final.with_name(f"{final.name}~")
@@ -168,8 +185,8 @@ def _natural(step: int) -> int:
     return step
 
 
-def _passed_over(path: pathlib.Path, refused: list[str]) -> str:
-    return f"restored {path.name}, since what is newer is damaged: {'; '.join(refused)}."
+def _passed_over(name: str, refused: list[str]) -> str:
+    return f"restored {name}, since what is newer is damaged: {'; '.join(refused)}."
 
 
 def _nothing_to_restore(directory: pathlib.Path, refused: list[str]) -> Exception:

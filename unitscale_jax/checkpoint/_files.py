@@ -1,40 +1,49 @@
 """The files of one checkpoint: written with their digests, read only when all of them agree."""
 
+import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 
-import numpy as np
-import orbax.checkpoint as ocp
-
+from unitscale_jax.checkpoint import _shards
 from unitscale_jax.checkpoint._leaves import Leaf
+from unitscale_jax.parallel._agree import agreed, together
 
-FORMAT = 1
+FORMAT = 2
 _SUMS, _MANIFEST, _ARRAYS = "SHA256SUMS", "manifest.json", "arrays"
 
 
 def write(path: pathlib.Path, step: int, leaves: list[Leaf]) -> None:
-    """Writes a checkpoint to a new directory and forces it to the disk."""
-    path.mkdir()
-    # orbax takes neither empty arrays nor empty trees; the manifest says all about those.
-    arrays = {_key(leaf): leaf.bits for leaf in leaves if leaf.bits is not None and leaf.bits.size}
-    if arrays:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            checkpointer.save(path / _ARRAYS, arrays)
-    manifest = {"format": FORMAT, "step": step, "leaves": [leaf.described() for leaf in leaves]}
-    (path / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-    (path / _SUMS).write_bytes(_listing(_digests(path)))
-    for written in [*path.rglob("*"), path]:
-        sync(written)
+    """Writes a checkpoint to a new directory and forces it to the disk; every process calls this.
+
+    Raises:
+        ValueError: Of some array there are parts that no process has.
+        OSError: One process cannot write, or does not see the directory.
+    """
+    agreed(lambda: (path / _ARRAYS).mkdir(parents=True))
+    arrays = {leaf.name: leaf.array for leaf in leaves if leaf.array is not None}
+    written = together(lambda: _shards.write(path / _ARRAYS, arrays)._asdict())
+    agreed(lambda: _seal(path, step, leaves, written))
 
 
 def read(path: pathlib.Path) -> list[Leaf]:
-    """Reads the leaves of a checkpoint in which `flaw` found none."""
+    """The leaves of a checkpoint in which `flaw` found none, without their arrays."""
     described = json.loads((path / _MANIFEST).read_bytes())["leaves"]
-    leaves = [Leaf.from_description(fields) for fields in described]
-    arrays = _read_arrays(path / _ARRAYS)
-    return [leaf.with_bits(arrays.get(_key(leaf))) for leaf in leaves]
+    return [Leaf.from_description(path / _ARRAYS, fields) for fields in described]
+
+
+def check_seen(path: pathlib.Path) -> None:
+    """Whether every process sees a checkpoint; an error on all if one does not."""
+
+    def see() -> None:
+        if not (path / _SUMS).exists():
+            raise FileNotFoundError(
+                f"{path} is not there, but process 0 has it. Every process needs the same "
+                "directory: name one on a disk that they share."
+            )
+
+    together(see)
 
 
 def flaw(path: pathlib.Path, step: int) -> str | None:
@@ -62,22 +71,47 @@ def sync(path: pathlib.Path) -> None:
         os.close(descriptor)
 
 
-def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
-    if not path.exists():
-        return {}
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        stored = checkpointer.metadata(path).item_metadata.tree
-        # To NumPy whatever they were, so that a checkpoint does not care about the devices here.
-        as_numpy = {key: ocp.RestoreArgs(restore_type=np.ndarray) for key in stored}
-        return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+def _seal(path: pathlib.Path, step: int, leaves: list[Leaf], written: list[dict]) -> None:
+    """Writes what the files of all processes are, which makes a checkpoint of them."""
+    digests = {}
+    for process, (size, digest) in enumerate((w["size"], w["digest"]) for w in written):
+        file = path / _ARRAYS / str(process)
+        if not file.exists() or file.stat().st_size != size:
+            raise OSError(
+                f"{file} is not what process {process} wrote. Every process needs the same "
+                "directory: name one on a disk that they share."
+            )
+        digests[f"{_ARRAYS}/{process}"] = digest
+    text = _manifest(step, [_with_shards(leaf, written) for leaf in leaves])
+    (path / _MANIFEST).write_bytes(text)
+    digests[_MANIFEST] = hashlib.sha256(text).hexdigest()
+    (path / _SUMS).write_bytes(_listing(digests))
+    for sealed in (path / _MANIFEST, path / _SUMS, path / _ARRAYS, path):
+        sync(sealed)
 
 
-def _key(leaf: Leaf) -> str:
-    return leaf.name or "."  # a tree that is a leaf has the empty name, which orbax drops
+def _with_shards(leaf: Leaf, written: list[dict]) -> Leaf:
+    if leaf.array is None:
+        return leaf
+    shards = [shard for w in written for shard in w["shards"][leaf.name]]
+    shards = tuple(_shards.Shard(*shard) for shard in shards)
+    if _shards.missing(shards, leaf.array.shape):
+        raise ValueError(
+            f"{leaf.name} has parts that no process gave: its devices are not process 0's, or "
+            "not all processes save. Start them by `parallel.initialize`, and put it on a mesh "
+            "of all devices."
+        )
+    return dataclasses.replace(leaf, shards=shards)
+
+
+def _manifest(step: int, leaves: list[Leaf]) -> bytes:
+    """A leaf to a line."""
+    lines = ",\n".join(json.dumps(leaf.described()) for leaf in leaves)
+    return f'{{"format": {FORMAT}, "step": {step}, "leaves": [\n{lines}\n]}}\n'.encode()
 
 
 def _digests(path: pathlib.Path) -> dict[str, str]:
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file != path / _SUMS)
+    files = (file for file in path.rglob("*") if file.is_file() and file != path / _SUMS)
     return {file.relative_to(path).as_posix(): _digest(file) for file in files}
 
 
@@ -87,7 +121,7 @@ def _digest(file: pathlib.Path) -> str:
 
 
 def _listing(digests: dict[str, str]) -> bytes:
-    return "".join(f"{digest}  {name}\n" for name, digest in digests.items()).encode()
+    return "".join(f"{digests[name]}  {name}\n" for name in sorted(digests)).encode()
 
 
 def _difference(listing: bytes, found: dict[str, str]) -> str:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import functools
+import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
+from unitscale_jax.checkpoint import _shards
 
 _PYTHON: dict[str, Callable[[Any], Any]] = {  # how each Python scalar is read from JSON
     "Python bool": bool,
@@ -22,32 +25,40 @@ _KINDS = {"Python bool": jnp.bool_, "Python int": jnp.integer, "Python float": j
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Leaf:
-    """A leaf as it is stored: `bits` of an array or a key, or the `value` of a Python scalar."""
+    """A leaf as it is stored: the shards of an array or a key, or the `value` of a Python scalar.
+
+    Before it is written it has its `array`, and once it is, the `folder` of its shards.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...] = ()
     impl: str | None = None  # of a key
     value: bool | int | str | None = None
-    bits: np.ndarray | None = None
+    shards: tuple[_shards.Shard, ...] = ()
+    array: Any = None
+    folder: pathlib.Path | None = None
 
     def described(self) -> dict[str, Any]:
-        """All but the bits, for JSON."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {name: x for name, x in fields.items() if name != "bits" and x is not None}
+        """What of it goes to the manifest, for JSON."""
+        said = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        here = ("array", "folder")
+        return {name: x for name, x in said.items() if name not in here and x is not None}
 
     @classmethod
-    def from_description(cls, fields: dict[str, Any]) -> "Leaf":
+    def from_description(cls, folder: pathlib.Path, said: dict[str, Any]) -> "Leaf":
         """The inverse of `described`."""
-        return cls(**fields | {"shape": tuple(fields["shape"])})
+        shards = tuple(_shards.Shard(*shard) for shard in said["shards"])
+        return cls(**said | {"shape": tuple(said["shape"]), "shards": shards, "folder": folder})
 
-    def with_bits(self, bits: np.ndarray | None) -> "Leaf":
-        """The same leaf with its bits."""
-        return dataclasses.replace(self, bits=bits)
+    def bits(self, dtype: np.dtype, more: tuple[int, ...] = (), index: Any = None) -> np.ndarray:
+        """Its array from the disk, or a part of it; `more` are dimensions beyond its shape."""
+        assert self.folder is not None
+        return _shards.read(self.folder, self.shards, dtype, (*self.shape, *more), index)
 
 
 def encode(tree: Any) -> list[Leaf]:
-    """The leaves of a pytree in order, copied to the host."""
+    """The leaves of a pytree in order, their arrays where they are."""
     return [_encoded(name, leaf) for name, leaf in trees.named_leaves(tree).items()]
 
 
@@ -73,22 +84,12 @@ def _encoded(name: str, leaf: Any) -> Leaf:
     if dtype in _PYTHON:
         # Hexadecimal is exact, and knows the infinities that JSON does not.
         return Leaf(name=name, dtype=dtype, value=leaf.hex() if dtype == "Python float" else leaf)
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        raise ValueError(
-            f"{name} has parts on other processes, which this one cannot save. Gather it first: "
-            "jax.experimental.multihost_utils.process_allgather."
-        )
     if _is_key(leaf):
-        impl, bits = str(jax.random.key_impl(leaf)), np.asarray(jax.random.key_data(leaf))
-        return Leaf(name=name, dtype=dtype, shape=shape, impl=impl, bits=bits)
-    return Leaf(name=name, dtype=dtype, shape=shape, bits=_bits(name, np.asarray(leaf)))
-
-
-def _bits(name: str, array: np.ndarray) -> np.ndarray:
-    if array.dtype.kind in "OSUMm":
-        raise TypeError(_no_leaf(name, f"array of {array.dtype}"))
-    # orbax does not know every dtype of ml_dtypes, so all of those are stored as their bits.
-    return array if array.dtype.isbuiltin == 1 else array.view(f"u{array.dtype.itemsize}")
+        impl, array = str(jax.random.key_impl(leaf)), jax.random.key_data(leaf)
+        return Leaf(name=name, dtype=dtype, shape=shape, impl=impl, array=array)
+    if np.dtype(leaf.dtype).kind in "OSUMm":
+        raise TypeError(_no_leaf(name, f"array of {leaf.dtype}"))
+    return Leaf(name=name, dtype=dtype, shape=shape, array=leaf)
 
 
 def _dtype_and_shape(name: str, leaf: Any) -> tuple[str, tuple[int, ...]]:
@@ -148,30 +149,63 @@ def _decoded(saved: Leaf, like: Any) -> Any:
         return jnp.asarray(value, like.dtype) if hasattr(like, "dtype") else value
     if saved.impl is not None:
         return placed(_key(saved, saved.impl), like)
-    dtype = jnp.dtype(saved.dtype)
-    array = np.zeros(saved.shape, dtype) if saved.bits is None else saved.bits.view(dtype)
-    if isinstance(like, np.generic):
-        return array[()]
-    return array if isinstance(like, np.ndarray) else placed(_as_weak(array, like), like)
+    dtype, sharding = jnp.dtype(saved.dtype), _sharding(like)
+    if isinstance(like, np.ndarray | np.generic):
+        array = saved.bits(dtype)
+        return array[()] if isinstance(like, np.generic) else array
+    if sharding is None:
+        return _as_weak(saved.bits(dtype), like)
+    return _sharded(saved, dtype, sharding, like)
+
+
+def _sharded(saved: Leaf, dtype: np.dtype, sharding: jax.sharding.Sharding, like: Any) -> jax.Array:
+    try:
+        sharding.shard_shape(saved.shape)
+    except ValueError as error:
+        raise ValueError(f"{saved.name} cannot be restored as it is in `like`: {error}") from None
+    # Devices that hold the same part are given the same copy: what a host holds is one leaf.
+    part = functools.cache(lambda *bounds: saved.bits(dtype, index=[slice(*b) for b in bounds]))
+    at = lambda index: part(*((cut.start, cut.stop) for cut in index))
+    array = jax.make_array_from_callback(saved.shape, sharding, at, dtype=dtype)
+    if not getattr(like, "weak_type", False):
+        return array
+    return jax.jit(_weak, out_shardings=sharding)(array)
 
 
 def _key(saved: Leaf, impl: str) -> jax.Array:
     word = jax.random.key_data(jax.random.key(0, impl=impl))
-    bits = np.zeros((*saved.shape, *word.shape), word.dtype) if saved.bits is None else saved.bits
+    bits = saved.bits(np.dtype(word.dtype), word.shape)
     return jax.random.wrap_key_data(jnp.asarray(bits), impl=impl)
 
 
 def _as_weak(array: np.ndarray, like: Any) -> jax.Array:
-    if not getattr(like, "weak_type", False):
-        return jnp.asarray(array)
+    return (_weak if getattr(like, "weak_type", False) else jnp.asarray)(array)
+
+
+def _weak(array: Any) -> jax.Array:
     # A weak type decides what later promotions give, and only an operation hands it on.
-    return jnp.full(array.shape, array.dtype.type(0).item()).at[...].set(array)
+    return jnp.full(array.shape, np.zeros((), array.dtype).item()).at[...].set(array)
 
 
 def placed(array: jax.Array, like: Any) -> jax.Array:
-    """An array on the devices of `like`, if these are known."""
+    """An array that each process has, on the devices of `like`, if these are known."""
+    sharding = _sharding(like)
+    return array if sharding is None else _put(array, sharding)
+
+
+def _put(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    if _is_key(array):
+        data = _put(jax.random.key_data(array), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def _sharding(like: Any) -> jax.sharding.Sharding | None:
     sharding = getattr(like, "sharding", None)
     abstract = isinstance(getattr(sharding, "mesh", None), jax.sharding.AbstractMesh)
     # Only what was committed is committed: an array pinned to one device fits no mesh.
     pinned = sharding is not None and not abstract and getattr(like, "committed", True)
-    return jax.device_put(array, sharding) if pinned else array
+    return sharding if pinned else None
