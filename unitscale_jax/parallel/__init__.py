@@ -5,6 +5,7 @@ partitioner's. The types of varying axes place the transposed collectives.
 """
 
 from unitscale_jax.parallel._data import Feedback, feedback, reduced
+from unitscale_jax.parallel._infer import Inferred, Sum, infer
 from unitscale_jax.parallel._layout import Layout, layout, shard
 from unitscale_jax.parallel._mesh import mesh
 from unitscale_jax.parallel._schedule import Schedule
@@ -35,13 +36,16 @@ from unitscale_jax.parallel._sequence import (
 
 __all__ = [
     "Feedback",
+    "Inferred",
     "Layout",
     "Schedule",
     "Stages",
+    "Sum",
     "column",
     "enter_sequence",
     "exit_sequence",
     "feedback",
+    "infer",
     "layout",
     "merge_specs",
     "mesh",
