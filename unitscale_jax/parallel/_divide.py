@@ -5,11 +5,9 @@ in one pass of questions, each a few lines; what is left competes for the parame
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
-
-import numpy as np
 
 from unitscale_jax import tree as trees
 from unitscale_jax.parallel._meets import Factors, Meets, factors_of, meets
@@ -91,7 +89,7 @@ class Graph:
         return sum(trees.nbytes(self.leaves[path]) for path in paths)
 
     def name(self, factor: Factor) -> str:
-        """The first place of a dimension: the first parameter that makes it, and its axis."""
+        """A dimension by the first parameter that makes it, and the axis it has there."""
         members = self.members[factor]
         first = lambda m: "column" not in self.roles.get((m.path, factor), ())
         path, axis, *_ = min(members, key=first)
@@ -130,14 +128,14 @@ def divided(graph: Graph, n: int, axis: str) -> tuple[list[Factor], dict[Factor,
             chosen.append(factor)
             taken |= dict.fromkeys(paths, factor)
         else:
-            against[factor] = f"{other} is divided along {graph.name(taken[other])}"
+            against[factor] = f"{graph.name(taken[other])} goes first"
     return chosen, against
 
 
 def _against(graph: Graph, factor: Factor, n: int, axis: str) -> str | None:
     questions = _of_vocabulary if _is_vocabulary(graph, factor) else _of_groups
     if n == 1:
-        return f"no axis {axis}, or of 1"
+        return f"no {axis} to divide it"
     asked = (question(graph, factor) for question in (*questions, _in_pieces))
     found = next((why for why in asked if why), None)
     if found is None and factor.size % n:
@@ -175,7 +173,7 @@ def _of_both_sides(graph: Graph, factor: Factor) -> str | None:
     axes = {(member.path, member.axis) for member in graph.members[factor]}
     both = [path for path in dict.fromkeys(paths) if sum(p == path for p, _ in axes) > 1]
     both += [path for path in paths if graph.roles.get((path, factor), set()) >= {"column", "row"}]
-    return f"{both[0]} goes from it to it" if both else None
+    return f"{both[0]} has it on both sides" if both else None
 
 
 def _beside_heads(graph: Graph, factor: Factor) -> str | None:
@@ -183,7 +181,7 @@ def _beside_heads(graph: Graph, factor: Factor) -> str | None:
         return None
     paths = (member.path for member in graph.members[factor])
     beside = next((path for path in paths if graph.heads & graph.of(path)), None)
-    return f"{beside} has heads" if beside else None
+    return f"beside the heads of {beside}" if beside else None
 
 
 def _between_activations(graph: Graph, factor: Factor) -> str | None:
@@ -206,13 +204,12 @@ def _without_use(graph: Graph, factor: Factor) -> str | None:
 
 
 def _in_pieces(graph: Graph, factor: Factor) -> str | None:
-    """Devices hold neighbors: a dimension has to come first in its axis, and alone."""
-    for path, axis, _, position in graph.members[factor]:
+    """Devices hold neighbors, so a dimension has to come first in its axis, in all its terms."""
+    for path, axis, *_ in graph.members[factor]:
         terms = graph.dims.axes(path)[axis]
-        if len(terms) > 1:
-            return f"one of {len(terms)} terms of {path}:{axis}"
-        if position:
-            return f"not the first factor of {path}:{axis}"
+        if any(not term or term[0] is not factor for term in terms):
+            inside = factor in terms[0][1:]
+            return f"{'inside' if inside else 'a part'} of {path}:{axis}"
     return None
 
 

@@ -8,6 +8,7 @@ mesh axis in all its members together. Names are no guide to it: in Linen's
 `Dense(d)(gelu(Dense(f)(x)))` the row-parallel layer is `Dense_0`.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec as P
 from unitscale_jax import tree as trees
 from unitscale_jax.parallel._divide import Graph, divided
 from unitscale_jax.parallel._layout import Layout, abstract
-from unitscale_jax.parallel._meets import Factors
+from unitscale_jax.parallel._meets import Factors, factors_of
 from unitscale_jax.parallel._specs import WHOLE
 from unitscale_jax.trace import Factor, Site, dims, trace
 
@@ -46,7 +47,10 @@ def infer(
 
         - some kernels make it (column) and others sum over it (row), and none does both;
         - it is no input's, no output's and no residual stream, and nothing mixes its positions;
-        - the axis divides it, and its parameters have it as an axis or first in one;
+        - the axis divides it, and its parameters have it as an axis or first in one. Queries, keys
+          and values one after the other in an axis are divided too, but then devices hold other
+          parts than they need, and activations are rearranged: axes (inputs, 3, heads, dim) or
+          three parameters save that;
         - of attention it is the heads, that of queries, keys, values and outputs alike;
 
         or if it is the vocabulary: the rows of the longest table that tokens are looked up in, and
@@ -64,6 +68,12 @@ def infer(
         >>> mlp = lambda p, x: x + jax.nn.gelu(x @ p["up"] + p["bias"]) @ p["down"]
         >>> mesh = us.parallel.mesh(dp=2, tp=4)
         >>> print(us.parallel.infer(mlp, params, jnp.ones((4, 8)), mesh=mesh))
+        parameter  shape    spec           bytes  reason
+        bias       (16,)    P('tp',)          16  beside: 16 of up:1
+        down       (16, 8)  P('tp',)         128  row: 16 of up:1
+        up         (8, 16)  P(None, 'tp')    128  column: 16 of up:1
+        all                                  272  on each device
+        forward sum of (4, 8): down
     """
     leaves = trees.named_leaves(params, is_leaf=trees.is_compound)
     for name, leaf in leaves.items():
@@ -76,7 +86,8 @@ def infer(
     graph = Graph(traced, dims(traced), leaves)
     chosen, against = divided(graph, mesh.shape.get(axis, 1), axis)
     found = {name: _placed(graph, name, chosen, against, axis) for name in leaves}
-    specs, reasons = ({name: pair[k] for name, pair in found.items()} for k in (0, 1))
+    specs = {name: spec for name, (spec, _) in found.items()}
+    reasons = {name: reason for name, (_, reason) in found.items()}
     sums = tuple(_sums(graph, frozenset(chosen)))
     return Inferred(abstract(params), mesh, specs, reasons, sums)
 
@@ -124,15 +135,16 @@ def _placed(
     graph: Graph, name: str, chosen: Sequence[Factor], against: dict[Factor, str], axis: str
 ) -> tuple[P, str]:
     """Where a parameter is, and why."""
-    for factor in chosen:
-        if factor in graph.of(name):
-            at = next(m.axis for m in graph.members[factor] if m.path == name)
-            roles = graph.roles.get((name, factor), {"with"})
-            role = " and ".join(sorted(roles))
-            return P(*[None] * at, axis), f"{role}, {graph.name(factor)} of {factor.size}"
-    own = dict.fromkeys(f for axis in graph.dims.axes(name) for term in axis for f in term)
-    why = "; ".join(f"{factor.size}: {against[factor]}" for factor in own if factor in against)
-    return WHOLE, f"whole; {why}" if why else "whole"
+    axes, own = graph.dims.axes(name), graph.of(name)
+    divided = next((factor for factor in chosen if factor in own), None)
+    if divided is not None:
+        at = next(k for k, terms in enumerate(axes) if divided in factors_of([terms]))
+        role = ", ".join(sorted(graph.roles.get((name, divided), {"beside"})))
+        terms = f"; {len(axes[at])} terms, rearranged" if len(axes[at]) > 1 else ""
+        return P(*[None] * at, axis), f"{role}: {divided.size} of {graph.name(divided)}{terms}"
+    each = dict.fromkeys(factor for terms in axes for term in terms for factor in term)
+    why = dict.fromkeys(f"{factor.size}: {against[factor]}" for factor in each)
+    return WHOLE, f"whole ({'; '.join(why)})" if why else "whole"
 
 
 def _sums(graph: Graph, chosen: Factors) -> Iterator[Sum]:
@@ -156,6 +168,4 @@ def _sums(graph: Graph, chosen: Factors) -> Iterator[Sum]:
 def _sum(
     direction: Literal["forward", "backward"], what: str, site: Site, shape: tuple[int, ...]
 ) -> Sum:
-    import math
-
     return Sum(direction, what, shape, math.prod(shape) * site.results[0].itemsize, site.repeats)

@@ -162,7 +162,13 @@ class _Walk(Flow[Seen]):
         """A carry is somewhere to have been, also if it starts from zeros."""
         at = lambda k: frozenset({f"carry {k} of {site.place}"})
         return [
-            Seen(self.reaching[site.place], True, fresh=x.fresh | at(k), direct=x.direct, carried=True)
+            Seen(
+                self.reaching[site.place],
+                True,
+                fresh=x.fresh | at(k),
+                direct=x.direct,
+                carried=True,
+            )
             for k, x in enumerate(carry)
         ]
 
