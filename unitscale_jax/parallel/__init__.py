@@ -9,6 +9,16 @@ from unitscale_jax.parallel._infer import Inferred, Sum, infer
 from unitscale_jax.parallel._layout import Layout, layout, shard
 from unitscale_jax.parallel._mesh import mesh
 from unitscale_jax.parallel._schedule import Schedule
+from unitscale_jax.parallel._sequence import (
+    ring_attention,
+    row_positions,
+    stripe,
+    ulysses_attention,
+    unstripe,
+)
+from unitscale_jax.parallel._optimizer import sharded
+from unitscale_jax.parallel._processes import initialize, watchdog
+from unitscale_jax.parallel._rows import global_batch
 from unitscale_jax.parallel._specs import merge_specs, zero_spec
 from unitscale_jax.parallel._stack import stack, unstack
 from unitscale_jax.parallel._stages import Stages
@@ -26,13 +36,6 @@ from unitscale_jax.parallel._vocabulary import (
     vocab_logsumexp,
     vocab_loss,
 )
-from unitscale_jax.parallel._sequence import (
-    ring_attention,
-    row_positions,
-    stripe,
-    ulysses_attention,
-    unstripe,
-)
 
 __all__ = [
     "Feedback",
@@ -45,7 +48,9 @@ __all__ = [
     "enter_sequence",
     "exit_sequence",
     "feedback",
+    "global_batch",
     "infer",
+    "initialize",
     "layout",
     "merge_specs",
     "mesh",
@@ -56,6 +61,7 @@ __all__ = [
     "row",
     "row_positions",
     "shard",
+    "sharded",
     "stack",
     "stripe",
     "ulysses_attention",
@@ -65,5 +71,6 @@ __all__ = [
     "vocab_embed",
     "vocab_logsumexp",
     "vocab_loss",
+    "watchdog",
     "zero_spec",
 ]
