@@ -28,7 +28,7 @@ from unitscale_jax.quantization._ops import (
     scales,
     threshold,
 )
-from unitscale_jax.quantization._params import Rules, check_leaf, encode, match, range_of, sum_codes
+from unitscale_jax.quantization._params import Rules, check_leaf, encode, match, range_of
 from unitscale_jax.quantization._qtensor import QTensor, is_quantized, value_of
 from unitscale_jax.quantization._spec import DotSpec, QSpec
 from unitscale_jax.quantization._stat import Stat

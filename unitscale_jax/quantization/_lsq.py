@@ -21,7 +21,7 @@ from unitscale_jax import tree as trees
 from unitscale_jax.fwd_bwd import match_vma, straight_through
 from unitscale_jax.quantization._calibrators import Axes, Calibrator
 from unitscale_jax.quantization._ops import bounds_of, codes_of, fence, on_grid, spread, threshold
-from unitscale_jax.quantization._qtensor import ARRAYS, QTensor
+from unitscale_jax.quantization._qtensor import ARRAYS, QTensor, moved, source_of
 from unitscale_jax.quantization._spec import DotSpec, QSpec
 from unitscale_jax.typing import DType
 
@@ -65,6 +65,28 @@ class Learned(trees.Compound):
     def astype(self, dtype: Any) -> "Learned":
         """The array in another float dtype; scales stay as they are."""
         return replace(self, latent=self.latent.astype(dtype))
+
+    def take(self, axis: int, at: np.ndarray) -> "Learned":
+        """Some positions of an axis, ascending; scales that they share stay.
+
+        Raises:
+            ValueError: It would cut through a group.
+        """
+        return self._moved(axis % len(self.shape), np.asarray(at))
+
+    def put(self, axis: int, at: np.ndarray, size: int) -> "Learned":
+        """Positions of an axis back to where they were `take`n from, with zeros elsewhere."""
+        return self._moved(axis % len(self.shape), source_of(at, size))
+
+    def _moved(self, axis: int, source: np.ndarray) -> "Learned":
+        latent, scale = (
+            moved(x, axis, source, self.shape[axis], fill)
+            for x, fill in ((self.latent, 0), (self.scale, 1))
+        )
+        x_scale = self.x_scale
+        if x_scale is not None and axis < x_scale.ndim:  # of stacked layers
+            x_scale = moved(x_scale, axis, source, self.shape[axis], 1)
+        return replace(self, latent=latent, scale=scale, x_scale=x_scale)
 
     def __repr__(self) -> str:
         """Shape, spec and dtype."""

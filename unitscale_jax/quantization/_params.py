@@ -20,7 +20,7 @@ from unitscale_jax.quantization._ops import (
     spread,
     symmetric,
 )
-from unitscale_jax.quantization._qtensor import QTensor, integer_codes, is_quantized
+from unitscale_jax.quantization._qtensor import QTensor, is_quantized, sum_codes
 from unitscale_jax.quantization._spec import DotSpec
 
 Rules = named_rules.Rules[DotSpec]
@@ -223,19 +223,6 @@ def _summed(t: QTensor) -> QTensor:
     if t.spec.x is None or t.spec.x.symmetric:
         return t
     return replace(t, colsum=sum_codes(t))
-
-
-def sum_codes(t: QTensor) -> jax.Array:
-    """Sums of codes over the axes that share a scale: int32, of the scale's shape."""
-    whole = integer_codes(t).astype(jnp.int32)
-    axes = tuple(axis % t.ndim for axis in t.axes)
-    tiles = t.scale.shape[axes[-1]]
-    if tiles == 1:
-        return jnp.sum(whole, axis=axes, keepdims=True)
-    last = axes[-1]
-    cut = whole.reshape(*t.shape[:last], tiles, -1, *t.shape[last + 1 :])
-    inner = tuple(a if a < last else a + 1 for a in axes)
-    return jnp.sum(cut, axis=inner, keepdims=True).squeeze(last + 1)
 
 
 def inside(x: jax.Array, t: QTensor) -> jax.Array:

@@ -75,6 +75,21 @@ class QTensor(trees.Compound):
         """The same codes and scales, standing for an array of another float dtype."""
         return replace(self, dtype=np.dtype(dtype))
 
+    def take(self, axis: int, at: np.ndarray) -> "QTensor":
+        """Some positions of an axis, ascending.
+
+        Laws: its value is the array's at these positions. Along an axis that shares no scale, codes
+        and scales are those of the smaller array; elsewhere they stay those of the whole one.
+
+        Raises:
+            ValueError: It would cut through a group.
+        """
+        return _moved(self, axis % self.ndim, np.asarray(at))
+
+    def put(self, axis: int, at: np.ndarray, size: int) -> "QTensor":
+        """Positions of an axis back to where they were `take`n from, with zeros elsewhere."""
+        return _moved(self, axis % self.ndim, source_of(at, size))
+
     def over(self, change: Callable[[str, Any], Any], **statics: Any) -> "QTensor":
         """Maps `change(name, array)` over the arrays it has."""
         held = {f.name: getattr(self, f.name) for f in fields(self) if f.name in ARRAYS}
@@ -93,6 +108,54 @@ class QTensor(trees.Compound):
         return f"QTensor({shape}, {self.spec}, axes={self.axes}, dtype={np.dtype(self.dtype)})"
 
 
+def _moved(t: QTensor, axis: int, source: np.ndarray) -> QTensor:
+    """An axis made anew; `source` says which position each comes from, -1 of a zero."""
+    shared = axis - t.ndim in t.axes
+    zero = t.zero_point if shared and t.zero_point is not None else 0
+    fills = {"codes": zero, "scale": 1, "multiplier": 1}
+
+    def change(name: str, x: Any) -> Any:
+        if name == "x_range" and axis >= x.ndim - 1:  # its last axis is that of the two bounds
+            return x
+        return moved(x, axis, source, t.shape[axis], fills.get(name, 0))
+
+    out = t.over(change)
+    return replace(out, colsum=sum_codes(out)) if shared and out.colsum is not None else out
+
+
+def source_of(at: np.ndarray, size: int) -> np.ndarray:
+    """For each of `size` positions which of `at` it is, or -1."""
+    source = np.full(size, -1)
+    source[at] = np.arange(len(at))
+    return source
+
+
+def moved(x: Any, axis: int, source: np.ndarray, size: int, fill: Any) -> Any:
+    """An axis of an array, or of what belongs to groups along one of `size`, made anew."""
+    count = x.shape[axis]
+    if count != size:
+        if count == 1:
+            return x
+        source = _groups_of(source, size // count, axis)
+    rest = [n if d != axis else 1 for d, n in enumerate(x.shape)]
+    last = jnp.broadcast_to(jnp.asarray(fill).astype(x.dtype), rest)
+    return jnp.take(jnp.concatenate([x, last], axis), source % (count + 1), axis=axis)
+
+
+def _groups_of(source: np.ndarray, size: int, axis: int) -> np.ndarray:
+    """The groups that positions come from."""
+    whole = len(source) % size == 0
+    rows = source.reshape(-1, size) if whole else source[:0].reshape(0, size)
+    groups = np.where(rows[:, :1] < 0, -1, rows[:, :1] // size)
+    expected = np.where(groups < 0, -1, groups * size + np.arange(size))
+    if not (whole and np.array_equal(rows, expected)):
+        raise ValueError(
+            f"scales belong to groups of {size} along axis {axis}, which stay or go whole. Compact "
+            "before quantizing, or keep whole groups of channels."
+        )
+    return groups[:, 0]
+
+
 def is_quantized(leaf: Any) -> TypeGuard[QTensor]:
     """Whether a leaf is a `QTensor`."""
     return isinstance(leaf, QTensor)
@@ -103,6 +166,19 @@ def integer_codes(t: QTensor) -> jax.Array:
     if t.multiplier is None:
         return t.codes
     return t.codes.astype(jnp.int8) * spread(t.multiplier, t.shape)
+
+
+def sum_codes(t: QTensor) -> jax.Array:
+    """Sums of codes over the axes that share a scale: int32, of the scale's shape."""
+    whole = integer_codes(t).astype(jnp.int32)
+    axes = tuple(axis % t.ndim for axis in t.axes)
+    tiles = t.scale.shape[axes[-1]]
+    if tiles == 1:
+        return jnp.sum(whole, axis=axes, keepdims=True)
+    last = axes[-1]
+    cut = whole.reshape(*t.shape[:last], tiles, -1, *t.shape[last + 1 :])
+    inner = tuple(a if a < last else a + 1 for a in axes)
+    return jnp.sum(cut, axis=inner, keepdims=True).squeeze(last + 1)
 
 
 def value_of(t: QTensor) -> jax.Array:
