@@ -29,7 +29,7 @@ from unitscale_jax.quantization._ops import (
     threshold,
 )
 from unitscale_jax.quantization._params import Rules, check_leaf, encode, match, range_of
-from unitscale_jax.quantization._qtensor import QTensor, is_quantized, value_of
+from unitscale_jax.quantization._qtensor import QTensor, is_quantized, sum_codes, value_of
 from unitscale_jax.quantization._spec import DotSpec, QSpec
 from unitscale_jax.quantization._stat import Stat
 from unitscale_jax.trace import Layout, canonical, inverse_factor, uncanonical
