@@ -7,7 +7,11 @@ partitioner's. The types of varying axes place the transposed collectives.
 from unitscale_jax.parallel._data import Feedback, feedback, reduced
 from unitscale_jax.parallel._infer import Inferred, Sum, infer
 from unitscale_jax.parallel._layout import Layout, layout, shard
+from unitscale_jax.parallel._merge import Packed, merged, pack, unpack
 from unitscale_jax.parallel._mesh import mesh
+from unitscale_jax.parallel._optimizer import sharded
+from unitscale_jax.parallel._processes import initialize, watchdog
+from unitscale_jax.parallel._rows import global_batch
 from unitscale_jax.parallel._schedule import Schedule
 from unitscale_jax.parallel._sequence import (
     ring_attention,
@@ -16,9 +20,6 @@ from unitscale_jax.parallel._sequence import (
     ulysses_attention,
     unstripe,
 )
-from unitscale_jax.parallel._optimizer import sharded
-from unitscale_jax.parallel._processes import initialize, watchdog
-from unitscale_jax.parallel._rows import global_batch
 from unitscale_jax.parallel._specs import merge_specs, zero_spec
 from unitscale_jax.parallel._stack import stack, unstack
 from unitscale_jax.parallel._stages import Stages
@@ -41,6 +42,7 @@ __all__ = [
     "Feedback",
     "Inferred",
     "Layout",
+    "Packed",
     "Schedule",
     "Stages",
     "Sum",
@@ -53,7 +55,9 @@ __all__ = [
     "initialize",
     "layout",
     "merge_specs",
+    "merged",
     "mesh",
+    "pack",
     "reduced",
     "ring_attention",
     "ring_matmul",
@@ -65,6 +69,7 @@ __all__ = [
     "stack",
     "stripe",
     "ulysses_attention",
+    "unpack",
     "unstack",
     "unstripe",
     "vocab_argmax",
