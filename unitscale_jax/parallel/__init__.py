@@ -5,11 +5,13 @@ partitioner's. The types of varying axes place the transposed collectives.
 """
 
 from unitscale_jax.parallel._data import Feedback, feedback, reduced
+from unitscale_jax.parallel._experts import Load, expert_parallel
 from unitscale_jax.parallel._infer import Inferred, Sum, infer
 from unitscale_jax.parallel._layout import Layout, layout, shard
 from unitscale_jax.parallel._merge import Packed, merged, pack, unpack
 from unitscale_jax.parallel._mesh import mesh
 from unitscale_jax.parallel._optimizer import sharded
+from unitscale_jax.parallel._pipeline import Pipelined, pipelined
 from unitscale_jax.parallel._processes import initialize, watchdog
 from unitscale_jax.parallel._rows import global_batch
 from unitscale_jax.parallel._schedule import Schedule
@@ -42,13 +44,16 @@ __all__ = [
     "Feedback",
     "Inferred",
     "Layout",
+    "Load",
     "Packed",
+    "Pipelined",
     "Schedule",
     "Stages",
     "Sum",
     "column",
     "enter_sequence",
     "exit_sequence",
+    "expert_parallel",
     "feedback",
     "global_batch",
     "infer",
@@ -58,6 +63,7 @@ __all__ = [
     "merged",
     "mesh",
     "pack",
+    "pipelined",
     "reduced",
     "ring_attention",
     "ring_matmul",

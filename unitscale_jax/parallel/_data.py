@@ -129,8 +129,11 @@ def reduced(
                 scale=scale,
                 valid=part.valid,
             )
-            errors = [None] * len(cuts) if errors is None else errors
             add = functools.partial(_added_up, over=over, wire=wire, scale=scale)
+            if errors is not None:  # one device that overflows voids the step of all
+                finite = lax.pmin(trees.is_finite(grads).astype(jnp.int32), over) > 0
+                add = functools.partial(add, finite=finite)
+            errors = [None] * len(cuts) if errors is None else errors
             whole = lambda cut: zero == 0 or cut.dim is None
             done = lambda cut: gather == "layer" and zero == 3 and cut.dim is not None
             named = zip(trees.names(params), jax.tree.leaves(grads), cuts, errors, strict=True)
@@ -267,6 +270,7 @@ def _added_up(
     wire: WireDType | None,
     scale: jax.Array,
     dim: int | None,
+    finite: jax.Array | bool = True,
 ) -> tuple[jax.Array, jax.Array | None]:
     """The gradient of all rows, or a share of it, and what this device's wire took away."""
     if over not in varying_axes(grad):
@@ -279,13 +283,17 @@ def _added_up(
     owed = error[0] * scale.astype(jnp.float32)
     total, lost = under(cut.others, lambda g: summed(g, over, wire, dim=dim))(grad + owed)
     left = lost / scale.astype(jnp.float32)
-    return total, jnp.where(jnp.isfinite(left), left, error[0])[None]
+    return total, jnp.where(finite, left, error[0])[None]
 
 
 def _total(term: Mean, over: str) -> Mean:
-    coef = lax.pmax(term.coef, over) if over in varying_axes(term.coef) else term.coef
     total, weight = lax.psum(varying((term.total, term.weight), [over]), over)
-    return Mean(total, weight, coef)
+    return Mean(total, weight, _same(term.coef, over))
+
+
+def _same(x: jax.Array, over: str) -> jax.Array:
+    """A number that all devices have alike, typed so."""
+    return lax.pmax(x, over) if over in varying_axes(x) else x
 
 
 # ------------------------------------------------------------------------------ rows and outputs
@@ -325,6 +333,8 @@ class _Outputs:
         found = jax.tree.leaves(
             reduction.finish(sums, whole, rows, [self._over]), is_leaf=lambda x: isinstance(x, Mean)
         )
+        alike = lambda x: Mean(x.total, x.weight, _same(x.coef, self._over))
+        found = [alike(x) if isinstance(x, Mean) else x for x in found]
         pairs = list(zip(reduction.kinds, found, strict=True))
         return [x for k, x in pairs if k != "concat"], [x for k, x in pairs if k == "concat"]
 
