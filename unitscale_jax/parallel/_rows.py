@@ -50,8 +50,8 @@ def global_batch(
         >>> bool((batch["text"] == text[order[:8]]).all())
         True
     """
-    sharding = NamedSharding(mesh, PartitionSpec(over))
     _check(rows, mesh, (over,) if isinstance(over, str) else over)
+    sharding = NamedSharding(mesh, PartitionSpec(over))
     cuts = sharding.addressable_devices_indices_map((rows,)).values()
     held = sorted({cut.indices(rows)[:2] for (cut,) in cuts})
     index = np.concatenate([np.arange(*bounds) for bounds in held])
