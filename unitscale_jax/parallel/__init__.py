@@ -6,6 +6,7 @@ partitioner's. The types of varying axes place the transposed collectives.
 
 from unitscale_jax.parallel._data import Feedback, feedback, reduced
 from unitscale_jax.parallel._experts import Load, expert_parallel
+from unitscale_jax.parallel._gathered import gathered
 from unitscale_jax.parallel._infer import Inferred, Sum, infer
 from unitscale_jax.parallel._layout import Layout, layout, shard
 from unitscale_jax.parallel._merge import Packed, merged, pack, unpack
@@ -55,6 +56,7 @@ __all__ = [
     "exit_sequence",
     "expert_parallel",
     "feedback",
+    "gathered",
     "global_batch",
     "infer",
     "initialize",
