@@ -20,7 +20,7 @@ from unitscale_jax.loss._grad import (
 from unitscale_jax.loss._mean import Denominators, Mean, Terms, inverse, loss_value
 from unitscale_jax.loss._outputs import Reduction, reduction_of
 from unitscale_jax.loss._rows import keys_of_rows, row_count, row_keys
-from unitscale_jax.loss._split import Part, first, split
+from unitscale_jax.loss._split import Part, first, gather_rows, split
 
 __all__ = [
     "Denominators",
@@ -32,6 +32,7 @@ __all__ = [
     "check_params",
     "evaluate",
     "first",
+    "gather_rows",
     "inverse",
     "keys_of_rows",
     "loss_value",
