@@ -7,11 +7,13 @@ from unitscale_jax.trace._compat import (
     Jaxpr,
     Literal,
     dtype_of,
+    primitives_of,
     shape_of,
     varying_axes,
 )
 from unitscale_jax.trace._cost import Cost, Row, cost
 from unitscale_jax.trace._couplings import Coupled, Record, coupled, settled
+from unitscale_jax.trace._device_sums import DeviceSum, device_sums
 from unitscale_jax.trace._dims import Dims, Group, Member, Refused, dims
 from unitscale_jax.trace._factors import Axes, Factor, expanded, mark, new_axes, unify
 from unitscale_jax.trace._function import Staged, Traced, stage, trace
@@ -75,6 +77,7 @@ __all__ = [
     "Conv",
     "Cost",
     "Coupled",
+    "DeviceSum",
     "Dims",
     "Dot",
     "Factor",
@@ -119,6 +122,7 @@ __all__ = [
     "cost_of",
     "count_rows",
     "coupled",
+    "device_sums",
     "damped_moments",
     "dims",
     "dtype_of",
@@ -138,6 +142,7 @@ __all__ = [
     "origins",
     "over_batches",
     "parameter",
+    "primitives_of",
     "producers",
     "product_of",
     "provenance",

@@ -8,7 +8,7 @@ other.
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,6 +37,9 @@ INLINABLE = CALLS - {"shard_map"}
 """Calls whose body may replace them where no derivative is taken."""
 
 
+_BODIES = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+
+
 def opened(body: Any) -> tuple[Jaxpr, Sequence[Any]]:
     """`(jaxpr, consts)` of a body, closed or bare."""
     return (body.jaxpr, body.consts) if isinstance(body, ClosedJaxpr) else (body, ())
@@ -44,10 +47,22 @@ def opened(body: Any) -> tuple[Jaxpr, Sequence[Any]]:
 
 def call_body(eqn: Equation) -> Any:
     """The body of an equation of `CALLS`."""
-    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+    for name in _BODIES:
         if name in eqn.params:
             return eqn.params[name]
     raise KeyError(f"{eqn.primitive.name} has no body among its parameters {sorted(eqn.params)}")
+
+
+def primitives_of(params: Mapping[str, Any]) -> frozenset[str]:
+    """Names of the primitives in the body of a call, and in calls inside of it.
+
+    Args:
+        params: The parameters of the call's equation.
+    """
+    body = next((params[name] for name in _BODIES if name in params), None)
+    eqns = [] if body is None else opened(body)[0].eqns
+    inside = [primitives_of(eqn.params) for eqn in eqns]
+    return frozenset(eqn.primitive.name for eqn in eqns).union(*inside)
 
 
 def scan_counts(eqn: Equation) -> tuple[int, int]:

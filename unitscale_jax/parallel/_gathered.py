@@ -1,0 +1,211 @@
+"""Parameters in shares, gathered where they are used: ZeRO 3, layer by layer.
+
+    forward:  gather, use, forget        backward:  gather again, use, scatter the gradient's sum
+
+A share goes through the equations of a function in place of its parameter until something computes
+with it, inside of loops too, so that of stacked layers one is whole at any moment. What is gathered
+is not kept for the backward pass, nor a cast of it. The transposed gather is a scattered sum: the
+gradient of a share is the share of the whole gradient. Where a function casts a parameter before it
+uses it, the cast share travels, and its gradient is still summed in the parameter's dtype.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from unitscale_jax import tree as trees
+from unitscale_jax.parallel._context import under
+from unitscale_jax.parallel._layout import Layout
+from unitscale_jax.parallel._specs import Held, held, spec_of
+from unitscale_jax.trace import Rewriter, Site, primitives_of, stage, varying
+
+
+def gathered(fn: Callable[..., Any], layout: Layout, over: str = "dp") -> Callable[..., Any]:
+    """Evaluates a function of parameters on this device's shares of them.
+
+    Args:
+        fn: `fn(params, *args)`: a loss or an `apply`.
+        layout: The layout of the parameters over the other mesh axes; as `layout.over(over)` says,
+            each device has its share. Layers that are stacked for a loop are best divided along
+            another dimension than that of the layers, which a loop cannot take one by one.
+        over: The mesh axis of the shares, manual where this is called: inside `reduced(..., zero=3,
+            gather="layer")`, or a `shard_map` of your own.
+
+    Returns:
+        A function of the same signature that takes shares, and whose derivative is that of them. It
+        is traced once per call. Inside a scan, `remat` or `jit` a share stays one until it is used;
+        elsewhere (branches, other loops, custom derivatives) it is gathered before.
+
+    Raises:
+        ValueError: On a call: a leaf is not a share of the layout's.
+
+    Example:
+        >>> def loss(params, x):
+        ...     layer = lambda h, w: (jnp.tanh(h @ w), None)
+        ...     h = jax.lax.scan(layer, x, params["layers"])[0]
+        ...     return us.Mean(jnp.sum(h, -1), jnp.ones(len(h)))
+        >>> params, x = {"layers": jnp.ones((3, 8, 8)) / 8}, jnp.ones((8, 8))
+        >>> mesh = us.parallel.mesh(dp=8)
+        >>> layout = us.parallel.layout(params, {}, mesh)
+        >>> by_layer = us.value_and_grad(us.parallel.gathered(loss, layout))
+        >>> fn = us.parallel.reduced(by_layer, zero=3, gather="layer", layout=layout)
+        >>> with jax.set_mesh(mesh):
+        ...     grads = jax.jit(fn)(params, x)[2]
+        >>> bool(jnp.allclose(grads["layers"], us.value_and_grad(loss)(params, x)[2]["layers"]))
+        True
+    """
+    laid = layout.over(over)
+
+    @functools.wraps(fn)
+    def gathered_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
+        shares = _shares(params, layout, laid, over)
+        # Only their types matter; the compiler drops what computes them.
+        dense = [share.whole() if isinstance(share, Share) else share for share in shares]
+        call = stage(fn, jax.tree.structure(params).unflatten(dense), *args, **kwargs)
+        position = dict(zip(call.positions, call.operands, strict=True))
+        operands = [shares[k] if k < len(shares) else position[k] for k in call.positions]
+        closed = call.closed
+
+        @functools.partial(jax.checkpoint, policy=_kept)
+        def evaluate(operands: list[Any]) -> list[Any]:
+            return _Gatherer({})(closed.jaxpr, closed.consts, operands)
+
+        return call.finish(evaluate(operands))
+
+    return gathered_fn
+
+
+_MOVES = frozenset({"all_gather", "convert_element_type", "transpose", "reshape", "copy"})
+
+
+def _kept(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Whether the backward pass gets a result as it was; else it is computed again."""
+    inside = primitives_of(params)
+    gathers = "all_gather" in inside and inside <= _MOVES | {"shard_map"}
+    return not (gathers or primitive.name in _MOVES)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["local"],
+    meta_fields=["dim", "over", "others", "dtype"],
+)
+@dataclass(frozen=True)
+class Share:
+    """A device's share of an array.
+
+    Attributes:
+        local: The share.
+        dim: Which dimension is divided, counted from the end, so that rows of a stack have it too.
+        over: The mesh axis it is divided over.
+        others: The mesh axes that hold each dimension besides.
+        dtype: Of the array, where it has been cast since; None for that of the share.
+    """
+
+    local: jax.Array
+    dim: int = field(metadata=dict(static=True))
+    over: str = field(metadata=dict(static=True))
+    others: tuple[Held, ...] = field(metadata=dict(static=True))
+    dtype: Any = field(default=None, metadata=dict(static=True))
+
+    def whole(self) -> jax.Array:
+        """The array."""
+        axis = self.local.ndim + self.dim
+        others = spec_of(self.others[len(self.others) - self.local.ndim :])
+        own = self.local.dtype
+        return _gather(self.over, axis, others, self.dtype or own, own)(self.local)
+
+
+@functools.cache
+def _gather(
+    over: str, axis: int, others: P, dtype: Any, own: Any
+) -> Callable[[jax.Array], jax.Array]:
+    """A cast and a gather; the other way a cast back and a scattered sum."""
+    whole = lambda x: lax.all_gather(x.astype(dtype), over, axis=axis, tiled=True)
+    share = lambda g: lax.psum_scatter(g.astype(own), over, scatter_dimension=axis, tiled=True)
+
+    @jax.custom_vjp
+    def gather(x: jax.Array) -> jax.Array:
+        return under(others, whole)(x)
+
+    def backward(_: None, ct: jax.Array) -> tuple[jax.Array]:
+        return (under(others, share)(ct),)
+
+    gather.defvjp(lambda x: (gather(x), None), backward)
+    return gather
+
+
+def _shares(params: Any, layout: Layout, laid: Layout, over: str) -> list[Any]:
+    n, out = lax.axis_size(over), []
+    for name, leaf in trees.named_leaves(params).items():
+        by = held(laid.by_name[name], leaf.ndim)
+        dim = next((k for k, axes in enumerate(by) if over in axes), None)
+        if dim is None:
+            out.append(varying(leaf, [over]))
+            continue
+        whole = dict(zip(trees.names(layout.params), jax.tree.leaves(layout.params), strict=True))
+        expected = tuple(s // n if k == dim else s for k, s in enumerate(whole[name].shape))
+        if leaf.shape != expected:
+            raise ValueError(
+                f"{name!r} has shape {leaf.shape}, and a share of {whole[name].shape} over "
+                f"{over}={n} has {expected}. Call this inside us.parallel.reduced(..., zero=3, "
+                f"gather='layer', layout=layout), with the same layout."
+            )
+        others = tuple(axes if k != dim else () for k, axes in enumerate(by))
+        out.append(Share(varying(leaf, [over]), dim - leaf.ndim, over, others))
+    return out
+
+
+class _Gatherer(Rewriter):
+    """Replays equations on shares; what computes with one gathers it."""
+
+    def touches(self, site: Site, operands: list[Any]) -> bool:
+        """Whether an operand is a share."""
+        del site
+        return any(isinstance(x, Share) for x in operands)
+
+    def _step(self, site: Site, operands: list[Any]) -> Sequence[Any]:
+        if not self.touches(site, operands):
+            return site.bind(operands)
+        if site.name == "scan":
+            operands = [_of_stack(x) for x in operands]
+        elif site.name == "convert_element_type" and operands[0].dtype is None:
+            return [replace(operands[0], dtype=site.results[0])]
+        elif site.name not in _ENTERED:
+            return site.bind([_whole(x) for x in operands])
+        return super()._step(site, operands)
+
+    def carried(self, site: Site, carry: list[Any], step: Any) -> list[Any]:
+        """What a loop carries is whole."""
+        del site, step
+        return [_whole(x) for x in carry]
+
+    def partitioned(self, operand: Any, placement: Any) -> Any:
+        """A share lies where it lies."""
+        return None if isinstance(operand, Share) else placement
+
+    def returned(self, site: Site, results: list[Any]) -> list[Any]:
+        """What leaves a body is whole."""
+        del site
+        return [_whole(x) for x in results]
+
+    def __call__(self, *args: Any) -> list[Any]:
+        """Results of equations, none of them a share."""
+        return [_whole(x) for x in super().__call__(*args)]
+
+
+_ENTERED = frozenset({"jit", "pjit", "remat2", "checkpoint", "scan"})
+
+
+def _whole(x: Any) -> Any:
+    return x.whole() if isinstance(x, Share) else x
+
+
+def _of_stack(x: Any) -> Any:
+    """What a loop over layers cannot take one by one, because it is divided along them."""
+    return x.whole() if isinstance(x, Share) and -x.dim == x.local.ndim else x
