@@ -15,6 +15,7 @@ from unitscale_jax.quantization._ops import spread
 from unitscale_jax.quantization._qtensor import QTensor, integer_codes, is_quantized, value_of
 from unitscale_jax.quantization._served import Unquantizable, served
 from unitscale_jax.quantization._spec import DotSpec
+from unitscale_jax.quantization._transposed import transposed
 from unitscale_jax.quantization._views import view
 from unitscale_jax.trace import Conv, Dot, Product, Site, noted, product_of, zeros
 from unitscale_jax.typing import Key
@@ -141,15 +142,10 @@ def _quantized_backward(
     """
     other = replace(other, x_range=None, colsum=None)  # those of the forward pass
     backward = _backward_spec(product, other, spec)
-    own = jax.ShapeDtypeStruct(product.shape(side), product.site.operands[side])
-    transposed = jax.make_jaxpr(
-        lambda g, o: jax.linear_transpose(
-            lambda v: product.as_traced(*((v, o) if side == 0 else (o, v))), own
-        )(g)
-    )(g, value_of(other))
+    program = transposed(product, side, g, value_of(other)).jaxpr
     draws = key if spec.g is not None and spec.g.rounding == "stochastic" else None
-    env: dict[Any, Any] = dict(zip(transposed.jaxpr.invars, (g, other), strict=True))
-    for index, eqn in enumerate(transposed.jaxpr.eqns):
+    env: dict[Any, Any] = dict(zip(program.invars, (g, other), strict=True))
+    for index, eqn in enumerate(program.eqns):
         site = Site(eqn, index)
         operands = [env[v] for v in eqn.invars]
         inner = product_of(site)
@@ -161,7 +157,7 @@ def _quantized_backward(
         else:
             results = site.bind(operands)
         env |= dict(zip(eqn.outvars, results, strict=True))
-    return env[transposed.jaxpr.outvars[0]]
+    return env[program.outvars[0]]
 
 
 def _multiplied(
