@@ -1,6 +1,7 @@
 """A product with a quantized operand: what is folded, what is quantized, and what is refused."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,13 +17,14 @@ from unitscale_jax.quantization._ops import (
     emit,
     ends_of,
     on_grid,
+    shared,
     spread,
     symmetric,
 )
 from unitscale_jax.quantization._qtensor import QTensor, is_quantized, value_of
 from unitscale_jax.quantization._served import EXACT, Unquantizable, grouped, reach, varying
 from unitscale_jax.quantization._spec import DotSpec, QSpec
-from unitscale_jax.trace import Conv, Dot, Product
+from unitscale_jax.trace import Conv, DeviceSum, Dot, Product, varying_axes
 from unitscale_jax.typing import Key
 
 INT32 = 2**31
@@ -33,6 +35,7 @@ class Verdict:
     """How a product is computed, for `explain`; `kept` says why it is in floating point."""
 
     compute: str
+    across: bool = False  # the devices' integers are summed
     terms: int = 0
     bound: int = 0  # K Qx Qw
     kept: str = ""
@@ -46,6 +49,7 @@ def multiply(
     spec: DotSpec,
     key: Key | None = None,
     draws: Key | None = None,
+    across: DeviceSum | None = None,
 ) -> tuple[jax.Array, Verdict]:
     """The product of two operands, at least one of them quantized, by a spec.
 
@@ -56,6 +60,8 @@ def multiply(
         spec: How the other operand is quantized, and the form of the computation.
         key: Draws for a stochastic backward pass.
         draws: Draws for a float operand that is quantized stochastically.
+        across: The sum over devices that ends the product; they share scales then, and integers are
+            summed as integers, which the verdict says.
 
     Raises:
         Unquantizable: int32 cannot hold the sum.
@@ -72,9 +78,14 @@ def multiply(
         held = sides[1 - open_side]
         x = sides[open_side]
         how = spec.x if draws is None else replace(spec.x, rounding="stochastic")
+        learned = isinstance(held, Trained)
         sides[open_side] = activation(
-            product, open_side, x, how, held.x_range, draws, learned=isinstance(held, Trained)
+            product, open_side, x, how, held.x_range, draws, learned=learned, over=axes_of(across)
         )
+    if across is not None and _sums_codes(product, sides, spec, across):
+        # Sums of codes that are kept with a parameter are of all devices.
+        sides = [replace(t, colsum=None) for t in sides]
+        product = replace(product, across=across)
     verdict = _verdict(product, sides, spec)
     product = replace(product, note=_note(verdict, spec))
     if spec.g is not None:
@@ -91,21 +102,25 @@ def activation(
     key: Key | None = None,
     *,
     learned: bool = False,
+    over: Sequence[str] = (),
 ) -> QTensor:
-    """A float operand as codes; a scale for each row, or for what was calibrated or learned."""
+    """A float operand as codes; a scale for each row, or for what was calibrated or learned.
+
+    `over` are manual mesh axes that the rows are split over.
+    """
     axes = product.contracted(side)
     v = on_grid(jax.lax.stop_gradient(x))
     latent = x
     if x_range is not None:
         flat = [1] * x.ndim
         finite = jnp.all(jnp.isfinite(v), axis=axes, keepdims=True)
-        given = lambda b: jnp.where(finite, b.reshape(flat), np.float32(np.nan))
-        bounds, clips = (given(x_range[..., 0]), given(x_range[..., 1])), True
+        given = lambda b: shared(jnp.where(finite, b.reshape(flat), np.float32(np.nan)), over)
+        bounds, clips = (-given(-x_range[..., 0]), given(x_range[..., 1])), True
     elif spec.symmetric:
-        m = bounds_of(v, axes, spec)
+        m = bounds_of(v, axes, spec, over=over)
         bounds, clips = (None, m), spec.clips
     else:
-        bounds, clips = ends_of(v, axes, spec), spec.clips
+        bounds, clips = ends_of(v, axes, spec, over), spec.clips
     low, high = bounds
     if learned and low is not None and high is not None:
         step = jnp.maximum(-low, high) * np.float32(1 / spec.max_code)
@@ -193,13 +208,29 @@ def _settled(product: Product, side: int, t: Any) -> Any:
     return value_of(t)
 
 
+def axes_of(across: DeviceSum | None) -> tuple[str, ...]:
+    """The mesh axes of a sum over devices; of none there are none."""
+    return () if across is None else across.axes
+
+
+def _sums_codes(product: Product, sides: list[Any], spec: DotSpec, across: DeviceSum) -> bool:
+    """Whether devices can sum integers: one scale belongs to all that are summed."""
+    if spec.compute == "dequant" or not all(map(is_quantized, sides)):
+        return False
+    if not all(t.spec.w.is_integer for t in sides):
+        return False
+    own = any(varying_axes(t.scale) & set(across.axes) for t in sides)
+    return not own and not any(grouped(product, side, t) for side, t in enumerate(sides))
+
+
 def _verdict(product: Product, sides: list[Any], spec: DotSpec) -> Verdict:
     if not all(map(is_quantized, sides)):
-        return Verdict("float x codes", product.terms)
+        return Verdict("float x codes", terms=product.terms)
     if not sides[0].spec.w.is_integer:
-        return Verdict(spec.compute, product.terms)
+        return Verdict(spec.compute, terms=product.terms)
     tiles = [t.groups for side, t in enumerate(sides) if grouped(product, side, t)]
-    terms = product.terms // max(tiles, default=1)
+    devices = 1 if product.across is None else product.across.terms
+    terms = product.terms * devices // max(tiles, default=1)
     # With a zero point the correction is as large again, and their difference must fit too.
     largest = [reach(t) if t.spec.w.symmetric else t.spec.w.reach for t in sides]
     bound = terms * largest[0] * largest[1]
@@ -210,14 +241,14 @@ def _verdict(product: Product, sides: list[Any], spec: DotSpec) -> Verdict:
             f"not hold (the most is {most}). Use fewer bits, groups with free scales, or "
             'compute="dequant".'
         )
-    return Verdict(spec.compute, terms, bound)
+    return Verdict(spec.compute, product.across is not None, terms, bound)
 
 
 def _note(verdict: Verdict, spec: DotSpec) -> dict[str, Any]:
     """What `explain` shows of a product: how long its sums are, and how near to the bounds."""
     ends = lambda s: f"±{s.max_code:g}" if s.symmetric else f"[{-s.max_code - 1}, {s.max_code}]"
     note = {"codes": f"{'float' if spec.x is None else ends(spec.x)} x {ends(spec.w)}"}
-    note |= {"K": verdict.terms}
+    note |= {"K": verdict.terms} | ({"sum": "int32 over devices"} if verdict.across else {})
     if verdict.bound:
         exact = ", exact in float32" if verdict.bound <= EXACT else ""
         note |= {"bound": f"{verdict.bound / INT32:.2%} of int32{exact}"}

@@ -49,6 +49,7 @@ def straight_through(
 
     def bwd(kept: Any, g: jax.Array) -> tuple[Any, None, None]:
         parts, (extra, key), like = kept
+        g = g if product.across is None else product.across.transposed(g)
         open_product = replace(product, extra=extra)
         backward = lambda side: _backward(open_product, parts, side, g, spec, key, multiply)
         back = [None if c is None else backward(k).astype(c.dtype) for k, c in enumerate(like)]

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax.quantization._spec import QSpec
+from unitscale_jax.trace import varying_axes
 from unitscale_jax.typing import Key
 
 
@@ -114,7 +115,9 @@ def asymmetric(x: jax.Array, low: jax.Array, high: jax.Array, spec: QSpec) -> An
     return as_codes(codes, spec), scale, point.astype(jnp.int32)
 
 
-def integer_groups(x: jax.Array, tiles: jax.Array, axis: int, spec: QSpec) -> Any:
+def integer_groups(
+    x: jax.Array, tiles: jax.Array, axis: int, spec: QSpec, over: Sequence[str] = ()
+) -> Any:
     """Codes, a scale for each channel, and an int8 multiplier for each of its groups.
 
     s = m / (Q I),    i_t = clip(ceil(m_t / (Q s)), 1, I),    q = clip(rne(x / s / i_t), -Q, Q)
@@ -124,9 +127,10 @@ def integer_groups(x: jax.Array, tiles: jax.Array, axis: int, spec: QSpec) -> An
         tiles: Bounds of the groups, whose number is its size along `axis`.
         axis: The grouped axis.
         spec: Its group is `Group(.., scale="integer")`.
+        over: Manual mesh axes that the groups are split over.
     """
     q, most = spec.max_code, spec.most_multiplier
-    m = jnp.max(tiles, axis=axis, keepdims=True)
+    m = shared(jnp.max(tiles, axis=axis, keepdims=True), over)
     zero = m < threshold(q * most)
     scale = jnp.where(zero, 1.0, m * np.float32(1 / (q * most)))
     inverse = jnp.where(zero, 0.0, np.float32(q * most) / m)
@@ -151,20 +155,37 @@ def tiled(x: jax.Array, axis: int, count: int) -> jax.Array:
     return x.reshape(*x.shape[:axis], count, x.shape[axis] // count, *x.shape[axis + 1 :])
 
 
-def bounds_of(x: jax.Array, axes: Sequence[int], spec: QSpec, tiles: int = 1) -> jax.Array:
-    """The calibrator's bound of |x| over axes; with tiles, for each along the last of them."""
+def bounds_of(
+    x: jax.Array, axes: Sequence[int], spec: QSpec, tiles: int = 1, over: Sequence[str] = ()
+) -> jax.Array:
+    """The calibrator's bound of |x| over axes; with tiles, for each along the last of them.
+
+    `over` are manual mesh axes that the axes are split over: devices share the largest.
+    """
     axes = tuple(sorted(axes))
     if tiles == 1:
-        return _bound(x, axes, spec)
+        return shared(_bound(x, axes, spec), over)
     last = axes[-1]
     inner = tuple(a if a < last else a + 1 for a in axes)
     return _bound(tiled(x, last, tiles), inner, spec).squeeze(last + 1)
 
 
-def ends_of(x: jax.Array, axes: Sequence[int], spec: QSpec) -> tuple[jax.Array, jax.Array]:
-    """The calibrator's range of x over axes, zero included."""
+def ends_of(
+    x: jax.Array, axes: Sequence[int], spec: QSpec, over: Sequence[str] = ()
+) -> tuple[jax.Array, jax.Array]:
+    """The calibrator's range of x over axes, zero included; `over` as of `bounds_of`."""
     low, high = spec.calibrator.bounds(x, tuple(axes))
-    return _poisoned(low, x, axes, spec), _poisoned(high, x, axes, spec)
+    low, high = _poisoned(low, x, axes, spec), _poisoned(high, x, axes, spec)
+    return -shared(-low, over), shared(high, over)
+
+
+def shared(m: jax.Array, over: Sequence[str]) -> jax.Array:
+    """The largest bound of all devices of manual mesh axes; of a NaN, which pmax may lose, inf.
+
+    An infinite bound, too, has nothing but NaN for results.
+    """
+    axes = tuple(sorted(varying_axes(m) & set(over)))
+    return jax.lax.pmax(jnp.where(jnp.isnan(m), np.float32(np.inf), m), axes) if axes else m
 
 
 def _bound(x: jax.Array, axes: tuple[int, ...], spec: QSpec) -> jax.Array:

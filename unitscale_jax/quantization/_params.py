@@ -1,7 +1,7 @@
 """From parameters to codes, leaf by leaf."""
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -200,20 +200,23 @@ def _on_device(x: jax.Array, spec: DotSpec) -> QTensor:
     return encode(x, spec)
 
 
-def encode(x: jax.Array, spec: DotSpec) -> QTensor:
-    """One array as codes and scales; axes are given, and nothing is checked."""
+def encode(x: jax.Array, spec: DotSpec, over: Sequence[str] = ()) -> QTensor:
+    """One array as codes and scales; axes are given, and nothing is checked.
+
+    `over` are manual mesh axes that the axes are split over, so that devices share a scale.
+    """
     w = spec.w
     assert w.axes is not None
     axes = tuple(axis % x.ndim for axis in w.axes)
     v = on_grid(jax.lax.stop_gradient(x))
     made = functools.partial(QTensor, spec=spec, axes=w.axes, dtype=np.dtype(x.dtype))
     if not w.symmetric:
-        codes, scale, point = asymmetric(v, *ends_of(v, axes, w), w)
+        codes, scale, point = asymmetric(v, *ends_of(v, axes, w, over), w)
         return _summed(made(codes, scale, point))
     tiles = 1 if w.group is None else x.shape[max(axes)] // w.group.size
-    m = bounds_of(v, axes, w, tiles)
+    m = bounds_of(v, axes, w, tiles, over if w.group is None else ())
     if w.group is not None and w.group.scale == "integer":
-        codes, scale, multiplier = integer_groups(v, m, max(axes), w)
+        codes, scale, multiplier = integer_groups(v, m, max(axes), w, over)
         return _summed(made(codes, scale, multiplier=multiplier))
     return _summed(made(*symmetric(v, m, w)))
 
@@ -225,14 +228,18 @@ def _summed(t: QTensor) -> QTensor:
     return replace(t, colsum=sum_codes(t))
 
 
-def inside(x: jax.Array, t: QTensor) -> jax.Array:
-    """Where the values of the latent are within its range, and so receive gradients."""
+def inside(x: jax.Array, t: QTensor, over: Sequence[str] = ()) -> jax.Array:
+    """Where the values of the latent are within its range, and so receive gradients.
+
+    `over` as of `encode`.
+    """
     w = t.spec.w
     axes = tuple(axis % x.ndim for axis in t.axes)
     v = on_grid(x)
     if not w.symmetric:
-        low, high = ends_of(v, axes, w)
+        low, high = ends_of(v, axes, w, over)
         return (low <= v) & (v <= high)
-    m = bounds_of(v, axes, w, 1 if w.group is None else x.shape[axes[-1]] // w.group.size)
+    tiles = 1 if w.group is None else x.shape[axes[-1]] // w.group.size
+    m = bounds_of(v, axes, w, tiles, over if w.group is None else ())
     # |x| <= m, and never Q s: f32(127) s is below m for 4 % of all m.
     return jnp.abs(v) <= spread(m, x.shape)

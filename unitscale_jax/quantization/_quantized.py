@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from unitscale_jax import rules as named_rules, tree as trees
 from unitscale_jax.fwd_bwd import straight_through
 from unitscale_jax.quantization._cache import appended
-from unitscale_jax.quantization._contract import Verdict, activation, multiply
+from unitscale_jax.quantization._contract import Verdict, activation, axes_of, multiply
 from unitscale_jax.quantization._gradient import draw
 from unitscale_jax.quantization._lsq import Trained, entered
 from unitscale_jax.quantization._ops import emit
@@ -36,21 +36,25 @@ from unitscale_jax.quantization._params import (
 from unitscale_jax.quantization._qtensor import QTensor, integer_codes, is_quantized, value_of
 from unitscale_jax.quantization._roles import activation_products, resolved
 from unitscale_jax.quantization._served import Unquantizable
-from unitscale_jax.quantization._spec import DotSpec, QSpec
+from unitscale_jax.quantization._spec import DotSpec
 from unitscale_jax.quantization._views import logical, view
 from unitscale_jax.trace import (
     PRODUCTS,
+    DeviceSum,
     Place,
     Product,
     Rewriter,
     Site,
+    Use,
     addresses,
+    device_sums,
     noted,
     origins,
     product_of,
     provenance,
     stage,
     taking as notes_are_taken,
+    uses,
 )
 from unitscale_jax.typing import Key
 
@@ -117,13 +121,15 @@ def quantized(
         chosen = [] if rules is None else resolved(rules, staged, params, sources)
         _check_key([*chosen, *_learned_specs(params)], key)
         specs = {name: spec for name, spec in chosen if spec.w.axes != ACTIVATIONS}
+        sums = device_sums(staged.closed.jaxpr)
+        over = _split_over(uses(staged, known), sums) if sums and specs else {}
         operands = [
-            _entered(origin.holds, x, specs, stats)
+            _entered(origin.holds, x, specs, stats, over)
             for origin, x in zip(known, operands, strict=True)
         ]
         of_activations = [pair for pair in chosen if pair[1].w.axes == ACTIVATIONS]
         met = activation_products(staged, known) if of_activations else {}
-        replay = _Quantizer(_first_matches(of_activations, met), key)
+        replay = _Quantizer(_first_matches(of_activations, met), key, sums)
         replay.where = lambda site: _named(site, provenance(staged.closed.jaxpr, known))
         out = replay(staged.closed.jaxpr, staged.closed.consts, operands)
         if strict and replay.left:
@@ -147,8 +153,22 @@ def _check_key(rules: Sequence[tuple[Any, DotSpec]], key: Key | None) -> None:
             )
 
 
+def _split_over(
+    met: Mapping[str, Sequence[Use]], sums: Mapping[Place, DeviceSum]
+) -> dict[str, tuple[str, ...]]:
+    """By parameter the manual mesh axes that all of its products are summed over."""
+    axes = {
+        name: {axes_of(sums.get(use.site.place)) for use in found} for name, found in met.items()
+    }
+    return {name: next(iter(one)) for name, one in axes.items() if len(one) == 1}
+
+
 def _entered(
-    name: str | None, x: Any, specs: Mapping[str, DotSpec], stats: Mapping[str, Any] | None
+    name: str | None,
+    x: Any,
+    specs: Mapping[str, DotSpec],
+    stats: Mapping[str, Any] | None,
+    over: Mapping[str, tuple[str, ...]],
 ) -> Any:
     """A parameter as the function receives it: quantized, its float array beside it."""
     spec = specs.get(name) if name is not None else None
@@ -161,9 +181,9 @@ def _entered(
             check_range(name, range_of(stats, name))
         return x
     check_leaf(name, x, spec)
-    x = jnp.asarray(x)
-    t = replace(encode(x, spec), x_range=range_of(stats, name))
-    latent = jnp.where(inside(x, t), x, jax.lax.stop_gradient(x)) if spec.w.clips else x
+    x, axes = jnp.asarray(x), over.get(name, ())
+    t = replace(encode(x, spec, axes), x_range=range_of(stats, name))
+    latent = jnp.where(inside(x, t, axes), x, jax.lax.stop_gradient(x)) if spec.w.clips else x
     return replace(t, latent=latent)
 
 
@@ -199,20 +219,32 @@ class Left:
         return f"{self.what} ({self.why})"
 
 
+@dataclass(frozen=True)
+class Summed:
+    """The result of a product on its way to a sum over devices that was made in integers."""
+
+    total: Any
+
+
 class _Quantizer(Rewriter):
     """Replays a program on codes."""
 
     where: Callable[[Site], str]
 
-    def __init__(self, activations: Mapping[Place, DotSpec], key: Key | None) -> None:
+    def __init__(
+        self,
+        activations: Mapping[Place, DotSpec],
+        key: Key | None,
+        sums: Mapping[Place, DeviceSum],
+    ) -> None:
         super().__init__({}, self.evaluate)
-        self.activations, self.key = activations, key
+        self.activations, self.key, self.sums = activations, key, sums
         self.entered = {place[:k] for place in activations for k in range(1, len(place) + 1, 2)}
         self.left: list[Left] = []
         self.kept: dict[Place, list[bool]] = {}
 
     def touches(self, site: Site, operands: list[Any]) -> bool:
-        quantized = any(map(is_quantized, operands))
+        quantized = any(isinstance(x, QTensor | Summed) for x in operands)
         return quantized or site.place in self.entered or notes_are_taken()
 
     def _step(self, site: Site, operands: list[Any]) -> Sequence[Any]:
@@ -222,6 +254,8 @@ class _Quantizer(Rewriter):
 
     def evaluate(self, site: Site, operands: list[Any]) -> list[Any]:
         """Every equation without a body."""
+        if any(isinstance(x, Summed) for x in operands):
+            return [x.total for x in operands]
         product = product_of(site, operands[2:])
         if product is not None and self._multiplies(site, operands):
             return [self._product(product, operands)]
@@ -246,19 +280,20 @@ class _Quantizer(Rewriter):
     def _multiplies(self, site: Site, operands: list[Any]) -> bool:
         return any(map(is_quantized, operands[:2])) or site.place in self.activations
 
-    def _product(self, product: Product, operands: list[Any]) -> jax.Array:
+    def _product(self, product: Product, operands: list[Any]) -> Any:
         site, (left, right) = product.site, operands[:2]
-        spec = self.activations.get(site.place)
+        spec, across = self.activations.get(site.place), self.sums.get(site.place)
         if spec is not None and not is_quantized(right):
-            right = _as_weight(product, right, spec.w)
+            right = activation(product, 1, right, spec.w, over=axes_of(across))
         spec = spec or _spec_of(left, right)
         with noted(quantize=str(spec)):
             try:
-                out, verdict = multiply(product, left, right, spec, draw(self.key, site.place))
+                own = draw(self.key, site.place)
+                out, verdict = multiply(product, left, right, spec, own, across=across)
             except Unquantizable as error:
                 raise ValueError(f"{self.where(site)} {error}") from None
         self._judge(site, verdict)
-        return out
+        return Summed(out) if verdict.across else out
 
     def _judge(self, site: Site, verdict: Verdict) -> None:
         if verdict.kept:
@@ -333,11 +368,6 @@ def _partitioned(t: QTensor, spec: PartitionSpec) -> QTensor:
         return PartitionSpec(*(e if n > 1 else None for e, n in zip(entries, x.shape, strict=True)))
 
     return t.over(of)
-
-
-def _as_weight(product: Product, x: jax.Array, spec: QSpec) -> QTensor:
-    """The right of two activations, quantized over what it is contracted over."""
-    return activation(product, 1, x, spec)
 
 
 def _spec_of(left: Any, right: Any) -> DotSpec:

@@ -36,6 +36,8 @@ def served(product: Product, sides: list[Any], spec: DotSpec) -> jax.Array:
         return emit(_tile_by_tile(product, sides, side, spec), product.dtype)
     acc = _integer_product(product, sides, spec, [integer_codes(t) for t in sides])
     scale = product.placed(sides[0].scale, 0) * product.placed(sides[1].scale, 1)
+    if product.across is not None:  # in integers, which have the same sum in any order
+        acc, scale = product.across(acc), product.across.part(scale)
     return emit(acc.astype(jnp.float32) * scale, product.dtype)
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unitscale_jax.trace._device_sums import DeviceSum
 from unitscale_jax.trace._notes import noted
 from unitscale_jax.trace._walk import Site
 
@@ -28,6 +29,7 @@ class Product(abc.ABC):
     site: Site
     extra: tuple[Any, ...] = ()  # operands after the two: the group sizes of a ragged dot
     note: dict[str, Any] = field(default_factory=dict)  # for `explain`, at the product itself
+    across: DeviceSum | None = None  # the sum over devices that the caller makes part of it
 
     @abc.abstractmethod
     def contracted(self, side: int) -> tuple[int, ...]:
