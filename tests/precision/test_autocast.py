@@ -55,14 +55,14 @@ def is_float(dtype):
 # Laws over the zoo.
 
 
-@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize("name", zoo.EACH)
 def test_float32_is_the_identity(name):
     model = zoo.model(name)
     args = model.params, *model.inputs
     assert source(autocast(model.apply, "float32"), *args) == source(model.apply, *args)
 
 
-@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize("name", zoo.EACH)
 def test_twice_is_once(name):
     model = zoo.model(name)
     once = autocast(model.apply)
@@ -71,7 +71,7 @@ def test_twice_is_once(name):
 
 
 @pytest.mark.parametrize("compute", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize("name", zoo.EACH)
 def test_results_have_the_shapes_and_dtypes_they_had(name, compute):
     model = zoo.model(name)
     args = model.params, *model.inputs
@@ -81,7 +81,7 @@ def test_results_have_the_shapes_and_dtypes_they_had(name, compute):
 
 
 @pytest.mark.parametrize("compute", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize("name", zoo.EACH)
 def test_products_are_in_the_compute_dtype_and_what_is_unsafe_in_float32(name, compute):
     model = zoo.model(name)
     found = sites_of(autocast(model.apply, compute), model.params, *model.inputs)

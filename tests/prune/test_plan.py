@@ -62,7 +62,7 @@ def shaped(params, plan):
     return us.tree.map_named(leaf, params)
 
 
-@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize("name", zoo.EACH)
 def test_prices_are_those_of_the_compact_model(name):
     """Parameters and bytes exactly; operations within 1 %, as the equations are counted."""
     model = zoo.model(name)

@@ -286,7 +286,7 @@ def test_quantize_without_axes_is_an_error_that_names_resolve():
             us.quantize({"a": {"w": normal(D, K)}}, {"**": spec})
 
 
-@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize("name", zoo.EACH)
 def test_no_scale_crosses_a_sum_of_a_model_by_the_axes_found(name):
     model = zoo.model(name)
     rules = named_by_use(name)

@@ -13,7 +13,7 @@ import pytest
 import unitscale_jax as us
 from tests.support import zoo
 
-EVERY = pytest.mark.parametrize("name", zoo.NAMES)
+EVERY = pytest.mark.parametrize("name", zoo.EACH)
 DIFFERENTIABLE = pytest.mark.parametrize("name", zoo.named(having=("differentiable",)))
 
 # What the library promises to handle: some model has all the tags of each row.

@@ -428,7 +428,7 @@ def test_a_model_costs_what_the_compiler_counts_but_for_constants_it_folds(name)
         assert found[1] == expected[1]
 
 
-@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize("name", zoo.EACH)
 def test_every_operation_of_the_zoo_is_known(name):
     model = zoo.model(name)
     fn = jax.grad(model.loss) if model.differentiable else model.apply

@@ -411,7 +411,7 @@ def test_every_factor_of_a_parameter_is_in_a_group_or_refused_for_a_reason():
             assert where == {k for k, n in enumerate(leaf.shape) if n > 1}, path
 
 
-@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize("name", zoo.EACH)
 def test_axes_have_the_sizes_of_what_they_are_axes_of(name):
     """At every equation of every model, in calls, branches and loops as well."""
     model = zoo.model(name)

@@ -189,7 +189,7 @@ def test_linen_and_nnx_name_the_same_products(what):
     assert len(linen) > 1 and linen == nnx
 
 
-@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize("name", zoo.EACH)
 def test_every_product_is_of_a_parameter_of_the_model_or_of_activations(name):
     closed, names, found = origins_of(zoo.model(name))
     called = set()

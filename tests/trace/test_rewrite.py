@@ -76,7 +76,7 @@ def assert_same_program(fn, again, args):
     assert costs(other) == costs(one)
 
 
-@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize("name", zoo.EACH)
 def test_the_identity_is_equal_to_the_bit_and_costs_the_same(name):
     model = zoo.model(name)
     assert_same_program(model.apply, replayed(model.apply), (model.params, *model.inputs))

@@ -1,18 +1,21 @@
 """The law zoo: small models on which every op-level transform runs its laws.
 
-    @pytest.mark.parametrize("name", zoo.NAMES)
+    @pytest.mark.parametrize("name", zoo.EACH)
     def test_identity(name):
         model = zoo.model(name)
         out = transformed(model.apply)(model.params, *model.inputs)
 
 `zoo.named(having=("attention",), without=("scan",))` picks by what the models are made of, and
-`zoo.COVER` are a few that have all of it among them, for laws that take seconds to check. Linen,
+`zoo.COVER` are a few that have all of it among them, for laws that take seconds to check; of
+`zoo.EACH`, which are all, the others are slow, so that `-m "not slow"` leaves the few. Linen,
 NNX and plain JAX build the same kinds of layers, so what names parameters is seen with all three
 ways of naming; reading the models is also the quickest way to see what the library supports.
 """
 
 import functools
 import os
+
+import pytest
 
 from tests.support.zoo import _linen, _nnx, _plain
 from tests.support.zoo._model import Model
@@ -75,9 +78,11 @@ def _covering(names: list[str]) -> list[str]:
 NAMES = named()
 # For laws that take seconds a model; WHOLE_ZOO=1 runs them on all.
 COVER = NAMES if os.environ.get("WHOLE_ZOO") else _covering(NAMES)
+# For laws that are cheaper.
+EACH = [n if n in COVER else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
 
 # Parameters without effect: what is added to all keys moves all scores of a query alike, which
 # softmax does not see. With rotary embedding it would not be so.
 INERT = r"(^|/)(attention|self|cross)/key/bias$"
 
-__all__ = ["COVER", "INERT", "NAMES", "Model", "build", "model", "named", "tags_of"]
+__all__ = ["COVER", "EACH", "INERT", "NAMES", "Model", "build", "model", "named", "tags_of"]
