@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from unitscale_jax.trace import varying, varying_axes, zeros
+from unitscale_jax.typing import Array
 
 
 def blank(aval: Any, axis: str, slots: int | None = None) -> jax.Array:
@@ -16,7 +17,7 @@ def blank(aval: Any, axis: str, slots: int | None = None) -> jax.Array:
     return varying(zeros((*lead, *aval.shape), aval.dtype, like=aval), [axis])
 
 
-def stored(buffer: Any, slot: jax.Array, value: Any, where: jax.Array) -> Any:
+def stored(buffer: Any, slot: Array, value: Any, where: Array) -> Any:
     """A buffer with `value` in a slot, or as it was."""
 
     def put(b: jax.Array, v: jax.Array) -> jax.Array:
@@ -26,7 +27,7 @@ def stored(buffer: Any, slot: jax.Array, value: Any, where: jax.Array) -> Any:
     return jax.tree.map(put, buffer, value)
 
 
-def taken(buffer: Any, slot: jax.Array) -> Any:
+def taken(buffer: Any, slot: Array) -> Any:
     """What is in a slot."""
     return jax.tree.map(lambda b: lax.dynamic_index_in_dim(b, slot, keepdims=False), buffer)
 
@@ -41,7 +42,7 @@ def added_at(total: Any, slot: Any, more: Any) -> Any:
     return jax.tree.map(lambda t, m: t.at[slot].add(m.astype(t.dtype)), total, more)
 
 
-def select(skip: bool, where: jax.Array, do: Callable[[], Any], idle: Callable[[], Any]) -> Any:
+def select(skip: bool, where: Array, do: Callable[[], Any], idle: Callable[[], Any]) -> Any:
     """What `do` returns where a condition holds, else what `idle` does, which says the types.
 
     Args:

@@ -1,5 +1,6 @@
 """A model in pieces: what goes before the layers, one layer, what comes after, and the loss."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -48,12 +49,15 @@ class Model:
         given = _given(state, _folded(part.key, 1 + layers))
         return self.head(rest, x, part.batch, **given)
 
-    def whole(self, stages: Stages, rest: Params, part: Part, state: State) -> Any:
-        """The loss without a pipeline: one chunk that holds all layers."""
+    def outputs(self, stages: Stages, rest: Params, part: Part, state: State) -> Any:
+        """What the model returns, without a pipeline: one chunk holds all layers."""
         flat = jax.tree.map(lambda w: jnp.reshape(w, (-1, *jnp.shape(w)[3:])), stages.layers)
         x = self.chunk(flat, self.enter(rest, part, state), part, state, 0)
-        out = self.leave(rest, x, part, state, len(jax.tree.leaves(flat)[0]))
-        return self.value(out, part, state)
+        return self.leave(rest, x, part, state, math.prod(stages.shape))
+
+    def whole(self, stages: Stages, rest: Params, part: Part, state: State) -> Any:
+        """The loss without a pipeline."""
+        return self.value(self.outputs(stages, rest, part, state), part, state)
 
     def value(self, out: Any, part: Part, state: State) -> Any:
         """The terms of the loss."""
@@ -70,7 +74,8 @@ class Model:
 
         def loss(params: Any, batch: Any, *, state: State = None, key: Key | None = None) -> Any:
             part = Part(batch, key, None)
-            return self.value(self.leave(*params, part, state, layers), part, state)
+            rest, x = params
+            return self.value(self.leave(rest, x, part, state, layers), part, state)
 
         return loss
 
@@ -88,7 +93,9 @@ class Model:
         keyed = lambda w, x, part: self.layer(
             w, x, part.batch, **_given(state, _folded(part.key, 1))
         )
-        y = jax.eval_shape(keyed, one, x, part)
+        # From real arrays: JAX takes no abstract ones that differ over manual axes.
+        both = lambda rest, w, part: keyed(w, self.enter(rest, part, state), part)
+        y = jax.eval_shape(both, rest, one, part)
         _check_alike(x, y)
 
 

@@ -7,11 +7,12 @@ time, so buffers are as long as the schedule's own bound, and no longer.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from unitscale_jax.parallel._schedule import Job, Pass, Schedule, Tick
+from unitscale_jax.typing import Array
 
 
 class Orders(NamedTuple):
@@ -31,17 +32,17 @@ class Orders(NamedTuple):
         into: In which slot that waits.
     """
 
-    run: np.ndarray
-    part: np.ndarray
-    repeat: np.ndarray
-    chunk: np.ndarray
-    first: np.ndarray
-    last: np.ndarray
-    source: np.ndarray
-    cotangent: np.ndarray
-    kept: np.ndarray
-    arrives: np.ndarray
-    into: np.ndarray
+    run: Array
+    part: Array
+    repeat: Array
+    chunk: Array
+    first: Array
+    last: Array
+    source: Array
+    cotangent: Array
+    kept: Array
+    arrives: Array
+    into: Array
 
 
 @dataclass(frozen=True)
@@ -139,9 +140,9 @@ class _Jobs:
         but: Callable[[int, Job], bool] = _never,
     ) -> Orders:
         make = lambda dtype: np.zeros((self.ticks, self.size), dtype)
-        orders = Orders(*[make(bool if name in _FLAGS else np.int32) for name in Orders._fields])
+        columns = {name: make(bool if name in _FLAGS else np.int32) for name in Orders._fields}
         for (s, job), t in self.when[which].items():
-            self._arrive(orders, which, s, job, cotangents if which == "B" else sources)
+            self._arrive(columns, which, s, job, cotangents if which == "B" else sources)
             if but(s, job):
                 continue
             row = {
@@ -156,14 +157,14 @@ class _Jobs:
                 "kept": kept.get((s, job), 0),
             }
             for name, value in row.items():
-                getattr(orders, name)[t, s] = value
-        return orders
+                columns[name][t, s] = value
+        return Orders(**columns)
 
-    def _arrive(self, orders: Orders, which: Pass, s: int, job: Job, slots: _Slots) -> None:
+    def _arrive(self, columns: Any, which: Pass, s: int, job: Job, slots: _Slots) -> None:
         sent = not (self.is_first(s, job) if which == "F" else self.is_last(s, job))
         if sent:
             t = self.arrival(s, job) if which == "F" else self.cotangent_arrival(s, job)
-            orders.arrives[t, s], orders.into[t, s] = True, slots[s, job]
+            columns["arrives"][t, s], columns["into"][t, s] = True, slots[s, job]
 
 
 _FLAGS = ("run", "first", "last", "arrives")
@@ -186,7 +187,7 @@ def _length(slots: _Slots) -> int:
 
 def _loops(forward: Orders, back: Orders) -> list[tuple[Orders | None, Orders | None]]:
     """One loop if some tick has both passes, else one for each, of the ticks that have any."""
-    busy = [(o.run | o.arrives).any(axis=1) for o in (forward, back)]
+    busy = [np.any(o.run | o.arrives, axis=1) for o in (forward, back)]
     if (busy[0] & busy[1]).any():
         return [(forward if busy[0].any() else None, back)]
     cut = lambda orders, ticks: Orders(*[x[ticks] for x in orders])

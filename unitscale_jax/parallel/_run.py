@@ -22,15 +22,17 @@ from unitscale_jax.loss import (
     row_count,
     scalar_terms,
     split,
+    value_and_grad,
     weight_slice,
 )
+from unitscale_jax.parallel import _buffers
 from unitscale_jax.parallel._context import axis_size
 from unitscale_jax.parallel._model import Model
 from unitscale_jax.parallel._orders import Plan, serving, training
 from unitscale_jax.parallel._schedule import Name, Schedule
 from unitscale_jax.parallel._stages import Stages, taken_apart
 from unitscale_jax.parallel._ticks import Given, Stage
-from unitscale_jax.trace import sliced, trace
+from unitscale_jax.trace import agree, sliced, trace, zeros
 from unitscale_jax.typing import Batch, Key, Params, State
 
 
@@ -66,6 +68,8 @@ class Run:
         self.model.check(stages, rest, first_of(parts), state)
         if denominators is None:
             denominators = _weights(self._whole, params, parts, state)
+        if schedule.stages == 1:
+            return self._alone(params, parts, state, denominators, scale)
         plan = training(schedule, stash=self.stash)
         given = Given(rest, parts, state, denominators, jnp.asarray(scale))
 
@@ -81,12 +85,14 @@ class Run:
         self, params: Params, inputs: Batch, *, state: State = None, key: Key | None = None
     ) -> Any:
         """The outputs of `head`, a row for each row."""
+        if self._size() == 1:
+            stages, rest, _ = taken_apart(params)
+            part = Part(inputs, keys_of_rows(key, row_count(inputs)), None)
+            return self.model.outputs(stages, rest, part, state)
         outputs = self._outputs(self.model.leave, params, inputs, state, key)
         return gather_rows(outputs, row_count(inputs))
 
-    def loss(
-        self, params: Params, batch: Batch, *, state: State = None, key: Key | None = None
-    ) -> dict[str, Any]:
+    def loss(self, params: Params, batch: Batch, /, **state_and_key: Any) -> dict[str, Any]:
         """The terms of the loss, per row where it returns them per row.
 
         What does not depend on parameters, weights above all, is computed beside the pipeline, so
@@ -97,10 +103,13 @@ class Run:
             terms = self.model.value(self.model.leave(*args), *args[2:4])
             return {n: m.total if _is_mean(m) else m for n, m in _named(terms).items()}
 
-        self._check_rows(params, batch, state, key, self._parts_of(batch))
-        found = self._outputs(totals, params, batch, state, key)
         rows = row_count(batch)
+        state, key = state_and_key.get("state"), state_and_key.get("key")
         args = (params, batch, state, keys_of_rows(key, rows))
+        if self._size() == 1:
+            return self._named_whole(*args)
+        self._check_rows(*args, self._parts_of(batch))
+        found = self._outputs(totals, *args)
         outlines = jax.eval_shape(self._named_whole, *args)
         fixed = trace(lambda *args: _beside(self._named_whole(*args)), *args)
         values = sliced(fixed, [True] * fixed.outputs.num_leaves)(*args)
@@ -109,6 +118,30 @@ class Run:
         return {n: joined(n, m) for n, m in outlines.items()}
 
     # --------------------------------------------------------------------------------- pieces
+
+    def _alone(
+        self, params: Params, parts: Part, state: State, denominators: Denominators, scale: Any
+    ) -> tuple[Terms, Any, Params]:
+        """The gradient where one device holds all layers: part by part, and no pipeline."""
+        grad_fn = value_and_grad(self._whole)
+
+        def of_part(part: Part) -> tuple[Terms, Params]:
+            options = {"denominators": denominators, "scale": scale, "valid": part.valid}
+            terms, _, grads = grad_fn(params, part.batch, state=state, key=part.key, **options)
+            return terms, grads
+
+        def add(sums: Any, part: Part) -> tuple[Any, Any]:
+            terms, grads = of_part(part)
+            after = _buffers.added(
+                sums, ({n: (m.total, m.weight) for n, m in terms.items()}, grads)
+            )
+            return agree(after, sums), {n: m.coef for n, m in terms.items()}
+
+        terms, grads = jax.eval_shape(of_part, first_of(parts))
+        sums = ({n: (m.total, m.weight) for n, m in terms.items()}, grads)
+        start = jax.tree.map(lambda x: zeros(x.shape, x.dtype, like=x), sums)
+        (sums, grads), coefs = lax.scan(add, start, parts)
+        return {n: _mean(sums[n], coef[-1]) for n, coef in coefs.items()}, None, grads
 
     def _outputs(
         self, finish: Callable[..., Any], params: Params, batch: Batch, state: State, key: Any
@@ -157,7 +190,7 @@ class Run:
 
     def _schedule(self, name: Name, stages: Stages, parts: int) -> Schedule:
         repeats, count, _ = stages.shape
-        size = axis_size(self.axis, "pipelined")
+        size = self._size()
         if count != size:
             raise ValueError(
                 f"the layers are stacked for {count} stages, and the mesh axis {self.axis!r} has "
@@ -165,6 +198,9 @@ class Run:
                 f"us.parallel.stack(us.parallel.unstack(params), pattern, stages={size})."
             )
         return Schedule(name, size, parts, repeats)
+
+    def _size(self) -> int:
+        return axis_size(self.axis, "pipelined")
 
     def _parts_of(self, batch: Batch) -> int:
         """In how many parts a forward pass takes a batch, which may be smaller than in training."""
@@ -175,10 +211,9 @@ class Run:
         stages, rest, _ = taken_apart(params)
         return _named(self.model.whole(stages, rest, Part(batch, key, None), state))
 
-    def _whole(
-        self, params: Params, batch: Batch, *, state: State = None, key: Key | None = None
-    ) -> Any:
-        return self._named_whole(params, batch, state, key)
+    def _whole(self, params: Params, batch: Batch, /, **state_and_key: Any) -> Any:
+        get = state_and_key.get
+        return self._named_whole(params, batch, get("state"), get("key"))
 
     def _check_rows(
         self, params: Params, batch: Batch, state: State, key: Key | None, parts: int
@@ -212,6 +247,10 @@ def _added_up(tree: Any, axis: str) -> Any:
         return lax.psum(x.astype(jnp.uint8), axis) != 0 if x.dtype == bool else lax.psum(x, axis)
 
     return jax.tree.map(add, tree)
+
+
+def _mean(sums: tuple[jax.Array, jax.Array], coef: jax.Array) -> Mean:
+    return Mean(sums[0], sums[1], coef)
 
 
 def _is_mean(node: Any) -> bool:

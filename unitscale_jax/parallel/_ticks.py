@@ -177,7 +177,7 @@ class Stage:
         def run() -> Any:
             part, w = self._part(job.part), self._weights(job)
             enter = lambda rest: self._entered(part, rest)
-            x = enter(self.given.rest) if self._alone else taken(carry.sources, job.source)
+            x = taken(carry.sources, job.source)
             y, pull = self._again(carry.kept, w, x, part, job)
             terms, rest, dy = self._when(job.last, lambda: self._turned(carry, y, part), arrived)
             dw, dx = pull(dy)
@@ -279,10 +279,6 @@ class Stage:
     def _count(self) -> int:
         """How many layers the model has."""
         return self._repeats * self.stages * jax.tree.leaves(self.layers)[0].shape[1]
-
-    @property
-    def _alone(self) -> bool:
-        return self._repeats * self.stages == 1
 
     @property
     def _over(self) -> list[str]:
