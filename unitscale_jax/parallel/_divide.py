@@ -65,10 +65,10 @@ class Graph:
                     found.setdefault((path, factor), set()).add(role)
 
         for product in self.meets.products:
-            if product.kernel is not None:
-                add(product.kernels, product.sides[product.kernel].free, "column")
-                add(product.kernels, product.contracted, "row")
-                add(product.kernels, product.shared, "batch")
+            for side in product.kernels:
+                add(side.params, side.free, "column")
+                add(side.params, product.contracted, "row")
+                add(side.params, product.shared, "batch")
         for lookup in self.meets.lookups:
             add(lookup.tables, lookup.rows, "rows")
             add(lookup.tables, lookup.whole, "column")
@@ -97,15 +97,23 @@ class Graph:
 
     @functools.cached_property
     def heads(self) -> Factors:
-        """Dimensions along which activations meet one by one: the heads of attention."""
-        pairs = [p for p in self.meets.products if p.kernel is None and p.contracted]
-        shared = frozenset().union(*(product.shared for product in pairs))
-        return frozenset(f for f in shared if f in self.members and f.marks <= HARMLESS)
+        """Dimensions along which activations meet one by one: the heads of attention.
+
+        Queries and keys have them both, or the queries alone if there is one head of keys.
+        """
+        found: set[Factor] = set()
+        for product in self.meets.products:
+            summed = product.contracted & self.members.keys()
+            if not product.kernels and any("batch" not in self.roles_of(f) for f in summed):
+                left, right = product.sides
+                own = lambda factors: factors & self.members.keys()
+                found |= own(product.shared) or own(left.free | right.free)
+        return frozenset(f for f in found if f.marks <= HARMLESS) - self.meets.streams
 
     @functools.cached_property
     def met(self) -> Factors:
         """Dimensions that a product of two activations sums over."""
-        pairs = [p.contracted for p in self.meets.products if p.kernel is None]
+        pairs = [p.contracted for p in self.meets.products if not p.kernels]
         return frozenset().union(*pairs)
 
     @functools.cached_property
@@ -121,7 +129,8 @@ def divided(graph: Graph, n: int, axis: str) -> tuple[list[Factor], dict[Factor,
     left = [factor for factor in graph.members if factor not in against]
     chosen: list[Factor] = []
     taken: dict[str, Factor] = {}
-    for factor in sorted(left, key=graph.nbytes, reverse=True):
+    first = lambda factor: (_is_vocabulary(graph, factor), graph.nbytes(factor))
+    for factor in sorted(left, key=first, reverse=True):
         paths = [member.path for member in graph.members[factor]]
         other = next((path for path in paths if path in taken), None)
         if other is None:
@@ -145,9 +154,8 @@ def _against(graph: Graph, factor: Factor, n: int, axis: str) -> str | None:
 
 def _is_vocabulary(graph: Graph, factor: Factor) -> bool:
     roles = graph.roles_of(factor)
-    return factor.size == graph.vocabulary and (
-        "rows" in roles or ("column" in roles and "output" in factor.marks)
-    )
+    logits = "column" in roles and "row" not in roles
+    return factor.size == graph.vocabulary and ("rows" in roles or logits)
 
 
 # ------------------------------------------------------------------------------- the questions

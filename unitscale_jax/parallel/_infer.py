@@ -150,7 +150,8 @@ def _placed(
 def _sums(graph: Graph, chosen: Factors) -> Iterator[Sum]:
     """A result that sums over what is divided, and a gradient that does."""
     for product in graph.meets.products:
-        site, what = product.site, ", ".join(sorted(product.kernels)) or "two activations"
+        names = sorted({name for side in product.kernels for name in side.params})
+        site, what = product.site, ", ".join(names) or "two activations"
         if product.contracted & chosen:
             yield _sum("forward", what, site, site.result_shapes[0])
         for side, other in (product.sides, product.sides[::-1]):

@@ -9,7 +9,7 @@ with the parameters (moments, masks, codes and their scales) is laid out as they
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -108,7 +108,7 @@ class Layout:
 
         Args:
             tree: A pytree of arrays, or of anything that has a shape. A leaf belongs to the
-                parameter whose name its own ends with ("0/mu/mlp/kernel").
+                parameter whose name is in its own: "0/mu/mlp/kernel", "bits/mlp/kernel/data".
 
         Returns:
             A tree of its structure. A leaf of the parameter's shape has the parameter's spec; one
@@ -191,9 +191,7 @@ class Layout:
 
     def _beside(self, name: str, leaf: Any) -> Any:
         """The spec of a leaf that goes with a parameter; of all arrays of a compound."""
-        words = name.split("/")
-        ends = ("/".join(words[k:]) for k in range(len(words) + 1))
-        owner = next((end for end in ends if end in self.by_name), None)
+        owner = next((part for part in _parts(name) if part in self.by_name), None)
         if owner is None:
             return jax.tree.map(lambda _: WHOLE, leaf)
         spec, shape = self.by_name[owner], np.shape(self._leaves[owner])
@@ -239,6 +237,14 @@ def _put(x: Any, sharding: NamedSharding) -> Any:
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     host = np.asarray(x)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def _parts(name: str) -> Iterator[str]:
+    """Runs of words of a name, the longest first, of equally long ones the last first."""
+    words = name.split("/")
+    for length in range(len(words), -1, -1):
+        for start in range(len(words) - length, -1, -1):
+            yield "/".join(words[start : start + length])
 
 
 def _follow(spec: P, shape: tuple[int, ...], own: tuple[int, ...], sizes: Mapping[str, int]) -> P:

@@ -47,7 +47,7 @@ class Product:
     Attributes:
         site: Where.
         sides: Its two operands.
-        kernel: The side of parameters; None where two activations are multiplied.
+        kernels: Those that are made of parameters; none where two activations are multiplied.
         contracted: The dimensions it sums over.
         shared: Those that both sides have, and the result.
         active: Whether an input reaches it.
@@ -55,15 +55,10 @@ class Product:
 
     site: Site
     sides: tuple[Side, Side]
-    kernel: int | None
+    kernels: tuple[Side, ...]
     contracted: Factors
     shared: Factors
     active: bool
-
-    @property
-    def kernels(self) -> frozenset[str]:
-        """The parameters on the side of parameters, if there is one."""
-        return NONE if self.kernel is None else self.sides[self.kernel].params
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,17 +193,18 @@ class _Walk(Flow[Seen]):
     ) -> tuple[Seen, list[Pairs]]:
         contracted, shared, kept = _sides(site, ins)
         levels, active = [x.level for x in inputs], any(x.active for x in inputs)
-        kernel = None if levels[0] == levels[1] and active else levels.index(min(levels))
         left, right = (
             Side(shape, x.params, stay - shared)
             for shape, x, stay in zip(site.shapes, inputs, kept, strict=True)
         )
-        self.products.append(Product(site, (left, right), kernel, contracted, shared, active))
+        nearest = [s for s, n in zip((left, right), levels, strict=True) if n == min(levels)]
+        kernels = () if active and len(nearest) == 2 else tuple(nearest)
+        self.products.append(Product(site, (left, right), kernels, contracted, shared, active))
         gone = {
             pair
             for x, pairs in zip(inputs, on, strict=True)
             for pair in pairs
-            if x.active and pair[0] in contracted
+            if (x.active or not active) and pair[0] in contracted
         }
         stays = [
             frozenset(pair for pair in pairs if pair[0] in stay)
