@@ -21,7 +21,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import unitscale_jax as us
 from tests.support import runs
-from unitscale_jax.checkpoint import Checkpoints, _files
+from unitscale_jax.checkpoint import Checkpoints, _files, _shards
 
 NARROW = ["bool", "int2", "uint2", "int4", "uint4", "float4_e2m1fn"]  # stored a byte per number
 DTYPES = [
@@ -240,6 +240,39 @@ def test_each_number_is_stored_once_however_often_devices_hold_it(checkpoints):
     checkpoints.save(0, [cut(PartitionSpec()), cut(PartitionSpec("tp"))])
     arrays = checkpoints.directory / "step_00000000" / "arrays"
     assert sum(file.stat().st_size for file in arrays.iterdir()) == 2 * 4 * 64 * 64
+
+
+def test_each_part_is_read_once_however_many_devices_are_given_it(checkpoints, monkeypatch):
+    cut = lambda *spec: jax.device_put(
+        jnp.ones((64, 64)), NamedSharding(mesh_of((4, 2)), PartitionSpec(*spec))
+    )
+    tree = {"whole": cut(), "rows": cut("tp"), "both": cut("tp", "dp")}
+    checkpoints.save(0, tree)
+    read, asked = _shards.read, []
+
+    def counted(folder, shards, dtype, shape, index=None):
+        out = read(folder, shards, dtype, shape, index)
+        asked.append(out.nbytes)
+        return out
+
+    monkeypatch.setattr(_shards, "read", counted)
+    assert_restores(checkpoints, tree, 0, tree)
+    size = 4 * 64 * 64
+    assert sorted(asked) == [*[size // 8] * 8, size // 2, size // 2, size]
+
+
+def test_a_part_that_no_process_has_is_an_error_and_the_previous_one_stays(
+    checkpoints, monkeypatch
+):
+    sharding = NamedSharding(mesh_of((4, 2)), PartitionSpec("dp"))
+    tree = {"mlp": {"bias": jax.device_put(jnp.arange(8.0), sharding), "gain": jnp.ones(2)}}
+    checkpoints.save(0, tree)
+    own = _shards._own
+    monkeypatch.setattr(_shards, "_own", lambda array: [*own(array)][:3])
+    with pytest.raises(ValueError, match="mlp/bias has parts that no process gave"):
+        checkpoints.save(1, tree)
+    assert checkpoints.steps() == [0]
+    assert_restores(checkpoints, tree, 0, tree)
 
 
 def test_a_restored_array_does_not_hang_on_the_file(checkpoints):
