@@ -4,21 +4,25 @@
     python examples/charlm.py --resume              continues where it was stopped or killed
     python examples/charlm.py --resume --prompt "class "
     python examples/charlm.py --data FOLDER --out runs/mine
+    python examples/charlm.py --mesh data=2,tensor=2,pipe=2 --layers 4
 
 The model is plain Flax NNX. From the library come mixed precision (`autocast`), training on 8-bit
 integers and serving from them (`quantized`, `quantize`), exact accumulation of micro-batches
-(`accumulated`), a loss scale for float16 (`loss_scaled`) and checkpoints from which a killed run
-continues bit for bit. Its score, in bits per byte of files it never saw, stands beside those of
-byte n-grams and of xz on the same files.
+(`accumulated`), a loss scale for float16 (`loss_scaled`), checkpoints from which a killed run
+continues bit for bit, and with `--mesh` data, tensor and pipeline parallelism (`parallel`). Its
+score, in bits per byte of files it never saw, stands beside those of byte n-grams and of xz on the
+same files.
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import sys
 import time
@@ -62,13 +66,13 @@ FIXED = ("data", "steps", "rows", "length", "parts", "width", "layers", "heads",
 FIXED += ("quantize", "seed")
 
 # Kernels of the blocks; tables and head keep their precision, as is usual.
-_KERNELS = "blocks/**/kernel"
 _INT4 = us.QSpec(format="int4", group=us.Group(32, scale="integer"))
 QUANTIZE = {
     "none": [],
-    "int8": [(_KERNELS, us.DotSpec(w=us.QSpec(), x=us.QSpec()))],
-    "int4": [(_KERNELS, us.DotSpec(w=_INT4, x=us.QSpec()))],
+    "int8": [("**/kernel", us.DotSpec(w=us.QSpec(), x=us.QSpec()))],
+    "int4": [("**/kernel", us.DotSpec(w=_INT4, x=us.QSpec()))],
 }
+MESH = {"data": 1, "tensor": 1, "pipe": 1}  # rows, heads and channels, layers
 
 
 # --- the model ----------------------------------------------------------------------------------
@@ -122,53 +126,78 @@ class GPT(nnx.Module):
         self.head = nnx.Linear(width, VOCABULARY, use_bias=False, kernel_init=flat, rngs=rngs)
 
     def __call__(self, text):
-        # A byte and those just before it, each place with a table of its own: what an n-gram sees
-        # is there from the first step, and need not be found by attention. Zeros precede a text.
-        back = [jnp.pad(text, ((0, 0), (i, 0)))[:, : text.shape[1]] for i in range(RECENT)]
-        x = self.places[: text.shape[1]]
-        for i, bytes_before in enumerate(back):
-            x = x + self.recent[VOCABULARY * i + bytes_before]
+        x = embed(self.recent, self.places, text)
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))
 
 
+def embed(recent, places, text):
+    """(rows, time) to (rows, time, width).
+
+    A byte and those just before it, each place with a table of its own: what an n-gram sees is
+    there from the first step, and need not be found by attention. Zeros precede a text.
+    """
+    back = [jnp.pad(text, ((0, 0), (i, 0)))[:, : text.shape[1]] for i in range(RECENT)]
+    x = places[: text.shape[1]]
+    for i, bytes_before in enumerate(back):
+        x = x + recent[VOCABULARY * i + bytes_before]
+    return x
+
+
+def make_model(settings: argparse.Namespace) -> GPT:
+    size = dict(width=settings.width, layers=settings.layers, heads=settings.heads)
+    return GPT(**size, length=settings.length, rngs=nnx.Rngs(settings.seed))
+
+
 def build(settings: argparse.Namespace):
     """The model as a pure function in the dtypes of `settings.policy`, and its parameters."""
-    model = GPT(
-        width=settings.width,
-        layers=settings.layers,
-        heads=settings.heads,
-        length=settings.length,
-        rngs=nnx.Rngs(settings.seed),
-    )
-    apply, params, _ = us.from_nnx(model)
+    apply, params, _ = us.from_nnx(make_model(settings))
     return us.autocast(apply, settings.policy), params  # products; norms, softmax stay in float32
 
 
-def served(settings: argparse.Namespace, apply, params):
-    """The parameters as a server holds them: of the kernels codes and scales, no floats."""
-    rules, tokens = QUANTIZE[settings.quantize], jnp.zeros((1, settings.length), jnp.int32)
-    return us.quantize(params, us.resolve(rules, apply, params, tokens)) if rules else params
+def pieces(settings: argparse.Namespace):
+    """The model in three: before its blocks, one block, after them. All see a batch's rows."""
+    model = make_model(settings)
+    block, norm, head = (us.from_nnx(m)[0] for m in (model.blocks[0], model.norm, model.head))
+    first = lambda rest, batch: embed(rest["recent"], rest["places"], batch["text"])
+    layer = lambda params, x, _: block(params, x)
+    last = lambda rest, x, _: head(rest["head"], norm(rest["norm"], x))
+    first, layer, last = (us.autocast(fn, settings.policy) for fn in (first, layer, last))
+    return first, us.quantized(layer, QUANTIZE[settings.quantize]), last
+
+
+def kernel_rules(settings: argparse.Namespace):
+    """How the kernels of all blocks are quantized."""
+    return [(f"blocks/{pattern}", spec) for pattern, spec in QUANTIZE[settings.quantize]]
+
+
+def serving(settings: argparse.Namespace, params):
+    """The model and its parameters as a server holds them: of kernels codes and scales, no floats.
+
+    On a mesh heads and channels lie over the tensor axis, as they did in training.
+    """
+    apply, _ = build(settings)
+    params, rules = us.parallel.unstack(params), kernel_rules(settings)
+    tokens = jnp.zeros((1, settings.length), jnp.int32)
+    codes = us.quantize(params, us.resolve(rules, apply, params, tokens)) if rules else params
+    if settings.mesh:
+        codes = us.parallel.shard(codes, layout_of(settings, params))
+    return us.quantized(apply), codes
 
 
 # --- training -----------------------------------------------------------------------------------
 
 
-def losses(apply, params, text):
-    """What each byte after the first costs, in nats: (rows, time + 1) to f32 (rows, time)."""
-    text = text.astype(jnp.int32)
-    logits = apply(params, text[:, :-1])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:])
+def losses(logits, following):
+    """What each byte costs, in nats: (rows, time, 256) and (rows, time) to f32 (rows, time)."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, following.astype(jnp.int32))
 
 
-def make_loss(apply):
-    def loss(params, batch):
-        costs = losses(apply, params, batch["text"])
-        rows, time = costs.shape
-        return {"loss": us.Mean(total=costs.sum(axis=1), weight=jnp.full(rows, float(time)))}
-
-    return loss
+def mean_loss(logits, batch):
+    costs = losses(logits, batch["next"])
+    rows, time = costs.shape
+    return {"loss": us.Mean(total=costs.sum(axis=1), weight=jnp.full(rows, float(time)))}
 
 
 def make_optimizer(settings: argparse.Namespace) -> optax.GradientTransformationExtraArgs:
@@ -179,22 +208,22 @@ def make_optimizer(settings: argparse.Namespace) -> optax.GradientTransformation
         decay_steps=max(settings.steps, 2),
         end_value=settings.rate / 50,
     )
-    matrices = lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    matrices = functools.partial(us.tree.map_named, lambda name, _: not name.endswith("scale"))
     adamw = optax.adamw(rate, b2=0.99, weight_decay=0.1, mask=matrices)
     # Only float16 can overflow where float32 does not; a scale of 1 is no scale.
     scale = us.DynamicScale(interval=200) if settings.policy == "float16" else us.StaticScale(1)
     return us.loss_scaled(optax.chain(optax.clip_by_global_norm(1.0), adamw), scale)
 
 
-def make_step(apply, optimizer, settings: argparse.Namespace):
+def make_step(grad_fn, optimizer, settings: argparse.Namespace):
     """One step; its batch is a function of key and position, so a resumed run repeats it."""
-    grad_fn = us.accumulated(us.value_and_grad(make_loss(apply)), settings.parts)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, opt_state, text, key, position):
         shape, last = (settings.rows, 1), text.size - settings.length
         starts = jax.random.randint(jax.random.fold_in(key, position), shape, 0, last)
-        batch = {"text": text[starts + jnp.arange(settings.length + 1)]}  # (rows, length + 1)
+        rows = text[starts + jnp.arange(settings.length + 1)].astype(jnp.int32)
+        batch = {"text": rows[:, :-1], "next": rows[:, 1:]}  # (rows, length) each
         terms, _, grads = grad_fn(params, batch, scale=us.current_scale(opt_state))
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, terms["loss"].value / math.log(2)
@@ -203,18 +232,75 @@ def make_step(apply, optimizer, settings: argparse.Namespace):
 
 
 def start(settings: argparse.Namespace):
-    """The functions of a run and its first state, which is also what a checkpoint holds."""
+    """The functions of a run and its first state."""
     apply, params = build(settings)
     # Parameters become codes in each call, so that what is trained is what will be served.
-    apply = us.quantized(apply, QUANTIZE[settings.quantize])
+    apply = us.quantized(apply, kernel_rules(settings))
     optimizer = make_optimizer(settings)
+    loss = lambda params, batch: mean_loss(apply(params, batch["text"]), batch)
+    grad_fn = us.accumulated(us.value_and_grad(loss), settings.parts)
+    if settings.mesh:
+        apply, grad_fn, optimizer, params = parallel(settings, apply, grad_fn, optimizer, params)
     run = {
         "params": params,
         "opt_state": optimizer.init(params),
         "key": jax.random.key(settings.seed),
         "position": 0,
     }
-    return apply, make_step(apply, optimizer, settings), run
+    return apply, make_step(grad_fn, optimizer, settings), run
+
+
+def parallel(settings: argparse.Namespace, apply, grad_fn, optimizer, params):
+    """The same on a mesh: the model's layers in stages, each divided, on a share of the rows."""
+    layout = layout_of(settings, params)
+    if settings.mesh["pipe"] > 1:
+        params = us.parallel.stack(params, "blocks/*", settings.mesh["pipe"])
+        first, layer, last = pieces(settings)
+        pipeline = us.parallel.pipelined(
+            first, layer, last, mean_loss, parts=settings.parts, axis="pipe"
+        )
+        grad_fn, apply = pipeline, lambda params, text: pipeline.apply(params, {"text": text})
+        layout = us.parallel.layout(params, stacked_rules(layout), layout.mesh)
+    shares = layout.over("data") if settings.zero else layout
+    here = shares if settings.zero == 3 else layout
+    grad_fn = us.parallel.reduced(grad_fn, "data", zero=settings.zero, layout=layout)
+    optimizer = us.parallel.sharded(optimizer, here, shares)
+    return apply, grad_fn, optimizer, us.parallel.shard(params, here)
+
+
+def layout_of(settings: argparse.Namespace, params) -> us.parallel.Layout:
+    """Which parameters lie over the tensor axis, read from the equations of the model."""
+    apply, _ = build(settings)
+    text = jnp.zeros((2, settings.length), jnp.int32)
+    mesh = us.parallel.mesh(**settings.mesh)
+    return us.parallel.infer(apply, params, text, mesh=mesh, axis="tensor")
+
+
+def stacked_rules(layout: us.parallel.Layout) -> dict:
+    """A layout of named blocks as rules for stacked ones, whose axis 1 is the stages."""
+    rules = {}
+    for name, spec in layout.by_name.items():
+        pattern, of_block = re.subn(r"^blocks/\d+/", "blocks/*/", name)
+        rank = np.ndim(us.tree.named_leaves(layout.params)[name])
+        dims = {dim - rank: axis for dim, axis in enumerate(spec) if axis}
+        rules[pattern] = dims | ({1: "pipe"} if of_block else {})
+    return rules
+
+
+def mesh_of(settings: argparse.Namespace):
+    """The mesh of `--mesh`, to run under."""
+    sizes = settings.mesh
+    return jax.set_mesh(us.parallel.mesh(**sizes)) if sizes else contextlib.nullcontext()
+
+
+def restored(settings: argparse.Namespace, checkpoints: us.Checkpoints, run):
+    """The last checkpoint, of whatever mesh, laid out as `run` is."""
+    saved = checkpoints.restore(us.parallel.unstack(run))[1]
+    if settings.mesh and settings.mesh["pipe"] > 1:
+        saved = us.parallel.stack(saved, "**/blocks/*", settings.mesh["pipe"])
+    place = lambda x, like: jax.device_put(x, like.sharding) if settings.mesh else x
+    is_array = lambda x: isinstance(x, jax.Array)
+    return jax.tree.map(lambda x, like: place(x, like) if is_array(like) else x, saved, run)
 
 
 def train(step, run, corpus, score, settings, curve, console):
@@ -243,8 +329,8 @@ def train(step, run, corpus, score, settings, curve, console):
                     f"{speed:8,.0f} tokens/s  {time.perf_counter() - began:5.0f} s"
                 )
             curve.append(point)
-            if saves:
-                checkpoints.save(done, run)
+            if saves:  # blocks by name, whatever the mesh, so that another one can go on
+                checkpoints.save(done, us.parallel.unstack(run))
             recent, then = [], time.perf_counter()
     return run
 
@@ -296,7 +382,7 @@ def make_score(apply, text: np.ndarray, length: int):
     A window is `length` bytes, predicted from those before them in the window and one more, so a
     byte is seen with half a window of context on average.
     """
-    costs_of = jax.jit(functools.partial(losses, apply))
+    costs_of = jax.jit(lambda params, text: losses(apply(params, text[:, :-1]), text[:, 1:]))
     before = np.concatenate([np.frombuffer(b"\n", np.uint8), text])
     all_starts = np.arange(0, len(text), length)
 
@@ -308,7 +394,9 @@ def make_score(apply, text: np.ndarray, length: int):
             # The last window, and the last rows, are moved back or repeated: one compilation.
             nominal = np.resize(starts[i : i + EVAL_ROWS], EVAL_ROWS)
             actual = np.minimum(nominal, len(text) - length)
-            costs = costs_of(params, before[actual[:, None] + np.arange(length + 1)])
+            costs = costs_of(
+                params, before[actual[:, None] + np.arange(length + 1)].astype(np.int32)
+            )
             fresh = actual[:, None] + np.arange(length) >= nominal[:, None]
             fresh[len(starts) - i :] = False
             total += np.sum(np.where(fresh, costs, 0), dtype=np.float64)
@@ -393,6 +481,17 @@ def number(kind, least, expected: str, below=math.inf):
         return value
 
     return convert
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """An argparse type: `data=2,pipe=4` as sizes of all axes."""
+    found = re.findall(r"(?:^|,)(\w+)=([1-9]\d*)(?=,|$)", text)
+    sizes = {axis: int(size) for axis, size in found}
+    if len(sizes) != text.count(",") + 1 or not sizes.keys() <= MESH.keys():
+        raise argparse.ArgumentTypeError(
+            f"expected sizes of {', '.join(MESH)}, as data=2,tensor=2,pipe=2, got {text!r}"
+        )
+    return MESH | sizes
 
 
 def by_size(name: str) -> str:
@@ -482,6 +581,21 @@ def make_parser() -> Parser:
         "activations, and serves from them (default: int8)",
     )
     flag(
+        "--mesh",
+        type=mesh_sizes,
+        metavar="SIZES",
+        help="devices in three directions, such as data=2,tensor=2,pipe=2: rows, heads and "
+        "channels, layers; on a CPU it makes them. A resumed run may have another one (default: "
+        "one device)",
+    )
+    flag(
+        "--zero",
+        type=int,
+        choices=(0, 1, 2, 3),
+        help="on a mesh, what is divided over the rows' devices: 1 and 2 the optimizer's state, 3 "
+        "parameters too (default: 0)",
+    )
+    flag(
         "--seed",
         type=number(int, 0, "a whole number from 0 to 2^32 - 1", below=2**32),
         metavar="N",
@@ -521,10 +635,13 @@ def make_parser() -> Parser:
 def read_settings(parser: Parser, argv) -> argparse.Namespace:
     """The flags given, over those of the resumed run, over those of the chosen size."""
     args = vars(parser.parse_args(argv))
+    if args["mesh"]:  # before JAX looks for devices
+        devices = max(math.prod(args["mesh"].values()), jax.config.jax_num_cpu_devices)
+        jax.config.update("jax_num_cpu_devices", devices)
     size, resume = args.pop("size"), args["resume"]
     out = args["out"] = args["out"] or pathlib.Path("runs", f"charlm_{size}" if size else "charlm")
     defaults = PRESETS["default"] | dict(
-        policy=default_policy(), quantize="int8", seed=0, data=None
+        policy=default_policy(), quantize="int8", seed=0, data=None, mesh=None, zero=0
     )
     wanted = PRESETS.get(size, {}) | {k: v for k, v in args.items() if v is not None}
     saved = saved_settings(out) if resume else {}
@@ -553,6 +670,8 @@ def check(parser: Parser, settings: argparse.Namespace) -> None:
         parser.error(f"--heads {settings.heads} does not divide --width {settings.width}")
     if settings.parts > settings.rows:
         parser.error(f"--parts {settings.parts} exceeds --rows {settings.rows}")
+    if settings.mesh:
+        check_mesh(parser, settings)
     if not settings.resume and (old := saved_settings(settings.out)):
         steps = us.Checkpoints(settings.out / "checkpoints").steps()
         if steps and steps[-1] < old["steps"]:
@@ -560,6 +679,20 @@ def check(parser: Parser, settings: argparse.Namespace) -> None:
                 f"{settings.out} holds a run stopped at step {steps[-1]} of {old['steps']}; "
                 "continue it with --resume, or name another --out"
             )
+
+
+def check_mesh(parser: Parser, settings: argparse.Namespace) -> None:
+    data, pipe = settings.mesh["data"], settings.mesh["pipe"]
+    devices = math.prod(settings.mesh.values())
+    if devices != jax.device_count():
+        parser.error(f"--mesh has {devices} devices, and this machine {jax.device_count()}")
+    if settings.layers % pipe:
+        parser.error(f"--mesh pipe={pipe} does not divide --layers {settings.layers}")
+    if settings.parts * data > settings.rows:
+        parser.error(
+            f"--mesh data={data} leaves each device {settings.rows // data} of --rows "
+            f"{settings.rows}, fewer than --parts {settings.parts}"
+        )
 
 
 def saved_settings(out: pathlib.Path) -> dict:
@@ -612,12 +745,18 @@ def main(argv=None) -> None:
     settings = read_settings(parser, argv)
     corpus = read_corpus(parser, settings)
     open_run(parser, settings, corpus)
+    with mesh_of(settings):
+        run_on(parser, settings, corpus)
+
+
+def run_on(parser: Parser, settings: argparse.Namespace, corpus: data.Corpus) -> None:
+    """Everything that computes, on the mesh that is set, if any."""
     console = rich.console.Console(highlight=False, soft_wrap=True)
     apply, step, run = start(settings)
     checkpoints = us.Checkpoints(settings.out / "checkpoints")
     if settings.resume and checkpoints.steps():
         try:
-            _, run = checkpoints.restore(run)
+            run = restored(settings, checkpoints, run)
         except ValueError as error:
             parser.error(f"--resume: {error}")
     console.print(f"{corpus}\n{describe(settings, run)}")
@@ -627,8 +766,8 @@ def main(argv=None) -> None:
     curve = Curve(settings.out / "curve.jsonl", until=run["position"])
     run = train(step, run, corpus, score, settings, curve, console)
 
-    codes = served(settings, build(settings)[0], run["params"])
-    scores = {"this model": score(codes)} | scores
+    apply, codes = serving(settings, run["params"])
+    scores = {"this model": make_score(apply, corpus.test, settings.length)(codes)} | scores
     if settings.quantize != "none":
         console.print(
             f"\nserved from {settings.quantize} codes: {us.tree.nbytes(codes) / 1e6:.2f} MB, in "

@@ -31,6 +31,12 @@ def axis_size(axis: str, who: str) -> int:
     return mesh.shape[axis]
 
 
+def shared_axes(axis: str) -> list[str]:
+    """The mesh axes beside `axis` that the partitioner divides arrays over."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return [a for a in mesh.auto_axes if a != axis and mesh.shape[a] > 1]
+
+
 def under(spec: P, fn: Callable[..., Any]) -> Callable[..., Any]:
     """`fn` of arrays laid out by `spec`, its axes manual too where they are automatic here.
 

@@ -28,7 +28,7 @@ def pipelined(
     schedule: Name = "1f1b",
     axis: str = "pp",
     residuals: Literal["recompute", "stash"] = "recompute",
-    skip_idle: bool = True,
+    skip_idle: bool | None = None,
 ) -> "Pipelined":
     """Makes the gradient station of a model whose layers are on different devices.
 
@@ -52,7 +52,10 @@ def pipelined(
         residuals: "recompute" keeps a stage's input and runs it again, "stash" keeps what its
             derivative needs, weights excepted: a third less work, more memory.
         skip_idle: Whether a stage without a part does nothing. If not, it computes something that
-            is thrown away: for layers with collectives of their own, which must not be skipped.
+            is thrown away. None: it does nothing unless the partitioner has an axis to itself, of
+            a size above 1: it may then place collectives in a layer, and a device that skips one
+            leaves those that do not waiting. True is for layers known to have none, or whose only
+            ones are sums within the groups of an axis.
 
     Returns:
         A `Pipelined`: a `us.Grad`, to be called under `jax.set_mesh(mesh)` or inside a `shard_map`

@@ -26,7 +26,7 @@ from unitscale_jax.loss import (
     weight_slice,
 )
 from unitscale_jax.parallel import _buffers
-from unitscale_jax.parallel._context import axis_size
+from unitscale_jax.parallel._context import axis_size, shared_axes
 from unitscale_jax.parallel._model import Model
 from unitscale_jax.parallel._orders import Plan, serving, training
 from unitscale_jax.parallel._schedule import Name, Schedule
@@ -45,7 +45,7 @@ class Run:
     schedule: Name
     axis: str
     stash: bool
-    skip: bool
+    skip: bool | None
 
     def gradients(
         self,
@@ -173,10 +173,11 @@ class Run:
     ) -> Any:
         """`body(stage, orders of its loops)` on every stage."""
         size = stages.shape[1]
+        skip = not shared_axes(self.axis) if self.skip is None else self.skip
 
         def local(layers: Any, given: Given, loops: Any) -> Any:
             own = jax.tree.map(lambda w: w[:, 0], layers)
-            stage = Stage(self.model, self.axis, size, self.skip, stash, own, given)
+            stage = Stage(self.model, self.axis, size, skip, stash, own, given)
             return body(stage.typed(), loops)
 
         spread = P(None, self.axis)
