@@ -26,9 +26,16 @@ class Cuts:
         changed: The places of equations of which some axis loses channels, or of one inside.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        """The channels of `plan`, on axes that have met nothing yet."""
-        self._plan = plan
+    def __init__(self, plan: Plan, *, heed_marks: bool = True) -> None:
+        """The channels of `plan`, on axes that have met nothing yet.
+
+        Args:
+            plan: What is kept.
+            heed_marks: Whether a mark on a dimension bars cutting it. It says that an equation
+                tells channels apart, by their number for one, and so could not be evaluated on
+                fewer of them; which arrays lie along the dimension it does not touch.
+        """
+        self._plan, self._heed_marks = plan, heed_marks
         self._groups = {name: Factor(n) for name, n in plan.sizes.items()}
         self._others: list[Factor] = []
         self._kept: dict[Factor, np.ndarray] = {}
@@ -68,6 +75,7 @@ class Cuts:
             those = _standing(self._groups[name])
             factor = those[0] if len(those) == 1 else None
             marks = sorted(set().union(*(f.marks for f in those)) - {"layer"})
+            marks = marks if self._heed_marks else []
             if factor is None or marks:
                 self._broken[name] = ", ".join(marks) or "it is taken apart"
             elif factor in whole:

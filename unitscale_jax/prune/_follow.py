@@ -98,7 +98,8 @@ def _state_axes(
     def update(params: Any, grads: Any, state: Any) -> tuple[Any, Any]:
         return tx.update(grads, state, params, **extra)
 
-    closed, cuts = trace(update, params, params, state).closed, Cuts(plan)
+    closed = trace(update, params, params, state).closed
+    cuts = Cuts(plan, heed_marks=False)  # the update runs on the smaller arrays as it is
     of_params = [cuts.axes(path) for path in trees.names(params)]
     of_state = [new_axes(np.shape(leaf)) for leaf in jax.tree.leaves(state)]
     found = coupled(closed.jaxpr, [*of_params, *of_params, *of_state], closed.consts)
