@@ -25,7 +25,7 @@ import unitscale_jax as us
 from unitscale_jax.checkpoint import _files, _shards
 
 ROOT = pathlib.Path(__file__).parents[2]
-HEARTBEAT, LIMIT = 10, 100
+HEARTBEAT, LIMIT = 10, 300  # seconds; the limit is for a machine that many share
 
 
 class Ended(NamedTuple):
