@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 
-from unitscale_jax.prune import Block, Channel, NofM, Unstructured
+from unitscale_jax.prune import Balanced, Block, Channel, NofM, Unstructured
 
 floats = st.floats(-4, 4, width=32)
 UNITS = [  # pattern, shape, shape of units
@@ -17,6 +17,9 @@ UNITS = [  # pattern, shape, shape of units
     (Channel(), (4, 6), (6,)),
     (Channel(axis=0), (4, 6), (4,)),
     (Channel(axis=-2), (2, 4, 6), (4,)),
+    (Balanced(parts=3, axis=1), (4, 6), (3, 4, 2)),
+    (Balanced(Block((2, 3)), parts=2, axis=-1), (4, 6), (2, 2, 1)),
+    (Balanced(Channel(), parts=2, axis=0), (4, 6), (2, 6)),
 ]
 
 
@@ -85,11 +88,21 @@ def test_a_nan_is_the_whole_units():
         (lambda: Block((4, 4)).units("bias", (8,)), "bias .* at most 1 sides"),
         (lambda: NofM(2, 4, axis=2).units("w", (4, 4)), r"w has the shape \(4, 4\), and no axis 2"),
         (lambda: Channel(axis=-3).units("w", (4, 4)), "no axis -3"),
+        (lambda: Balanced(parts=0, axis=0), "parts is a positive whole number"),
+        (
+            lambda: Balanced(parts=4, axis=0).units("w", (6, 4)),
+            "w has 6 along axis 0, which 4 parts .* divisors are 1, 2, 3, 6",
+        ),
     ],
 )
 def test_errors_say_the_way_out(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_parts_are_of_patterns_that_rank():
+    with pytest.raises(TypeError, match="NofM is balanced wherever M divides"):
+        Balanced(NofM(2, 4), parts=2, axis=0)
 
 
 def test_patterns_are_values():

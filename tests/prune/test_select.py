@@ -166,6 +166,30 @@ def test_balanced_parts_stay_equally_full(data):
     np.testing.assert_array_equal(mask.reshape(4, 2, 6), alone)
 
 
+@given(data=st.data())
+def test_parts_by_number_are_parts_by_device(data):
+    """So that one device prunes as many do, and as few that hold several parts each."""
+    scores, k = drawn(data, (8, 6)), data.draw(st.integers(0, 48))
+    np.testing.assert_array_equal(in_parts(scores, k), balanced(scores, k))
+    np.testing.assert_array_equal(in_parts(put(scores), k), balanced(scores, k))
+
+
+@jax.jit
+def in_parts(scores, k):
+    return exact_k(scores, k, balanced=4)
+
+
+def put(scores):
+    """Over two devices, two parts each."""
+    two = us.parallel.mesh(x=2, devices=jax.devices()[:2])
+    return jax.device_put(scores, NamedSharding(two, P("x")))
+
+
+def test_parts_that_do_not_divide_are_an_error():
+    with pytest.raises(ValueError, match="3 parts do not divide an axis of 8; .* 1, 2, 4, 8"):
+        exact_k(jnp.ones(8), 4, balanced=3)
+
+
 @jax.jit
 def balanced(scores, k):
     mine = lambda x, k: exact_k(x, k, balanced="x")

@@ -16,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import unitscale_jax as us
 from unitscale_jax import tree as trees
 from unitscale_jax.prune import (
+    Balanced,
     Block,
     Channel,
     Cubic,
@@ -123,6 +124,48 @@ def test_stacked_layers_may_have_counts_of_their_own():
     )
     assert counts(spec, scores, [0.0, 0.5])["layers"].tolist() == [[100] * 3, [42, 50, 58]]
     assert make_masks(scores, spec)["layers"].sum((1, 2)).tolist() == [42, 50, 58]
+
+
+@functools.cache
+def in_parts(pattern, axis):
+    """The mask of a stack of two layers, and those of their parts alone."""
+    spec = SparsitySpec(
+        patterns=Balanced(pattern, parts=4, axis=axis), sparsity=0.6, stacked={"w": 1}
+    )
+    total = int(counts(spec, {"w": np.ones((2, 8, 8), np.float32)}, [0.6])["w"][0])
+
+    def alone(part, i):
+        share = total // 4 + (i < total % 4)
+        return pattern.spread(exact_k(pattern.pooled(part), share), part.shape)
+
+    def layer(w):
+        parts = enumerate(jnp.split(w, 4, axis))
+        return jnp.concatenate([alone(part, i) for i, part in parts], axis)
+
+    return jax.jit(lambda w: (make_masks({"w": w}, spec)["w"], jnp.stack([layer(x) for x in w])))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("pattern", [Unstructured(), Channel()], ids=str)
+@given(data=st.data())
+def test_balanced_parts_have_the_masks_they_would_have_alone(pattern, axis, data):
+    """Their shares of one count differ by one at most; layers of a stack are cut one by one."""
+    got, alone = in_parts(pattern, axis)(
+        data.draw(hnp.arrays(np.float32, (2, 8, 8), elements=floats))
+    )
+    np.testing.assert_array_equal(got, alone)
+
+
+def test_a_balanced_mask_is_the_same_for_any_number_of_devices():
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6)), jnp.float32)
+    spec = SparsitySpec(patterns=Balanced(parts=4, axis=0), sparsity=0.7)
+    make = jax.jit(lambda w: make_masks(w, spec))
+    for sizes in (dict(dp=8, tp=1), dict(dp=4, tp=2), dict(dp=2, tp=4)):
+        placed = jax.device_put(w, NamedSharding(us.parallel.mesh(**sizes), P("tp")))
+        mask = make(placed)
+        np.testing.assert_array_equal(mask, make(w))
+        each = [int(np.sum(shard.data)) for shard in mask.addressable_shards]
+        assert max(each) - min(each) <= 4 // sizes["tp"]
 
 
 def test_a_pattern_alone_is_for_matrices_of_a_layer():
@@ -262,6 +305,11 @@ def with_patterns(patterns, **fields):
         ),
         (lambda: with_patterns(NofM()), ValueError, "mlp/kernel: NofM.*us.prune.resolve"),
         (lambda: with_patterns(NofM(axis=0)), ValueError, "mlp/kernel has 6 .*1, 2, 3, 6"),
+        (
+            lambda: with_patterns(Balanced(parts=2, axis=0), allocate=global_),
+            ValueError,
+            "mlp/kernel is balanced over 2 parts, and `global_` ranks all",
+        ),
         (lambda: make_masks(QUANTIZED, ANY), ValueError, "w is quantized.*Mask before quantizing"),
         (lambda: make_masks(PARAMS, ANY, at=1.0), ValueError, "each is a share in"),
         (lambda: masks_from(ANY, PARAMS, {}), ValueError, r"counts are of \[\].*mlp/kernel"),

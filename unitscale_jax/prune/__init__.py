@@ -52,6 +52,7 @@ from unitscale_jax.prune._packed import (
     unpack as unpack,
 )
 from unitscale_jax.prune._patterns import (
+    Balanced as Balanced,
     Block as Block,
     Channel as Channel,
     NofM as NofM,

@@ -3,13 +3,14 @@
     Unstructured   every weight on its own
     Block          tiles, kept whole by the sum of their scores
     Channel        slices along one axis, likewise
+    Balanced       any of these, equally many in each of several parts
     NofM           N of every M neighbors: the pattern fixes the ratio, nothing is allocated
 
 A pattern turns scores into scores of its *units* (`pooled`), of which the k largest stay, and a
 mask of units into one of weights (`spread`).
 """
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, TypeAlias
 
 import jax
@@ -197,7 +198,75 @@ class Channel:
         return jnp.broadcast_to(jnp.expand_dims(keep, others), shape)
 
 
-Ranked: TypeAlias = Unstructured | Block | Channel
+@dataclass(frozen=True)
+class Balanced:
+    """Units of another pattern, equally many of them in each of several parts of an axis.
+
+    For weights that lie over devices along that axis: all stay equally full, and the mask is the
+    same for any number of devices that divides `parts`, one included.
+
+    Attributes:
+        pattern: What stays or goes together, within a part.
+        parts: How many parts; the first ones keep one unit more where they leave a rest.
+        axis: Which axis of the weights is cut.
+
+    Raises:
+        ValueError: `parts` is not a positive whole number, the axis not a whole one.
+        TypeError: The pattern is not one of units that are ranked.
+
+    Example:
+        >>> spec = us.prune.SparsitySpec(patterns=Balanced(parts=2, axis=0), sparsity=0.5)
+        >>> scores = jnp.array([9.0, 8, 7, 6, 1, 2, 3, 4])[:, None]
+        >>> us.prune.make_masks(scores, spec)[:, 0].astype(int).tolist()
+        [1, 1, 0, 0, 0, 0, 1, 1]
+    """
+
+    pattern: "Unstructured | Block | Channel" = field(default_factory=Unstructured)
+    _: KW_ONLY
+    parts: int
+    axis: int
+
+    def __post_init__(self) -> None:
+        """Checks the fields."""
+        if type(self.parts) is not int or self.parts < 1:
+            raise ValueError(f"{self!r}: parts is a positive whole number.")
+        if not isinstance(self.pattern, Unstructured | Block | Channel):
+            raise TypeError(
+                f"{self!r}: parts rank Unstructured(), Block(..) or Channel(..). NofM is balanced "
+                "wherever M divides what a device has."
+            )
+        _check_axis(self, self.axis)
+
+    def units(self, name: str, shape: Shape) -> Shape:
+        """Parts first, then the units of each."""
+        size = _size_of(name, shape, self.axis)
+        if size % self.parts:
+            raise ValueError(
+                f"{name} has {size} along axis {self.axis}, which {self.parts} parts do not "
+                f"divide; {divisors(size)}. Choose `parts` among them or leave {name} out."
+            )
+        return self.parts, *self.pattern.units(name, self._part(shape))
+
+    def pooled(self, scores: jax.Array) -> jax.Array:
+        """Scores of units, part by part."""
+        return jax.vmap(self.pattern.pooled)(self._cut(scores))
+
+    def spread(self, keep: jax.Array, shape: Shape) -> jax.Array:
+        """The mask of weights that a mask of units stands for."""
+        part = self._part(shape)
+        masks = jax.vmap(lambda k: self.pattern.spread(k, part))(keep)  # (parts, *part)
+        return jnp.moveaxis(masks, 0, self.axis % len(shape)).reshape(shape)
+
+    def _part(self, shape: Shape) -> Shape:
+        axis = self.axis % len(shape)
+        return (*shape[:axis], shape[axis] // self.parts, *shape[axis + 1 :])
+
+    def _cut(self, x: jax.Array) -> jax.Array:
+        axis, part = self.axis % x.ndim, self._part(x.shape)
+        return jnp.moveaxis(x.reshape(*part[:axis], self.parts, *part[axis:]), axis, 0)
+
+
+Ranked: TypeAlias = Unstructured | Block | Channel | Balanced
 """Patterns whose units are ranked, so that any number of them may stay."""
 
 Pattern: TypeAlias = Ranked | NofM

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 from unitscale_jax.prune._masked import MaskedState, evolving, full, ranked, sunk
-from unitscale_jax.prune._patterns import NofM
+from unitscale_jax.prune._patterns import Balanced, NofM
 from unitscale_jax.prune._schedules import Schedule
 from unitscale_jax.prune._scores import Score, magnitude, random
 from unitscale_jax.prune._spec import SparsitySpec, counts, masks_from, selected
@@ -186,4 +186,9 @@ def _check_patterns(spec: SparsitySpec, params: Params) -> None:
             raise ValueError(
                 f"{name} has {pattern!r}, which keeps n of every m and has no count to move. Use "
                 "Unstructured, Block or Channel, or `masked` or `straight_through` for N:M."
+            )
+        if isinstance(pattern, Balanced):
+            raise ValueError(
+                f"{name} has {pattern!r}, whose parts would not stay equally full while weights "
+                "move. Use the pattern alone, or `masked` or `straight_through` for balanced ones."
             )

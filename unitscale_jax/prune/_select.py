@@ -23,15 +23,16 @@ MOST = 2**31 - 1
 """How many numbers can be ranked together: counts are int32."""
 
 
-def exact_k(scores: Any, k: Any, *, balanced: str | None = None) -> jax.Array:
+def exact_k(scores: Any, k: Any, *, balanced: str | int | None = None) -> jax.Array:
     """Marks the k largest of an array.
 
     Args:
         scores: Floating numbers of any shape, fewer than 2^31.
         k: How many; an int, or an int32 scalar that may be traced.
-        balanced: Inside `shard_map`, the manual axis that `scores` are split over: every part
-            keeps k / parts of its own (the first ones one more where that leaves a rest), so all
-            stay equally full. It is another mask than that of the whole array.
+        balanced: How many equal parts the first axis has, of which every one keeps k / parts of its
+            own (the first ones one more where that leaves a rest), so all stay equally full; or,
+            inside `shard_map`, the manual axis whose devices have a part each. It is another mask
+            than that of the whole array, and the same one for any layout.
 
     Returns:
         A bool array of the shape of `scores` with exactly k ones: in the order of score, largest
@@ -47,10 +48,14 @@ def exact_k(scores: Any, k: Any, *, balanced: str | None = None) -> jax.Array:
     Example:
         >>> exact_k(jnp.array([3, 1, jnp.nan, 1, 1, 2, 0, -0.0]), 3).astype(int).tolist()
         [1, 1, 0, 0, 0, 1, 0, 0]
+        >>> exact_k(jnp.array([9.0, 8, 7, 6, 1, 2, 3, 4]), 4, balanced=2).astype(int).tolist()
+        [1, 1, 0, 0, 0, 0, 1, 1]
     """
+    if isinstance(balanced, int):
+        return _in_parts(scores, k, balanced)
     if balanced is not None:
         _check_count(k, _size([scores]) * lax.axis_size(balanced))
-        k = _share(k, balanced)
+        k = _share(k, lax.axis_size(balanced), lax.axis_index(balanced))
     return exact_k_of([scores], k)[0]
 
 
@@ -214,8 +219,18 @@ def _count(tests: list[jax.Array]) -> jax.Array:
     return total
 
 
-def _share(k: Any, axis_name: str) -> jax.Array:
-    parts, part = lax.axis_size(axis_name), lax.axis_index(axis_name)
+def _in_parts(scores: Any, k: Any, parts: int) -> jax.Array:
+    """Ranks each part of the first axis on its own."""
+    size, *rest = np.shape(scores)
+    if parts < 1 or size % parts:
+        raise ValueError(f"{parts} parts do not divide an axis of {size}; {divisors(size)}.")
+    _check_count(k, _size([scores]))
+    apart = jnp.reshape(scores, (parts, size // parts, *rest))
+    shares = _share(k, parts, jnp.arange(parts, dtype=jnp.int32))
+    return jax.vmap(lambda x, k: exact_k_of([x], k)[0])(apart, shares).reshape(size, *rest)
+
+
+def _share(k: Any, parts: int, part: jax.Array) -> jax.Array:
     k = jnp.asarray(k, jnp.int32)
     return k // parts + (part < k % parts).astype(jnp.int32)
 

@@ -23,7 +23,7 @@ from unitscale_jax.prune._allocate import (
     global_,
     uniform,
 )
-from unitscale_jax.prune._patterns import NofM, Pattern, Ranked
+from unitscale_jax.prune._patterns import Balanced, NofM, Pattern, Ranked
 from unitscale_jax.prune._select import exact_k, exact_k_of
 from unitscale_jax.typing import Params
 
@@ -272,7 +272,9 @@ def _mask(scores: Any, pattern: Ranked, axes: int, count: Any) -> jax.Array:
         raise ValueError(f"a count has the shape {np.shape(count)}; () or {stacked} is expected.")
 
     def of_one(x: jax.Array, k: Any) -> jax.Array:
-        return pattern.spread(exact_k(pattern.pooled(x), k), x.shape)
+        # Of a balanced pattern parts are the first axis of the units.
+        parts = pattern.parts if isinstance(pattern, Balanced) else None
+        return pattern.spread(exact_k(pattern.pooled(x), k, balanced=parts), x.shape)
 
     if axes:
         count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), stacked)
@@ -284,6 +286,12 @@ def _masks_together(
 ) -> dict[str, jax.Array]:
     """Masks of one ranking over all parameters."""
     ranked = {n: (p, axes) for n, (p, axes) in chosen.items() if not isinstance(p, NofM)}
+    for name, (pattern, _) in ranked.items():
+        if isinstance(pattern, Balanced):
+            raise ValueError(
+                f"{name} is balanced over {pattern.parts} parts, and `global_` ranks all weights "
+                "together, wherever they are. Choose another allocation, such as `erk`."
+            )
     pooled = [_over(p.pooled, axes)(jnp.asarray(known[n])) for n, (p, axes) in ranked.items()]
     out = {}
     for (name, (pattern, axes)), keep in zip(
