@@ -431,7 +431,7 @@ def test_a_renamed_checkpoint_is_refused(two_saved, tmp_path):
         assert_restores(Checkpoints(tmp_path / "run"), model(), 2, model(2.0))
 
 
-def test_a_format_from_the_future_is_refused(two_saved, tmp_path):
+def test_a_format_from_the_future_is_refused_and_stays(two_saved, tmp_path):
     shutil.copytree(two_saved, tmp_path / "run")
     path = tmp_path / "run" / NEW
     manifest = json.loads((path / "manifest.json").read_text()) | {"format": 99}
@@ -439,6 +439,11 @@ def test_a_format_from_the_future_is_refused(two_saved, tmp_path):
     (path / "SHA256SUMS").write_bytes(_files._listing(_files._digests(path)))
     with pytest.warns(UserWarning, match="it has format 99, this version reads format 2"):
         assert_restores(Checkpoints(tmp_path / "run"), model(), 1, model(1.0))
+    with pytest.raises(
+        ValueError, match="holds the later step_00000002, so this run did not start"
+    ):
+        Checkpoints(tmp_path / "run").save(1, model(1))
+    assert path.exists()  # it is not damaged, so it is not removed
 
 
 def test_when_all_are_damaged_each_is_listed_with_its_flaw(two_saved, tmp_path):

@@ -130,7 +130,8 @@ class Checkpoints:
     def _damaged_after(self, step: int) -> list[pathlib.Path]:
         later = [found for found in _newest_first(self.directory) if found.step > step]
         for found in later:
-            if _files.flaw(found.path, found.step) is None:
+            flaw = _files.flaw(found.path, found.step)
+            if flaw is None or flaw.startswith(_files.OTHER_FORMAT):
                 raise ValueError(
                     f"saving step {step}, but {self.directory} holds the later {found.path.name}, "
                     "so this run did not start from it. Restore it first, remove it, or save to "

@@ -11,6 +11,7 @@ from unitscale_jax.checkpoint._leaves import Leaf
 from unitscale_jax.parallel._agree import agreed, together
 
 FORMAT = 2
+OTHER_FORMAT = "it has format"  # how the one flaw begins that is no damage
 _SUMS, _MANIFEST, _ARRAYS = "SHA256SUMS", "manifest.json", "arrays"
 
 
@@ -58,7 +59,7 @@ def flaw(path: pathlib.Path, step: int) -> str | None:
         return _difference(listing, found)
     manifest = json.loads((path / _MANIFEST).read_bytes())
     if manifest["format"] != FORMAT:
-        return f"it has format {manifest['format']}, this version reads format {FORMAT}"
+        return f"{OTHER_FORMAT} {manifest['format']}, this version reads format {FORMAT}"
     return None if manifest["step"] == step else f"it is a renamed step {manifest['step']}"
 
 

@@ -113,7 +113,7 @@ def watchdog(seconds: float) -> Iterator[Callable[[], None]]:
         raise ValueError(f"watchdog({seconds}): expected seconds above 0.")
 
     def step_is_done() -> None:
-        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
 
     step_is_done()
     try:

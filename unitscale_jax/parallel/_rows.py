@@ -53,7 +53,7 @@ def global_batch(
     _check(rows, mesh, (over,) if isinstance(over, str) else over)
     sharding = NamedSharding(mesh, PartitionSpec(over))
     cuts = sharding.addressable_devices_indices_map((rows,)).values()
-    held = sorted({cut.indices(rows)[:2] for (cut,) in cuts})
+    held = sorted({cut[0].indices(rows)[:2] for cut in cuts if cut})
     index = np.concatenate([np.arange(*bounds) for bounds in held])
 
     def spread(name: str, leaf: Any) -> jax.Array:
@@ -64,7 +64,7 @@ def global_batch(
                 f"{leaf.shape}. Return one row for each index, in their order."
             )
 
-        def part(cut: tuple[slice, ...]) -> np.ndarray:
+        def part(cut: Any) -> np.ndarray:
             start, stop, _ = cut[0].indices(rows)
             first = int(np.searchsorted(index, start))
             return leaf[first : first + stop - start]
