@@ -155,7 +155,7 @@ FAST = [
     "plain_cond",
     "linen_mobile",
     "linen_encoder_decoder",
-    "nnx_scan_remat",
+    "plain_scan_remat",
 ]
 DIVIDED = [name for name in BY_HAND if name in zoo.COVER or name in FAST]
 EXACT = ["plain_transformer", "plain_post_norm", "plain_scan_remat", "plain_ssm", "nnx_gqa"]
