@@ -169,3 +169,14 @@ def test_a_result_that_is_read_before_the_sum_keeps_scales_of_its_device():
         run = jax.shard_map(body, in_specs=({"w": P("tp")}, P(None, "tp")), out_specs=P())
         got = jax.jit(us.quantized(run, rules))(w, h)
     assert_near(got[0], h @ w["w"], limit=0.03)
+
+
+def test_the_bound_of_int32_is_that_of_all_devices():
+    """A device's sum would fit four times, and the sum of all does not."""
+    rules = {"w": DotSpec(w=QSpec(axes=(-2,)), x=QSpec())}
+    shapes = {"w": jax.ShapeDtypeStruct((140_000, 1), jnp.float32)}, jnp.zeros((1, 140_000))
+    with jax.set_mesh(parallel.mesh(dp=2, tp=4)):
+        body = lambda p, x: parallel.row(x, p["w"], axis="tp")
+        run = jax.shard_map(body, in_specs=({"w": P("tp")}, P(None, "tp")), out_specs=P())
+        with pytest.raises(ValueError, match="sums 140000 products"):
+            jax.eval_shape(us.quantized(run, rules), *shapes)

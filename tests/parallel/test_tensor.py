@@ -77,13 +77,16 @@ def local(p, b, sequence):
     """The same from a device's part of the kernels; with `sequence` of rows too, between layers."""
     dim = 1 if sequence else None
     enter = (lambda x: enter_sequence(x, "tp", dim=1)) if sequence else lambda x: x
-    out = lambda h, w: (
-        exit_sequence(jnp.tensordot(h, w, w.ndim - 1), "tp") if sequence else row(h, w, axis="tp")
-    )
+
+    def out(h, w, bias=0.0):
+        if not sequence:
+            return row(h, w, bias, axis="tp")
+        return exit_sequence(jnp.tensordot(h, w, w.ndim - 1), "tp") + bias
+
     x = parallel.vocab_embed(p["tokens"], b["ids"], "tp", sequence=dim)
     x = x + out(mixed(p, column(enter(rms_norm(p["norm"], x)), p["qkv"])), p["o"])
     h = jax.nn.gelu(column(enter(rms_norm(p["norm"], x)), p["up"], p["bias"]))
-    x = x + (out(h, p["down"]) + p["last"])
+    x = x + out(h, p["down"], p["last"])
     logits = column(enter(rms_norm(p["norm"], x)), p["tokens"].T)
     losses = parallel.vocab_loss(logits, b["labels"], "tp")
     return jnp.where(b["real"], losses, 0).sum()

@@ -121,6 +121,9 @@ def test_errors_of_moving_masks_say_the_way_out():
     spec = SparsitySpec(patterns={"kernel": NofM(2, 4, axis=0)})
     with pytest.raises(ValueError, match="kernel has NofM.*straight_through"):
         rigl(optax.sgd(0.1), spec, EVERY_OTHER).init(draw(0))
+    spec = SparsitySpec(patterns={"kernel": us.prune.Balanced(parts=2, axis=0)})
+    with pytest.raises(ValueError, match="kernel has Balanced.*equally full"):
+        rigl(optax.sgd(0.1), spec, EVERY_OTHER).init(draw(0))
 
 
 # ------------------------------------------------------------------- straight through

@@ -204,8 +204,8 @@ def _attend(ring: _Ring, q: Any, k: Any, v: Any, seen: _Seen) -> jax.Array:
         return out, (q, k, v, seen, out, norm)
 
     def bwd(kept: Any, g: jax.Array) -> tuple[Any, ...]:
-        primals = kept[:3]
-        made = _backward(ring, *kept, g)
+        q, k, v, seen, out, norm = kept
+        primals, made = (q, k, v), _backward(ring, q, k, v, seen, out, norm, g)
         cotangents = [x.astype(p.dtype) for x, p in zip(made, primals, strict=True)]
         return *match_vma(cotangents, list(primals)), None
 

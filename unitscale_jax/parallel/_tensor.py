@@ -202,7 +202,7 @@ def check_rows(rows: int, axis: str, name: str) -> int:
     return rows // n
 
 
-def _rows_dim(x: jax.Array, dim: int, name: str) -> int:
+def _rows_dim(x: Array, dim: int, name: str) -> int:
     if dim % x.ndim == x.ndim - 1:
         raise ValueError(
             f"{name} got dim={dim} of {x.shape}, the axis that the product sums over. `dim` is an "

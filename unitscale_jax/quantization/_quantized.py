@@ -93,6 +93,10 @@ def quantized(
     those of the float function at the dequantized values, zero where a calibrator clips. There is
     no forward mode.
 
+    In a `shard_map` a product that a sum over its axes ends, `psum(x @ w, axis)`, is one product
+    over all devices: they share scales (of `Percentile` and `MSE` the largest device's) and sum
+    integers, so it has the bits of one device. Groups with free scales are summed as floats.
+
     Example:
         >>> import unitscale_jax as us
         >>> fn = lambda params, x: jax.nn.relu(x @ params["w"] + 0.3)
