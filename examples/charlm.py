@@ -16,6 +16,7 @@ same files.
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -293,14 +294,24 @@ def mesh_of(settings: argparse.Namespace):
     return jax.set_mesh(us.parallel.mesh(**sizes)) if sizes else contextlib.nullcontext()
 
 
+def stored(run):
+    """A run as a checkpoint holds it: blocks by name, so that any mesh can go on with it."""
+    run = us.parallel.unstack(run)
+    # Which gradients overflowed, one flag for each array, says nothing of the next step.
+    flags = jnp.zeros(len(jax.tree.leaves(run["params"])), bool)
+    return run | {"opt_state": dataclasses.replace(run["opt_state"], bad=flags)}
+
+
 def restored(settings: argparse.Namespace, checkpoints: us.Checkpoints, run):
     """The last checkpoint, of whatever mesh, laid out as `run` is."""
-    saved = checkpoints.restore(us.parallel.unstack(run))[1]
+    saved = checkpoints.restore(stored(run))[1]
     if settings.mesh and settings.mesh["pipe"] > 1:
         saved = us.parallel.stack(saved, "**/blocks/*", settings.mesh["pipe"])
-    place = lambda x, like: jax.device_put(x, like.sharding) if settings.mesh else x
-    is_array = lambda x: isinstance(x, jax.Array)
-    return jax.tree.map(lambda x, like: place(x, like) if is_array(like) else x, saved, run)
+    saved["opt_state"] = dataclasses.replace(saved["opt_state"], bad=run["opt_state"].bad)
+    if not settings.mesh:
+        return saved
+    place = lambda x, like: jax.device_put(x, like.sharding) if isinstance(x, jax.Array) else x
+    return jax.tree.map(place, saved, run)
 
 
 def train(step, run, corpus, score, settings, curve, console):
@@ -329,8 +340,8 @@ def train(step, run, corpus, score, settings, curve, console):
                     f"{speed:8,.0f} tokens/s  {time.perf_counter() - began:5.0f} s"
                 )
             curve.append(point)
-            if saves:  # blocks by name, whatever the mesh, so that another one can go on
-                checkpoints.save(done, us.parallel.unstack(run))
+            if saves:
+                checkpoints.save(done, stored(run))
             recent, then = [], time.perf_counter()
     return run
 
