@@ -105,7 +105,7 @@ def loss(params, batch):
 
 def fresh(mesh):
     """A run before its first step, laid out over a mesh; and its step."""
-    key, rate = jax.random.key(0), 0.1
+    key, rate = jax.random.key(0), 0.01
     up, down = jax.random.normal(key, (8, 16)), jax.random.normal(key, (16, 8)) / 4
     params = {"up": up, "bias": jnp.zeros(16), "down": down}
     optimizer = optax.sgd(rate, momentum=0.9)

@@ -51,13 +51,13 @@ def write(folder: pathlib.Path, arrays: Mapping[str, Any]) -> Written:
         for name, array in arrays.items():
             for start, shard in _own(array):
                 # Bytes that do not lie in a row, and 0-d arrays, have no flat view of their own.
-                data = np.ascontiguousarray(shard).reshape(-1).view(np.uint8)
+                flat = np.ascontiguousarray(shard).reshape(-1).view(np.uint8)
                 gap = bytes(-at % _ALIGNMENT)
-                for part in (gap, memoryview(data)):
+                for part in (gap, flat.data):
                     file.write(part)
                     digest.update(part)
                 shards[name].append(Shard(rank(), at + len(gap), start, shard.shape))
-                at += len(gap) + data.size
+                at += len(gap) + flat.size
         file.flush()
         os.fsync(file.fileno())
     return Written(shards, at, digest.hexdigest())
