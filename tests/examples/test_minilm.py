@@ -16,7 +16,7 @@ import pytest
 import safetensors.numpy
 
 import unitscale_jax as us
-from tests.examples.support import EXAMPLES, load
+from tests.examples.support import ENV, EXAMPLES, load
 
 minilm = load("applications/minilm")
 WEIGHTS = pathlib.Path(os.environ.get("MINILM", EXAMPLES.parent / minilm.FOLDER))
@@ -258,7 +258,7 @@ def test_the_smallest_run_needs_no_weights(tmp_path, name):
         text=True,
         timeout=300,
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent)},
+        env=ENV,
     )
     assert result.returncode == 0, result.stderr
     assert "float32" in result.stdout
