@@ -407,6 +407,40 @@ def test_low_rank_updates_go_with_their_kernel_and_their_rank_is_whole():
     }
 
 
+def test_parts_of_an_axis_and_insides_of_one_are_whole():
+    """A device holds neighbors, and would have parts of both, or of neither."""
+
+    def beside(p, x):
+        return jnp.concatenate([jnp.tanh(x @ p["a"]), jnp.sin(x @ p["b"])], axis=-1) @ p["c"]
+
+    params = shapes(a=(3, 8), b=(3, 16), c=(24, 5))
+    assert divided(beside, params, HIDDEN) == {}
+    assert "8: a part of c:0" in infer(beside, params, HIDDEN, mesh=MESH).reasons["a"]
+
+    def inside(p, x):
+        pairs = jnp.tanh(x @ p["a"]).reshape(*x.shape[:-1], 3, 8)
+        return pairs.max(-2) @ p["c"]
+
+    params = shapes(a=(3, 24), c=(8, 5))
+    assert divided(inside, params, HIDDEN) == {}
+    assert "8: inside of a:1" in infer(inside, params, HIDDEN, mesh=MESH).reasons["a"]
+
+
+def test_states_that_activations_are_multiplied_over_are_whole():
+    fn = lambda p, x: jnp.einsum("bts,bus->btu", x @ p["read"], x @ p["write"]) @ p["leave"]
+    assert divided(fn, shapes(read=(3, 8), write=(3, 8), leave=(6, 5)), HIDDEN) == {}
+
+
+def test_a_dimension_that_no_kernel_sums_over_is_whole():
+    fn = lambda p, x: (x @ p["up"]).max(-1)
+    assert divided(fn, shapes(up=(3, 16)), HIDDEN) == {}
+
+
+def test_a_rank_is_whole_if_nothing_else_can_be_divided():
+    fn = lambda p, x: x @ (p["a"] @ p["b"])
+    assert divided(fn, shapes(a=(3, 4), b=(4, 5)), HIDDEN) == {}
+
+
 # --------------------------------------------------------------------------- vocabularies
 
 IDS = jax.ShapeDtypeStruct((2, 6), jnp.int32)
@@ -433,6 +467,13 @@ def test_the_vocabulary_is_divided_in_table_and_head_and_positions_are_whole(los
         return -jnp.sum(logs * jax.nn.one_hot(ids, 32), axis=-1).mean()
 
     assert divided(fn, shapes(**LM), IDS) == PAIR | {"tokens": 0, "head": 1}
+
+
+def test_the_vocabulary_goes_before_a_width_of_more_bytes():
+    """A sum over the width would be one of logits."""
+    fn = lambda p, ids: jnp.tanh(p["tokens"][ids] + p["bias"]) @ p["head"]
+    params = shapes(tokens=(32, D), bias=(D,), head=(D, 32))
+    assert divided(fn, params, IDS) == {"tokens": 0, "head": 1}
 
 
 def test_a_vocabulary_that_does_not_divide_says_so():
