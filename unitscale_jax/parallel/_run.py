@@ -233,6 +233,22 @@ class Run:
             )
 
 
+def _check_order(axis: str) -> None:
+    """XLA of JAX 0.12 aborts the process on manual axes that are not in the order of the mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    names, around = list(mesh.axis_names), set(mesh.manual_axes)
+    after = [name for name in names[names.index(axis) :] if name in around]
+    free = [n for n in names if n not in around and n != axis and mesh.shape[n] > 1]
+    if after and free:
+        order = [*[n for n in names if n in around], axis, *[n for n in names if n in free]]
+        listed = ", ".join(f"{name}={mesh.shape[name]}" for name in order)
+        raise ValueError(
+            f"the mesh axis {axis!r} comes before {after[0]!r}, which a shard_map around the "
+            f"pipeline owns, and the compiler does not take that beside {free[0]!r}. Order the "
+            f"axes as us.parallel.mesh({listed})."
+        )
+
+
 def _weights(loss: Any, params: Params, parts: Part, state: State) -> Denominators:
     """What each term weighs on all parts, before any gradient."""
     one = first_of(parts)
