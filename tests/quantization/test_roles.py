@@ -236,7 +236,7 @@ def test_given_axes_settle_two_uses():
         assert found(fn, {"w": shape(D, K)}, X, rules=rules) == {"w": axes}
         w, x = {"w": normal(D, K)}, normal(B, D)
         full = fn(w, x)
-        y = us.quantized(fn, rules)(w, x)
+        y = jax.jit(us.quantized(fn, rules))(w, x)
         assert jnp.linalg.norm(y - full) < 0.03 * jnp.linalg.norm(full)
 
 
