@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 
 import unitscale_jax as us
-from tests.examples.support import EXAMPLES, load
+from tests.examples.support import ENV, EXAMPLES, load
 
 data, charlm = load("data"), load("charlm")
 LENGTH = 16
-ENV = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}  # whether or not it is installed
 
 
 def command(*flags):
@@ -59,6 +58,9 @@ def model():
         (["--long", "--smallest"], "--smallest: not allowed with argument --long"),
         (["--width", "30", "--heads", "4"], "--heads 4 does not divide --width 30"),
         (["--parts", "9", "--rows", "8"], "--parts 9 exceeds --rows 8"),
+        (["--mesh", "data=2,rows=4"], "--mesh: expected sizes of data, tensor, pipe, as data=2"),
+        (["--mesh", "data=8", "--parts", "5"], "--mesh data=8 leaves each device 4 of --rows 32"),
+        (["--mesh", "data=4,pipe=2"], "--mesh pipe=2 does not divide --layers 3"),
         (["--data", "absent.txt"], "--data: absent.txt does not exist. Name a file or a folder"),
         (["--resume", "--out", "absent"], "--resume: absent holds no run"),
         (["--stepz", "3"], "unrecognized arguments: --stepz 3"),
@@ -124,7 +126,7 @@ def test_what_is_served_is_what_was_trained_to_the_bit(quantize):
     flags = ("--smallest", "--length", LENGTH, "--quantize", quantize, "--out", "absent")
     settings = settings_of(*flags)
     apply, _, run = charlm.start(settings)
-    codes = charlm.served(settings, charlm.build(settings)[0], run["params"])
+    codes = charlm.serving(settings, run["params"])[1]
     kernels = [leaf for leaf in jax.tree.leaves(codes) if leaf.dtype in (jnp.int8, jnp.int4)]
     assert sum(leaf.size for leaf in kernels) > 0.2 * us.tree.size(run["params"])
     text = jnp.arange(2 * LENGTH, dtype=jnp.int32).reshape(2, LENGTH) % 256
@@ -209,7 +211,7 @@ def final(out):
     settings = charlm.read_settings(charlm.make_parser(), ["--resume", "--out", str(out)])
     with jax.numpy_dtype_promotion("standard"):
         _, _, like = charlm.start(settings)
-    return us.Checkpoints(out / "checkpoints").restore(like)
+    return us.Checkpoints(out / "checkpoints").restore(charlm.stored(like))
 
 
 @pytest.mark.slow
@@ -267,3 +269,22 @@ def test_a_run_in_sixteen_bits_learns(text, tmp_path, policy):
     assert result.returncode == 0, result.stderr
     points = curve_of(tmp_path / "out")
     assert points[-1]["test"] < points[0]["train"] - 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("relaxed_promotion")
+def test_a_mesh_changes_neither_the_run_nor_who_can_go_on_with_it(text, tmp_path, capsys):
+    small = ["--smallest", "--data", text, "--layers", 2, "--steps", 6, "--every", 6]
+    small += ["--test-bytes", 600, "--sample-bytes", 30]
+    one, meshed = tmp_path / "one", tmp_path / "meshed"
+
+    def printed(*flags):
+        charlm.main([str(flag) for flag in flags])
+        return re.findall(r"this model +(\S+)|temperature 0.7:\n\n(.*)", capsys.readouterr().out)
+
+    expected = printed(*small, "--out", one)
+    assert printed(*small, "--out", meshed, "--mesh", "data=2,tensor=2,pipe=2") == expected
+    (first, other) = (curve_of(out)[-1] for out in (one, meshed))
+    np.testing.assert_allclose(list(other.values()), list(first.values()), rtol=1e-5)
+    resumed = ["--resume", "--out", meshed, "--mesh", "data=4,tensor=2", "--zero", 3]
+    assert printed(*resumed, "--sample-bytes", 30) == expected
