@@ -311,6 +311,22 @@ def test_constants_stay_those_of_the_dense_function():
     np.testing.assert_allclose(rebuilt, [0.632456, 1.264911], rtol=1e-6)
 
 
+@pytest.mark.parametrize("two_passes", [False, True])
+def test_a_variance_in_two_passes_needs_the_channels_that_are_zero(two_passes):
+    """E9: (0 - mean)^2 is no zero, so the channels are flagged; in one pass they are exact."""
+    one_pass = lambda h, axis: jnp.square(h).mean(axis) - jnp.square(h.mean(axis))
+    variance = jnp.var if two_passes else one_pass
+    fn = lambda p, x: variance(x @ p["a"], -1)
+    params = {"a": jnp.array([[1.0, 2.0, 5.0, 7.0]])}
+    graph = groups(fn, params, jnp.ones(1))
+    expected = {"reduce:nonlin"} if two_passes else {"exact", "reduce:sum"}
+    assert graph.by_name["a:1"].flags == expected
+    plan = plan_of(graph, {"a:1": [0, 1]}, exact_only=not two_passes)
+    assert fn(mask(params, plan), jnp.ones(1)) == 0.6875
+    got = compacted(fn, plan)(compact(params, plan), jnp.ones(1))
+    assert got == (0.40625 if two_passes else 0.6875)
+
+
 # ------------------------------------------------------- equations that say a size, one by one
 
 H = 16
