@@ -365,7 +365,7 @@ def test_one_row_is_the_row_of_many(spec):
 
 
 def test_one_row_is_multiplied_as_two():
-    """The kernel for one is slow; results are cut, so this is all that shows it."""
+    """The kernel for one is slow; results are cut, so the shape is all that shows it."""
     run = us.quantized(dot, {"": W8A8})
     shapes = lambda rows: [
         site.eqn.invars[0].aval.shape
