@@ -62,9 +62,9 @@ def test_merged_is_the_merge_of_its_parts_with_its_gradients(how):
     assert placed.rows["float32"].sharding.shard_shape(placed.rows["float32"].shape)[0] == 1
 
 
-@pytest.mark.parametrize("sizes", [dict(branch=1, dp=8), dict(branch=2, dp=4)], ids=str)
-def test_several_sub_models_share_a_device(sizes):
-    law("concat", WIDE, sizes)
+@pytest.mark.parametrize(("how", "branch"), [("concat", 1), ("mean", 2), ("weighted", 2)])
+def test_several_sub_models_share_a_device(how, branch):
+    law(how, WIDE if how == "concat" else FNS, dict(branch=branch, dp=8 // branch))
 
 
 def test_an_axis_of_one_device_is_the_composition_to_the_bit():
