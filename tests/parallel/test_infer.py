@@ -427,8 +427,22 @@ def test_parts_of_an_axis_and_insides_of_one_are_whole():
 
 
 def test_states_that_activations_are_multiplied_over_are_whole():
-    fn = lambda p, x: jnp.einsum("bts,bus->btu", x @ p["read"], x @ p["write"]) @ p["leave"]
-    assert divided(fn, shapes(read=(3, 8), write=(3, 8), leave=(6, 5)), HIDDEN) == {}
+    """Also if a kernel sums over them besides: every score would be a sum over devices."""
+
+    def fn(p, x):
+        states = jnp.tanh(x @ p["write"])
+        return jnp.einsum("bts,bus->btu", states, states).mean() + states @ p["down"]
+
+    assert divided(fn, shapes(write=(3, 8), down=(8, 5)), HIDDEN) == {}
+
+
+def test_what_a_loop_adds_inside_makes_no_stream():
+    def fn(p, x):
+        block = lambda h, _: (h + jax.nn.gelu(h @ p["up"] + rms(x) @ p["also"]) @ p["down"], None)
+        return lax.scan(block, x, None, length=3)[0]
+
+    params = shapes(**ENTER, up=(D, F), also=(D, F), down=(F, D))
+    assert divided(between(fn), params, HIDDEN) == PAIR | {"also": 1}
 
 
 def test_a_dimension_that_no_kernel_sums_over_is_whole():

@@ -198,11 +198,6 @@ def _between_activations(graph: Graph, factor: Factor) -> str | None:
     return "activations are multiplied over it" if wrong else None
 
 
-def _between_parameters(graph: Graph, factor: Factor) -> str | None:
-    inside = [p.contracted for p in graph.meets.products if not p.active]
-    return "parameters are multiplied over it" if factor in frozenset().union(*inside) else None
-
-
 def _without_use(graph: Graph, factor: Factor) -> str | None:
     roles = graph.roles_of(factor)
     if "column" not in roles:
@@ -227,7 +222,6 @@ _of_groups = (
     _of_both_sides,
     _beside_heads,
     _between_activations,
-    _between_parameters,
     _without_use,
 )
 _of_vocabulary = (_marked_in_vocabulary,)
