@@ -4,8 +4,9 @@ One mesh axis has one owner: manual, inside a `shard_map` of these functions, or
 partitioner's. The types of varying axes place the transposed collectives.
 """
 
-from unitscale_jax.parallel._data import Feedback, feedback, reduced
+from unitscale_jax.parallel._data import reduced
 from unitscale_jax.parallel._experts import Load, expert_parallel
+from unitscale_jax.parallel._feedback import Feedback, feedback
 from unitscale_jax.parallel._gathered import gathered
 from unitscale_jax.parallel._infer import Inferred, Sum, infer
 from unitscale_jax.parallel._layout import Layout, layout, shard

@@ -21,17 +21,16 @@ from unitscale_jax import rules, tree as trees
 from unitscale_jax.loss import (
     Denominators,
     Grad,
-    Mean,
     Part,
-    Reduction,
     Terms,
     keys_of_rows,
-    reduction_of,
     row_count,
     scalar_terms,
     weights_of,
 )
 from unitscale_jax.parallel._context import axis_size, under
+from unitscale_jax.parallel._devices import Outputs, filled, total
+from unitscale_jax.parallel._feedback import Feedback, check_feedback
 from unitscale_jax.parallel._layout import Layout
 from unitscale_jax.parallel._specs import held, spec_of, zero_spec
 from unitscale_jax.parallel._wire import WireDType, summed
@@ -101,113 +100,41 @@ def reduced(
         valid: jax.Array | None,
     ) -> tuple[Terms, Any, Params]:
         n, rows = axis_size(over, "reduced"), row_count(batch)
-        leaves, structure = jax.tree.flatten(params)
-        cuts = _cuts(params, layout, over, n)
-        part = _filled(Part(batch, keys_of_rows(key, rows), valid), rows, n)
+        part = filled(Part(batch, keys_of_rows(key, rows), valid), rows, n)
+        kept = state if isinstance(state, Feedback) else None
+        state = state if kept is None else kept.state
         _check_filled(grad_fn, params, part, state, rows, n)
-        feedback = state if isinstance(state, Feedback) else None
-        _check_feedback(feedback, leaves, wire, n)
-        errors = None if feedback is None else jax.tree.leaves(feedback.error)
-        combine = _Outputs(reduce, over)
+        check_feedback(kept, params, wire, n)
+        one = _OneDevice(grad_fn, over, zero, gather, wire, params, _cuts(params, layout, over, n))
+        combine = Outputs(reduce, over)
 
         def body(
             leaves: list[Any], part: Part, state: State, errors: Any, given: Any
         ) -> tuple[Any, ...]:
-            denominators, scale = given
-            if zero == 3 and gather == "step":
-                leaves = [_gathered_leaf(x, cut, over) for x, cut in zip(leaves, cuts, strict=True)]
-            local = varying(structure.unflatten(leaves), [over])
-            if denominators is None:
-                mine = weights_of(grad_fn.loss, local, part.batch, state, part.key, part.valid)
-                denominators = lax.psum(varying(mine, [over]), over)
-            terms, aux, grads = grad_fn(
-                local,
-                part.batch,
-                state=state,
-                key=part.key,
-                denominators=denominators,
-                scale=scale,
-                valid=part.valid,
-            )
-            add = functools.partial(_added_up, over=over, wire=wire, scale=scale)
-            if errors is not None:  # one device that overflows voids the step of all
-                finite = lax.pmin(trees.is_finite(grads).astype(jnp.int32), over) > 0
-                add = functools.partial(add, finite=finite)
-            errors = [None] * len(cuts) if errors is None else errors
-            whole = lambda cut: zero == 0 or cut.dim is None
-            done = lambda cut: gather == "layer" and zero == 3 and cut.dim is not None
-            named = zip(trees.names(params), jax.tree.leaves(grads), cuts, errors, strict=True)
-            sums = [
-                (g, None)
-                if done(cut)
-                else add(name, g, cut, e, dim=None if whole(cut) else cut.dim)
-                for name, g, cut, e in named
-            ]
-            return (
-                {name: _total(term, over) for name, term in terms.items()},
-                [total for total, _ in sums],
-                [lost for _, lost in sums],
-                *combine(aux, part),
-            )
+            terms, aux, grads = one.gradients(leaves, part, state, *given)
+            sums = one.sums(grads, errors, given[1])
+            whole = {name: total(term, over) for name, term in terms.items()}
+            return (whole, *sums, *combine(aux, part))
 
-        shares = [cut.spec for cut in cuts]
-        terms, grads, lost, sums, stacks = jax.shard_map(
+        shares = [cut.spec for cut in one.cuts]
+        mapped = jax.shard_map(
             body,
             in_specs=(shares if zero == 3 else P(), P(over), P(), P(over), P()),
             out_specs=(P(), shares if zero else P(), P(over), P(), P(over)),
             axis_names={over},
-        )(
-            leaves,
-            part,
-            state if feedback is None else feedback.state,
-            errors,
-            (denominators, jnp.asarray(scale)),
         )
+        leaves, structure = jax.tree.flatten(params)
+        errors = None if kept is None else jax.tree.leaves(kept.error)
+        given = (denominators, jnp.asarray(scale))
+        terms, grads, lost, sums, stacks = mapped(leaves, part, state, errors, given)
         aux = combine.outputs(sums, stacks, rows)
-        if feedback is not None:
-            of_error = jax.tree.structure(feedback.error)
-            aux = Feedback(error=of_error.unflatten(lost), state=aux)
+        aux = aux if kept is None else kept.after(lost, aux)
         return terms, aux, structure.unflatten(grads)
 
     return Grad(loss=grad_fn.loss, call=call)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Feedback:
-    """What wires have rounded away, to be added to the next gradient; made by `feedback`.
-
-    Given as `state=` to a gradient that is `reduced` with a `wire`; the next one is its auxiliary
-    output. It does not carry the loss scale, and a step that overflows leaves it as it was.
-
-    Attributes:
-        error: In the structure of the parameters, float32 `(n, *shape)`: of each device its own.
-        state: The model's state, and in an auxiliary output the model's auxiliary outputs.
-    """
-
-    error: Any
-    state: Any = None
-
-
-def feedback(params: Params, over: str = "dp", state: State = None) -> Feedback:
-    """Nothing rounded away yet; called under `jax.set_mesh(mesh)`.
-
-    Args:
-        params: The parameters, or their shapes.
-        over: The mesh axis that gradients are reduced over.
-        state: The model's state.
-
-    Example:
-        >>> with jax.set_mesh(us.parallel.mesh(dp=4, tp=2)):
-        ...     us.parallel.feedback({"w": jnp.ones((3, 5))}).error["w"].shape
-        (4, 3, 5)
-    """
-    n = axis_size(over, "feedback")
-    make = lambda: jax.tree.map(lambda x: jnp.zeros((n, *jnp.shape(x)), jnp.float32), params)
-    return Feedback(jax.jit(make, out_shardings=P(over))(), state)
-
-
-# --------------------------------------------------------------------------------- leaves
+# ------------------------------------------------------------------------------ one device's work
 
 
 class _Cut(NamedTuple):
@@ -216,6 +143,62 @@ class _Cut(NamedTuple):
     dim: int | None
     spec: P
     others: P
+
+
+@dataclass(frozen=True)
+class _OneDevice:
+    """What a device does, inside of the `shard_map`; its options are those of `reduced`."""
+
+    grad_fn: Grad
+    over: str
+    zero: int
+    gather: str
+    wire: WireDType | None
+    params: Params  # for their structure
+    cuts: list[_Cut]
+
+    def gradients(
+        self,
+        leaves: list[Any],
+        part: Part,
+        state: State,
+        denominators: Denominators | None,
+        scale: jax.Array,
+    ) -> tuple[Terms, Any, list[jax.Array]]:
+        """Terms, outputs and gradients of this device's rows, for the weights of all."""
+        if self.zero == 3 and self.gather == "step":
+            pairs = zip(leaves, self.cuts, strict=True)
+            leaves = [_gathered_leaf(x, cut, self.over) for x, cut in pairs]
+        local = varying(jax.tree.structure(self.params).unflatten(leaves), [self.over])
+        rows = dict(state=state, key=part.key, valid=part.valid)
+        if denominators is None:
+            mine = weights_of(self.grad_fn.loss, local, part.batch, **rows)
+            denominators = lax.psum(varying(mine, [self.over]), self.over)
+        terms, aux, grads = self.grad_fn(
+            local, part.batch, denominators=denominators, scale=scale, **rows
+        )
+        return terms, aux, jax.tree.leaves(grads)
+
+    def sums(
+        self, grads: list[jax.Array], errors: list[jax.Array] | None, scale: jax.Array
+    ) -> tuple[list[Any], list[Any]]:
+        """The gradients of all rows, or shares of them, and what wires took away."""
+        add = functools.partial(_added_up, over=self.over, wire=self.wire, scale=scale)
+        if errors is not None:  # one device that overflows voids the step of all
+            finite = lax.pmin(trees.is_finite(grads).astype(jnp.int32), self.over) > 0
+            add = functools.partial(add, finite=finite)
+        totals, lost = [], []
+        owed = [None] * len(grads) if errors is None else errors
+        named = zip(trees.names(self.params), grads, self.cuts, owed, strict=True)
+        for name, grad, cut, error in named:
+            if self.gather == "layer" and cut.dim is not None:  # its gather's transpose has done it
+                whole, left = grad, None
+            else:
+                dim = cut.dim if self.zero else None
+                whole, left = add(name, grad, cut, error, dim=dim)
+            totals.append(whole)
+            lost.append(left)
+        return totals, lost
 
 
 def _cuts(params: Params, layout: Layout | None, over: str, n: int) -> list[_Cut]:
@@ -286,66 +269,6 @@ def _added_up(
     return total, jnp.where(finite, left, error[0])[None]
 
 
-def _total(term: Mean, over: str) -> Mean:
-    total, weight = lax.psum(varying((term.total, term.weight), [over]), over)
-    return Mean(total, weight, _same(term.coef, over))
-
-
-def _same(x: jax.Array, over: str) -> jax.Array:
-    """A number that all devices have alike, typed so."""
-    return lax.pmax(x, over) if over in varying_axes(x) else x
-
-
-# ------------------------------------------------------------------------------ rows and outputs
-
-
-def _filled(part: Part, rows: int, n: int) -> Part:
-    """Rows in a number that n divides; those that were added repeat the last and do not count."""
-    missing = -rows % n
-    if not missing:
-        return part
-    more = lambda x: jnp.concatenate([x, jnp.broadcast_to(x[-1:], (missing, *x.shape[1:]))])
-    counted = jnp.ones(rows, bool) if part.valid is None else part.valid
-    valid = jnp.concatenate([counted, jnp.zeros(missing, bool)])
-    return Part(jax.tree.map(more, part.batch), jax.tree.map(more, part.key), valid)
-
-
-class _Outputs:
-    """Auxiliary outputs of all devices: sums leave whole, rows as they lie."""
-
-    def __init__(self, kinds: rules.Rules[str], over: str) -> None:
-        self._kinds, self._over = kinds, over
-        self._reduction: Reduction | None = None
-
-    def __call__(self, aux: Any, part: Part) -> tuple[list[Any], list[Any]]:
-        """`(what is the same on all devices, rows)`."""
-        rows = row_count(part.batch)
-        reduction = reduction_of(aux, self._kinds, rows, uneven=part.valid is not None)
-        if "last" in reduction.kinds:
-            raise ValueError(
-                "an auxiliary output of kind 'last' would differ between devices, which have seen "
-                "other rows. Choose 'mean', as is usual for batch statistics."
-            )
-        self._reduction = reduction
-        aux = varying(aux, [self._over])
-        sums = reduction.step(reduction.start(aux), aux, part.valid)
-        whole = [None if x is None else x[None] for x in reduction.kept_whole(aux, None)]
-        found = jax.tree.leaves(
-            reduction.finish(sums, whole, rows, [self._over]), is_leaf=lambda x: isinstance(x, Mean)
-        )
-        alike = lambda x: Mean(x.total, x.weight, _same(x.coef, self._over))
-        found = [alike(x) if isinstance(x, Mean) else x for x in found]
-        pairs = list(zip(reduction.kinds, found, strict=True))
-        return [x for k, x in pairs if k != "concat"], [x for k, x in pairs if k == "concat"]
-
-    def outputs(self, sums: list[Any], stacks: list[Any], rows: int) -> Any:
-        """Both as the loss returned them."""
-        assert self._reduction is not None  # set while the body was traced
-        each = {True: iter(x[:rows] for x in stacks), False: iter(sums)}
-        found = [next(each[kind == "concat"]) for kind in self._reduction.kinds]
-        return jax.tree.unflatten(self._reduction.structure, found)
-
-
 # --------------------------------------------------------------------------------- checks
 
 
@@ -371,29 +294,11 @@ def _check_filled(
 ) -> None:
     if rows % n == 0:
         return
-    inner = state.state if isinstance(state, Feedback) else state
-    fixed = scalar_terms(grad_fn.loss, params, part.batch, inner, part.key)
+    fixed = scalar_terms(grad_fn.loss, params, part.batch, state, part.key)
     if fixed:
         raise ValueError(
             f"{n} devices do not divide {rows} rows, and term {fixed[0]!r} sums its rows itself, "
             "so those that fill up the last device cannot be left out. Return one number per row, "
             f"us.Mean(total=losses, weight=counts), or give {rows + -rows % n} rows, some of "
             "weight 0."
-        )
-
-
-def _check_feedback(feedback: Feedback | None, leaves: list[Any], wire: str | None, n: int) -> None:
-    if feedback is None:
-        return
-    if wire is None:
-        raise ValueError(
-            "`state` is a Feedback, and without a `wire` nothing is rounded away. Pass "
-            "wire='int8', or the model's own state."
-        )
-    want = [(n, *jnp.shape(x)) for x in leaves]
-    got = [jnp.shape(x) for x in jax.tree.leaves(feedback.error)]
-    if got != want:
-        raise ValueError(
-            f"`state.error` has shapes {got}, expected {want}. Make it with "
-            "us.parallel.feedback(params) under the mesh that is set."
         )
