@@ -142,8 +142,8 @@ class DotSpec:
         g: The cotangent, for a backward pass in integers too; None leaves that in floating point.
         compute: `"int"` multiplies the codes: integers into int32, 8-bit floats into float32.
             `"float_exact"` multiplies integer codes as float32, which gives the same bits while
-            K Qx Qw <= 2^24, and is split where it does not; on a CPU it is 4.6 times as fast
-            for depthwise convolutions, with JAX 0.12. `"dequant"` multiplies the dequantized values.
+            K Qx Qw <= 2^24, and is split where it does not; with JAX 0.12 on a CPU it is 4.6 times
+            as fast for depthwise convolutions. `"dequant"` multiplies the dequantized values.
 
     Raises:
         ValueError: The specs exclude each other; the message says which.
