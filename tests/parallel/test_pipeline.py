@@ -112,11 +112,11 @@ def whole():
 
 
 KINDS = {
-    "1f1b": (4, 1, 6, {}),
-    "1f1b, stashed": (4, 1, 6, {"residuals": "stash"}),
+    "1f1b": (4, 1, 6, {"skip_idle": True}),
+    "1f1b, stashed": (4, 1, 6, {"residuals": "stash", "skip_idle": True}),
     "1f1b, unskipped": (2, 1, 3, {"skip_idle": False}),
     "1f1b, fewer parts than stages": (4, 1, 2, {}),
-    "gpipe": (4, 1, 3, {"schedule": "gpipe"}),
+    "gpipe": (4, 1, 3, {"schedule": "gpipe", "skip_idle": True}),
     "circular": (2, 2, 3, {"schedule": "circular"}),
     "circular, stashed": (2, 2, 4, {"schedule": "circular", "residuals": "stash"}),
 }

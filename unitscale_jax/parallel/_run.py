@@ -173,6 +173,7 @@ class Run:
     ) -> Any:
         """`body(stage, orders of its loops)` on every stage."""
         size = stages.shape[1]
+        _check_order(self.axis)
         skip = not shared_axes(self.axis) if self.skip is None else self.skip
 
         def local(layers: Any, given: Given, loops: Any) -> Any:
