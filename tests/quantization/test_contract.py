@@ -460,6 +460,22 @@ def test_the_lowered_program_multiplies_integers():
     assert "(tensor<3x6xi8>, tensor<6x4xi8>) -> tensor<3x4xi32>" in line
 
 
+@pytest.mark.parametrize(
+    ("spec", "terms", "codes", "bound"),
+    [
+        (W8A8, 1040, "±127 x ±127", "0.78% of int32, exact in float32"),
+        (W8A8, 1041, "±127 x ±127", "0.78% of int32"),
+        (DotSpec(w=I4, x=ASYMMETRIC), 8, "[-128, 127] x ±7", "0.00% of int32, exact in float32"),
+        (DotSpec(w=I4), 8, "float x ±7", None),
+    ],
+)
+def test_the_report_says_codes_terms_and_how_near_the_bounds_are(spec, terms, codes, bound):
+    run = us.quantized(lambda w, x: x @ w, {"": spec})
+    (row,) = us.explain(run)(jnp.ones((terms, 2)), jnp.ones((2, terms))).products.rows
+    notes = row.notes
+    assert (notes["codes"], notes["K"], notes.get("bound")) == (codes, terms, bound)
+
+
 def test_experts_of_a_ragged_product_have_scales_of_their_own():
     w, x, sizes = normal(3, 6, 4, seed=20), normal(7, 6, seed=21), jnp.array([3, 0, 4])
     w = w * jnp.array([1.0, 100.0, 0.01])[:, None, None]

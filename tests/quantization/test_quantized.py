@@ -697,6 +697,21 @@ def test_convolutions_of_all_kinds_are_served_as_trained(kind):
     assert jnp.linalg.norm(served - y) < 0.15 * jnp.linalg.norm(y)
 
 
+@pytest.mark.parametrize("groups", [2, 4], ids=["grouped", "depthwise"])
+def test_convolutions_with_groups_of_features_are_served_as_trained(groups):
+    def fn(params, x):
+        options = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups)
+        return lax.conv_general_dilated(x, params["w"], (1, 1), "SAME", **options)
+
+    params, x = {"w": normal(3, 3, 4 // groups, 8, seed=14)}, normal(2, 5, 5, 4, seed=15)
+    served, trained = served_and_trained(fn, {"w": W8A8}, params, x)
+    assert_same_bits(trained, served)
+    exact = us.quantized(fn, {"w": replace(W8A8, compute="float_exact")})
+    assert_same_bits(jax.jit(exact)(params, x), served)
+    y = fn(params, x)
+    assert jnp.linalg.norm(served - y) < 0.02 * jnp.linalg.norm(y)
+
+
 def test_a_product_of_a_highest_precision_is_quantized_and_float_ones_keep_theirs():
     def fn(params, x):
         dot = functools.partial(jnp.dot, precision="highest")
