@@ -56,6 +56,14 @@ def test_keeps_exactly_k_of_any_scores(shape, dtype, data):
     np.testing.assert_array_equal(mask, oracle(scores, k))
 
 
+def test_an_empty_array_has_an_empty_mask():
+    """As a branch without channels leaves it."""
+    assert exact_k(jnp.zeros((0, 3)), 0).shape == (0, 3)
+    empty, full = exact_k_of([jnp.zeros((0, 3)), jnp.ones(2)], 1)
+    assert empty.shape == (0, 3) and full.tolist() == [True, False]
+    assert jax.vmap(lambda x: exact_k(x, 0))(jnp.zeros((2, 0))).shape == (2, 0)
+
+
 def test_k_is_data():
     traces = jax.jit(chex.assert_max_traces(lambda x, k: exact_k(x, k), n=1))
     scores = np.arange(6.0, dtype=np.float32)

@@ -78,10 +78,9 @@ def exact_k_of(scores: Sequence[Any], k: Any) -> list[jax.Array]:
         >>> a.astype(int).tolist(), b.astype(int).tolist()
         ([1, 0, 1], [0, 0, 1])
     """
-    if not scores:
-        _check_count(k, 0)
-        return []
     _check_count(k, _size(scores))
+    if not _size(scores):  # no arrays, or of branches that were taken out
+        return [jnp.zeros(key.shape, bool) for key in _keys(scores)]
     return _exact_k_of(_keys(scores), jnp.asarray(k, jnp.int32))
 
 
