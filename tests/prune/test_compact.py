@@ -90,7 +90,7 @@ def test_batch_statistics_follow_the_channels_they_are_of():
         f"layers/1/{name}" for name in ("mean", "var", "scale", "bias")
     }
     got = us.prune.compacted(fn, made)(small, X)
-    np.testing.assert_allclose(got, fn(mask(state, made), X), rtol=1e-6)
+    np.testing.assert_allclose(got, fn(mask(state, made), X), rtol=1e-6, atol=1e-6)  # a sum near 0
 
 
 # ------------------------------------------------------------------------ sharded (C12)
