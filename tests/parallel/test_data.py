@@ -304,21 +304,25 @@ def test_narrow_wires_send_a_half_and_a_quarter():
 
 def test_nothing_is_lost_for_good_with_error_feedback():
     """Sums of what arrived stay within one rounding of the sums of what was sent."""
-    mesh, steps = us.parallel.mesh(dp=8), 12
-    want = GRAD(PARAMS, BATCH)[2]
-    largest = {name: np.abs(np.asarray(g)).max() for name, g in want.items()}
+    mesh, steps = us.parallel.mesh(dp=8), 16
+    want = jax.device_get(GRAD(PARAMS, BATCH)[2])
     with jax.set_mesh(mesh):
         fn = jax.jit(us.parallel.reduced(GRAD, wire="int8"))
         state = us.parallel.feedback(PARAMS)
-        total = jax.tree.map(np.zeros_like, jax.device_get(PARAMS))
+        once = jax.device_get(fn(PARAMS, BATCH)[2])
+        total = jax.tree.map(np.zeros_like, want)
         for _ in range(steps):
             _, state, grads = fn(PARAMS, BATCH, state=state, scale=jnp.float32(4))
             total = jax.tree.map(lambda t, g: t + np.asarray(g) / 4, total, grads)
         broken = BATCH | {"x": BATCH["x"].at[5].set(jnp.nan)}
         after = fn(PARAMS, broken, state=state)[1]
-    for name, g in want.items():
-        mean = np.abs(total[name] / steps - np.asarray(g)).max() / largest[name]
-        assert mean <= 4 * 8 / 254 / steps, name
+    off = lambda got, name: np.abs(got[name] - want[name]).max() / np.abs(want[name]).max()
+    mean = jax.tree.map(lambda t: t / steps, total)
+    bound = (
+        3 / 254 / steps
+    )  # devices hold about twice the sum between them, and one rounds it again
+    assert all(off(mean, name) <= bound for name in want)
+    assert sum(off(once, name) > bound for name in want) >= 3  # what is lost without it
     chex.assert_trees_all_equal(jax.device_get(after.error), jax.device_get(state.error))
 
 

@@ -105,8 +105,13 @@ def reduced(
         state = state if kept is None else kept.state
         _check_filled(grad_fn, params, part, state, rows, n)
         check_feedback(kept, params, wire, n)
-        one = _OneDevice(grad_fn, over, zero, gather, wire, params, _cuts(params, layout, over, n))
         combine = Outputs(reduce, over)
+        if n == 1 and gather == "step" and kept is None:  # no collective, not even of one device
+            given = dict(state=state, key=part.key, denominators=denominators, valid=valid)
+            terms, aux, grads = grad_fn(params, batch, scale=scale, **given)
+            combine.check(aux, part)
+            return terms, aux, grads
+        one = _OneDevice(grad_fn, over, zero, gather, wire, params, _cuts(params, layout, over, n))
 
         def body(
             leaves: list[Any], part: Part, state: State, errors: Any, given: Any

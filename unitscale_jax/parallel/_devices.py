@@ -30,8 +30,8 @@ class Outputs:
         self._kinds, self._over = kinds, over
         self._reduction: Reduction | None = None
 
-    def __call__(self, aux: Any, part: Part) -> tuple[list[Any], list[Any]]:
-        """`(what is the same on all devices, rows)`."""
+    def check(self, aux: Any, part: Part) -> Reduction:
+        """How outputs of these rows combine; ValueError if one of them cannot."""
         rows = row_count(part.batch)
         reduction = reduction_of(aux, self._kinds, rows, uneven=part.valid is not None)
         if "last" in reduction.kinds:
@@ -39,7 +39,12 @@ class Outputs:
                 "an auxiliary output of kind 'last' would differ between devices, which have seen "
                 "other rows. Choose 'mean', as is usual for batch statistics."
             )
-        self._reduction = reduction
+        return reduction
+
+    def __call__(self, aux: Any, part: Part) -> tuple[list[Any], list[Any]]:
+        """`(what is the same on all devices, rows)`."""
+        rows = row_count(part.batch)
+        self._reduction = reduction = self.check(aux, part)
         aux = varying(aux, [self._over])
         sums = reduction.step(reduction.start(aux), aux, part.valid)
         whole = [None if x is None else x[None] for x in reduction.kept_whole(aux, None)]
