@@ -174,8 +174,8 @@ def pipeline_memory(mesh, smallest, where):
         grown, allowed = temp[1] - temp[0], inputs[1] - inputs[0]
         table = 64 * (many - few)  # what a stage does at each tick
         harness.claim(
-            f"{where}, {name}: temporary memory from {few} to {many} parts grows by no more than the "
-            "inputs and a few bytes of schedule for each part",
+            f"{where}, {name}: from {few} to {many} parts temporary memory grows by no more than "
+            "the inputs and a few bytes of schedule for each part",
             None if name == "gpipe" else grown <= allowed + table,
             temp_bytes={f"{few} parts": temp[0], f"{many} parts": temp[1]},
             grown=grown,
