@@ -160,7 +160,7 @@ def pipeline_memory(mesh, smallest, where):
     }
     for name, options in some(schedules, smallest, "1f1b"):
         temp, inputs = [], []
-        few, many = (4, 8) if smallest else (8, 32)
+        few, many = (8, 16) if smallest else (8, 32)
         for parts in (few, many):
             batch = jax.eval_shape(lambda n=parts: lm.batch(jax.random.key(0), rows * n, time))
             fn = us.parallel.pipelined(*pieces(), parts=parts, **options)
