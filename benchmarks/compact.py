@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import lm
 import optax
-from prune import Text, descended, lm_logits as logits, trained
+from prune import Text, descent, optimizer, trained
 
 import unitscale_jax as us
 
@@ -88,13 +88,13 @@ def smaller(options):
 def recovered(options):
     """A trained model's half, before and after more training, with its teacher and without."""
     task = Text(options.smallest)
-    adam = lambda rate, steps: optax.adamw(optax.cosine_decay_schedule(rate, steps))
-    params = trained(task, adam(task.rate, task.steps), 0)
+    logits = task.logits
+    (params,) = trained(task, optimizer(task.rate, task.steps), [0])
     tokens = jnp.zeros((2, task.length), jnp.int32)
     graph = us.prune.groups(logits, params, tokens)
     scores = us.prune.l2(graph, params)
-    halves = dict.fromkeys(("layers/down:1", "layers/out:1[0]"), 0.5)  # FFN and heads
-    plan = us.prune.plan(graph, scores, keep=halves, round_to=1)
+    halves = {"blocks/*/down/kernel:0": 0.5, "blocks/*/out/kernel:0[0]": 0.5}  # FFN and heads
+    plan = us.prune.plan(graph, scores, keep=halves)
     small = us.prune.compact(params, plan)
     student = us.prune.compacted(logits, plan)
 
@@ -114,7 +114,7 @@ def recovered(options):
     score = lambda params: task.score(params, student)
     steps = 5 if options.smallest else 200
     after = {
-        name: score(descended(grad_of(loss), start, adam(task.rate / 2, steps), steps, 99))
+        name: score(descent(grad_of(loss), optimizer(task.rate / 2, steps), steps)(start, 99))
         for name, loss, start in (
             ("trained alone", alone, small),
             ("distilled", taught, small),
