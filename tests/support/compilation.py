@@ -24,6 +24,11 @@ _ANYHOW = {
     "tests": ["checkpoint", "prune", "support", "test_bridge.py", "test_checkpoint.py"],
     "tests/distill": ["test_cache.py", "test_distilled.py", "test_features.py", "test_losses.py"],
     "tests/examples": ["test_data.py", "test_minilm.py"],
+    "tests/parallel": [
+        *["test_data.py", "test_experts.py", "test_gathered.py", "test_generation.py"],
+        *["test_infer.py", "test_layout.py", "test_merge.py", "test_pipeline.py"],
+        *["test_sequence.py", "test_stack.py", "test_tensor.py", "test_vocabulary.py"],
+    ],
     "tests/precision": ["test_autocast.py"],
     "tests/quantization": ["test_gptq.py", "test_gradient.py", "test_roles.py"],
     "tests/trace": ["test_dims.py", "test_provenance.py", "test_reach.py", "test_zeros.py"],
