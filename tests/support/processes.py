@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import unitscale_jax as us
-from unitscale_jax.checkpoint import _files, _shards
+from unitscale_jax.checkpoint import _arrays, _files
 
 ROOT = pathlib.Path(__file__).parents[2]
 HEARTBEAT, LIMIT = 10, 300  # seconds; the limit is for a machine that many share
@@ -264,20 +264,31 @@ def faults(folder, rank, run):
             return f"{type(error).__name__}: {error}"
         return "no error"
 
-    write = _shards.write
+    def in_the_way(path):
+        if rank == 1:
+            (path / "ocdbt.process_1").touch()  # where orbax makes a directory
+
+    write = _arrays.write
     if rank == 1:
-        _shards.write = lambda *_: (_ for _ in ()).throw(OSError("the disk is full"))
+        _arrays.write = lambda *_: (_ for _ in ()).throw(OSError("the disk is full"))
     seen["disk full"] = error_of(lambda: checkpoints.save(2, run))
-    _shards.write = write
+    _arrays.write = lambda path, arrays: in_the_way(path) or write(path, arrays)
+    on_both = all_kinds(us.parallel.mesh(dp=4, tp=2))
+    seen["orbax fails"] = error_of(lambda: checkpoints.save(2, on_both))
+    _arrays.write = write
     elsewhere = us.Checkpoints(folder / f"own_disk_{rank}")
     seen["own disk"] = error_of(lambda: elsewhere.save(1, run))
+    there = [device for device in jax.devices() if device.process_index == 1]
+    there = NamedSharding(us.parallel.mesh(devices=there, dp=len(there)), P())
+    only = jax.make_array_from_callback((3,), there, lambda _: np.zeros(3, "f"), dtype="f")
+    seen["elsewhere"] = error_of(lambda: checkpoints.save(2, run | {"only": only}))
     checkpoints.save(2, run | {"step": 22})
     seen["older"] = error_of(lambda: checkpoints.save(1, run))
     seen["nothing"] = error_of(lambda: us.Checkpoints(folder / "nothing").restore(run))
     other = run | {"params": run["params"] | {"up": run["params"]["down"]}}
     seen["another model"] = error_of(lambda: checkpoints.restore(other))
     if rank == 0:
-        file = folder / "faults" / "step_00000002" / "arrays" / "1"
+        file = folder / "faults" / "step_00000002" / "arrays" / "manifest.ocdbt"
         file.write_bytes(file.read_bytes()[:-1] + b"!")
     else:
         _files.flaw = lambda *_: None  # a process that would not notice

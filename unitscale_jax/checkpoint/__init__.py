@@ -3,8 +3,8 @@
     directory/
       step_00000300/
         SHA256SUMS      a digest of every other file; `sha256sum -c SHA256SUMS` checks it by hand
-        manifest.json   format, step, and of every leaf its name, shape and dtype, and its shards
-        arrays/0        the shards of process 0; arrays/1 those of process 1, ..
+        manifest.json   format, step, and of every leaf its name, shape and dtype
+        arrays/         the arrays as orbax stores them: the shards of process 0, of process 1, ..
       step_00000400/
 
 A save writes everything under another name, forces it to the disk and then renames the directory,

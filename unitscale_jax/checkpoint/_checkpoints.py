@@ -20,7 +20,7 @@ class Checkpoints:
     Any pytree can be saved: parameters, an optimiser state, a loss scale, typed random keys, the
     position in the data. Leaves are arrays of any numeric dtype (8-bit floats and 4-bit integers
     included), typed keys, and Python's `int`, `float`, `bool` and `str`. Arrays may be spread over
-    devices in any way, and are saved where they are, shard by shard.
+    devices in any way; orbax stores them shard by shard, and nothing is gathered.
 
     With several processes the directory is on a disk that they share, and every process calls
     every method, in the same order. Each writes its shards and reads what its devices need; of
@@ -29,7 +29,8 @@ class Checkpoints:
 
     Laws: restore after save is the identity, bit for bit, on any mesh and with any number of
     processes; a process killed at any moment leaves the last completed save whole; a checkpoint of
-    which one byte changed is refused; the host holds no more than one leaf at a time.
+    which one byte changed is refused. What a process writes or reads, its own shards, may all be in
+    the memory of its host at once.
 
     Example:
         >>> import tempfile
@@ -81,8 +82,8 @@ class Checkpoints:
 
         Raises:
             ValueError: A later checkpoint is whole, so this run did not start from it; or two
-                leaves have one name; or no process has some part of an array.
-            TypeError: A leaf is neither an array, nor a key, nor a Python scalar.
+                leaves have one name; or an array lies on other processes alone, not on process 0.
+            TypeError: A leaf is neither a numeric array, nor a key, nor a Python scalar.
         """
         step, leaves = _natural(step), _leaves.encode(tree)
         passed_over = agreed(lambda: [found.name for found in self._damaged_after(step)])
@@ -115,8 +116,7 @@ class Checkpoints:
         name, step, refused = agreed(self._newest_whole)
         if refused:
             warnings.warn(_passed_over(name, refused), stacklevel=2)
-        _files.check_seen(self.directory / name)
-        return step, _leaves.decode(_files.read(self.directory / name), like, name)
+        return step, _files.read(self.directory / name, like)
 
     def _newest_whole(self) -> tuple[str, int, list[str]]:
         refused = []

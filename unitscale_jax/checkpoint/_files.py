@@ -1,16 +1,16 @@
 """The files of one checkpoint: written with their digests, read only when all of them agree."""
 
-import dataclasses
 import hashlib
 import json
 import os
 import pathlib
+from typing import Any
 
-from unitscale_jax.checkpoint import _shards
-from unitscale_jax.checkpoint._leaves import Leaf
-from unitscale_jax.parallel._agree import agreed, together
+from unitscale_jax.checkpoint import _arrays
+from unitscale_jax.checkpoint._leaves import Leaf, decode
+from unitscale_jax.parallel._agree import agreed, rank, together
 
-FORMAT = 2
+FORMAT = 3
 OTHER_FORMAT = "it has format"  # how the one flaw begins that is no damage
 _SUMS, _MANIFEST, _ARRAYS = "SHA256SUMS", "manifest.json", "arrays"
 
@@ -19,32 +19,28 @@ def write(path: pathlib.Path, step: int, leaves: list[Leaf]) -> None:
     """Writes a checkpoint to a new directory and forces it to the disk; every process calls this.
 
     Raises:
-        ValueError: Of some array there are parts that no process has.
+        ValueError: Process 0 has no part of some array.
         OSError: One process cannot write, or does not see the directory.
     """
     agreed(lambda: (path / _ARRAYS).mkdir(parents=True))
+    _check_seen(path / _ARRAYS)
     arrays = {leaf.name: leaf.array for leaf in leaves if leaf.array is not None}
-    written = together(lambda: _shards.write(path / _ARRAYS, arrays)._asdict())
+    written = together(lambda: _arrays.write(path / _ARRAYS, arrays))
     agreed(lambda: _seal(path, step, leaves, written))
 
 
-def read(path: pathlib.Path) -> list[Leaf]:
-    """The leaves of a checkpoint in which `flaw` found none, without their arrays."""
-    described = json.loads((path / _MANIFEST).read_bytes())["leaves"]
-    return [Leaf.from_description(path / _ARRAYS, fields) for fields in described]
+def read(path: pathlib.Path, like: Any) -> Any:
+    """Reads a checkpoint in which `flaw` found none, as `like` is; every process calls this."""
+    _check_seen(path / _SUMS)
+    restored = []
 
+    def restore() -> None:
+        described = json.loads((path / _MANIFEST).read_bytes())["leaves"]
+        leaves = [Leaf.from_description(fields) for fields in described]
+        restored.append(decode(leaves, like, path / _ARRAYS))
 
-def check_seen(path: pathlib.Path) -> None:
-    """Whether every process sees a checkpoint; an error on all if one does not."""
-
-    def see() -> None:
-        if not (path / _SUMS).exists():
-            raise FileNotFoundError(
-                f"{path} is not there, but process 0 has it. Every process needs the same "
-                "directory: name one on a disk that they share."
-            )
-
-    together(see)
+    together(restore)
+    return restored[0]
 
 
 def flaw(path: pathlib.Path, step: int) -> str | None:
@@ -72,37 +68,34 @@ def sync(path: pathlib.Path) -> None:
         os.close(descriptor)
 
 
-def _seal(path: pathlib.Path, step: int, leaves: list[Leaf], written: list[dict]) -> None:
-    """Writes what the files of all processes are, which makes a checkpoint of them."""
-    digests = {}
-    for process, (size, digest) in enumerate((w["size"], w["digest"]) for w in written):
-        file = path / _ARRAYS / str(process)
+def _check_seen(path: pathlib.Path) -> None:
+    """Whether every process sees what process 0 does; an error on all if one does not."""
+
+    def see() -> None:
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path.parent} is not there for process {rank()}. Every process needs the same "
+                "directory: name one on a disk that they share."
+            )
+
+    together(see)
+
+
+def _seal(path: pathlib.Path, step: int, leaves: list[Leaf], written: list[dict[str, int]]) -> None:
+    """Makes a checkpoint of what all processes have written."""
+    for process, (name, size) in [(i, file) for i, w in enumerate(written) for file in w.items()]:
+        file = path / _ARRAYS / name
+        # orbax would take what it does not find for zeros.
         if not file.exists() or file.stat().st_size != size:
             raise OSError(
                 f"{file} is not what process {process} wrote. Every process needs the same "
                 "directory: name one on a disk that they share."
             )
-        digests[f"{_ARRAYS}/{process}"] = digest
-    text = _manifest(step, [_with_shards(leaf, written) for leaf in leaves])
-    (path / _MANIFEST).write_bytes(text)
-    digests[_MANIFEST] = hashlib.sha256(text).hexdigest()
-    (path / _SUMS).write_bytes(_listing(digests))
-    for sealed in (path / _MANIFEST, path / _SUMS, path / _ARRAYS, path):
+    _arrays.finish(path / _ARRAYS)
+    (path / _MANIFEST).write_bytes(_manifest(step, leaves))
+    (path / _SUMS).write_bytes(_listing(_digests(path)))
+    for sealed in [*path.rglob("*"), path]:
         sync(sealed)
-
-
-def _with_shards(leaf: Leaf, written: list[dict]) -> Leaf:
-    if leaf.array is None:
-        return leaf
-    shards = [shard for w in written for shard in w["shards"][leaf.name]]
-    shards = tuple(_shards.Shard(*shard) for shard in shards)
-    if _shards.missing(shards, leaf.array.shape):
-        raise ValueError(
-            f"{leaf.name} has parts that no process gave: its devices are not process 0's, or "
-            "not all processes save. Start them by `parallel.initialize`, and put it on a mesh "
-            "of all devices."
-        )
-    return dataclasses.replace(leaf, shards=shards)
 
 
 def _manifest(step: int, leaves: list[Leaf]) -> bytes:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import functools
 import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
-from unitscale_jax.checkpoint import _shards
+from unitscale_jax.checkpoint import _arrays
 
 _PYTHON: dict[str, Callable[[Any], Any]] = {  # how each Python scalar is read from JSON
     "Python bool": bool,
@@ -25,36 +24,24 @@ _KINDS = {"Python bool": jnp.bool_, "Python int": jnp.integer, "Python float": j
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Leaf:
-    """A leaf as it is stored: the shards of an array or a key, or the `value` of a Python scalar.
-
-    Before it is written it has its `array`, and once it is, the `folder` of its shards.
-    """
+    """A leaf as it is stored: an array or a key, or the `value` of a Python scalar."""
 
     name: str
     dtype: str
     shape: tuple[int, ...] = ()
     impl: str | None = None  # of a key
     value: bool | int | str | None = None
-    shards: tuple[_shards.Shard, ...] = ()
-    array: Any = None
-    folder: pathlib.Path | None = None
+    array: Any = None  # before it is written
 
     def described(self) -> dict[str, Any]:
-        """What of it goes to the manifest, for JSON."""
-        said = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        here = ("array", "folder")
-        return {name: x for name, x in said.items() if name not in here and x is not None}
+        """All but the array, for JSON."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: x for name, x in fields.items() if name != "array" and x is not None}
 
     @classmethod
-    def from_description(cls, folder: pathlib.Path, said: dict[str, Any]) -> "Leaf":
+    def from_description(cls, fields: dict[str, Any]) -> "Leaf":
         """The inverse of `described`."""
-        shards = tuple(_shards.Shard(*shard) for shard in said["shards"])
-        return cls(**said | {"shape": tuple(said["shape"]), "shards": shards, "folder": folder})
-
-    def bits(self, dtype: np.dtype, more: tuple[int, ...] = (), index: Any = None) -> np.ndarray:
-        """Its array from the disk, or a part of it; `more` are dimensions beyond its shape."""
-        assert self.folder is not None
-        return _shards.read(self.folder, self.shards, dtype, (*self.shape, *more), index)
+        return cls(**fields | {"shape": tuple(fields["shape"])})
 
 
 def encode(tree: Any) -> list[Leaf]:
@@ -62,7 +49,7 @@ def encode(tree: Any) -> list[Leaf]:
     return [_encoded(name, leaf) for name, leaf in trees.named_leaves(tree).items()]
 
 
-def decode(leaves: list[Leaf], like: Any, source: str) -> Any:
+def decode(leaves: list[Leaf], like: Any, source: pathlib.Path) -> Any:
     """The leaves in the structure of `like`, each as the kind of thing it is there.
 
     Raises:
@@ -72,10 +59,12 @@ def decode(leaves: list[Leaf], like: Any, source: str) -> Any:
     wanted = trees.named_leaves(like)
     if difference := _difference(saved, wanted):
         raise ValueError(
-            f"{source} is of another model: {difference}. Restore with the model, optimiser and "
-            "options that were saved, or start this model in another directory."
+            f"{source.parent.name} is of another model: {difference}. Restore with the model, "
+            "optimiser and options that were saved, or start this model in another directory."
         )
-    decoded = [_decoded(saved[name], leaf) for name, leaf in wanted.items()]
+    forms = {name: _form(saved[name], leaf) for name, leaf in wanted.items()}
+    arrays = _arrays.read(source, {name: form for name, form in forms.items() if form is not None})
+    decoded = [_decoded(saved[name], leaf, arrays.get(name)) for name, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(like), decoded)
 
 
@@ -87,7 +76,7 @@ def _encoded(name: str, leaf: Any) -> Leaf:
     if _is_key(leaf):
         impl, array = str(jax.random.key_impl(leaf)), jax.random.key_data(leaf)
         return Leaf(name=name, dtype=dtype, shape=shape, impl=impl, array=array)
-    if np.dtype(leaf.dtype).kind in "OSUMm":
+    if leaf.dtype.kind in "OSUMm" or str(leaf.dtype) in _arrays.REFUSED:
         raise TypeError(_no_leaf(name, f"array of {leaf.dtype}"))
     return Leaf(name=name, dtype=dtype, shape=shape, array=leaf)
 
@@ -143,43 +132,35 @@ def closest(name: str, others: Iterable[str]) -> str:
     return f" (closest: {near[0]!r})" if near else ""
 
 
-def _decoded(saved: Leaf, like: Any) -> Any:
+def _form(saved: Leaf, like: Any) -> jax.ShapeDtypeStruct | None:
+    """How the array of a leaf is to be read; a key's is read whole, since it is small."""
+    if saved.dtype in _PYTHON:
+        return None
+    if saved.impl is not None:
+        word = jax.random.key_data(jax.random.key(0, impl=saved.impl))
+        return jax.ShapeDtypeStruct((*saved.shape, *word.shape), word.dtype)
+    sharding = None if isinstance(like, np.ndarray | np.generic) else _sharding(like)
+    try:
+        if sharding is not None:
+            sharding.shard_shape(saved.shape)
+    except ValueError as error:
+        raise ValueError(f"{saved.name} cannot be restored as it is in `like`: {error}") from None
+    return jax.ShapeDtypeStruct(saved.shape, jnp.dtype(saved.dtype), sharding=sharding)
+
+
+def _decoded(saved: Leaf, like: Any, array: Any) -> Any:
     if saved.dtype in _PYTHON:
         value = _PYTHON[saved.dtype](saved.value)
         return jnp.asarray(value, like.dtype) if hasattr(like, "dtype") else value
     if saved.impl is not None:
-        return placed(_key(saved, saved.impl), like)
-    dtype, sharding = jnp.dtype(saved.dtype), _sharding(like)
-    if isinstance(like, np.ndarray | np.generic):
-        array = saved.bits(dtype)
-        return array[()] if isinstance(like, np.generic) else array
-    if sharding is None:
-        return _as_weak(saved.bits(dtype), like)
-    return _sharded(saved, dtype, sharding, like)
-
-
-def _sharded(saved: Leaf, dtype: np.dtype, sharding: jax.sharding.Sharding, like: Any) -> jax.Array:
-    try:
-        sharding.shard_shape(saved.shape)
-    except ValueError as error:
-        raise ValueError(f"{saved.name} cannot be restored as it is in `like`: {error}") from None
-    # Devices that hold the same part are given the same copy: what a host holds is one leaf.
-    part = functools.cache(lambda *bounds: saved.bits(dtype, index=[slice(*b) for b in bounds]))
-    at = lambda index: part(*((cut.start, cut.stop) for cut in index))
-    array = jax.make_array_from_callback(saved.shape, sharding, at, dtype=dtype)
-    if not getattr(like, "weak_type", False):
+        return placed(jax.random.wrap_key_data(jnp.asarray(array), impl=saved.impl), like)
+    if isinstance(like, np.generic):
+        return array[()]
+    if isinstance(like, np.ndarray):
         return array
-    return jax.jit(_weak, out_shardings=sharding)(array)
-
-
-def _key(saved: Leaf, impl: str) -> jax.Array:
-    word = jax.random.key_data(jax.random.key(0, impl=impl))
-    bits = saved.bits(np.dtype(word.dtype), word.shape)
-    return jax.random.wrap_key_data(jnp.asarray(bits), impl=impl)
-
-
-def _as_weak(array: np.ndarray, like: Any) -> jax.Array:
-    return (_weak if getattr(like, "weak_type", False) else jnp.asarray)(array)
+    if not getattr(like, "weak_type", False):
+        return jnp.asarray(array)
+    return jax.jit(_weak, out_shardings=_sharding(like))(array)
 
 
 def _weak(array: Any) -> jax.Array:
