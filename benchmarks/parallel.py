@@ -96,11 +96,12 @@ def one_reduction(mesh, smallest, where):
         )
         kinds, looped = sent(program, mesh, "dp")
         total = sum(kinds.values())
-        # A leaf that has no dimension for a share is whole; a CPU sends bfloat16 as float32.
+        # A leaf without a dimension for a share is whole, and a TPU sums small ones whole: a tenth
+        # is allowed for both. A CPU sends bfloat16 as float32.
         narrow = options.get("wire") == "bfloat16" and where == "cpu"
         harness.claim(
             f"{where}, {name}: one reduction over dp after {parts} parts, bytes of the formula",
-            looped == 0 and (narrow or total <= 1.05 * formula + 4096),
+            looped == 0 and (narrow or total <= 1.1 * formula + 4096),
             bytes=kinds,
             formula=formula,
             in_loops=looped,
