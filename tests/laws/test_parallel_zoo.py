@@ -17,8 +17,8 @@ import unitscale_jax as us
 from tests.support import sized, zoo
 
 FEW = ["linen_transformer", "nnx_gqa", "plain_scan_remat"]
-# Rows that meet (batch statistics, capacities); loops without a gradient.
-MIXING = ("cnn_train", "linen_moe", "nnx_moe", "equilibrium")
+# Rows that meet (batch statistics, capacities, one key for all); loops without a gradient.
+MIXING = ("cnn_train", "dropout", "linen_moe", "nnx_moe", "equilibrium")
 MESHES = ["dp=8,tp=1", "dp=4,tp=2", "dp=2,tp=4", "dp=1,tp=8"]
 
 
