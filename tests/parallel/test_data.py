@@ -372,3 +372,46 @@ def test_what_cannot_be_split_is_named():
     fewer = us.parallel.layout({"up": PARAMS["up"]}, {}, us.parallel.mesh(dp=8))
     with pytest.raises(ValueError, match="layout and the parameters differ in 'bias'"):
         call(us.parallel.reduced(GRAD, layout=fewer))
+
+
+# ------------------------------------------------------------------------------------------- loops
+
+
+def recurrent(params, x):
+    """A recurrent layer whose state begins with zeros, and a loop that ends when data say so."""
+    step = lambda h, row: (jnp.tanh(row @ params["up"] + h @ params["again"]), None)
+    h = jax.lax.scan(step, jnp.zeros((len(x), HIDDEN), x.dtype), jnp.stack([x, 2 * x, -x]))[0]
+    small = lambda state: (jnp.max(jnp.abs(state[1])) > 1e-3) & (state[0] < 9)
+    halved = jax.lax.while_loop(small, lambda s: (s[0] + 1, s[1] / 2), (0, lax.stop_gradient(x)))
+    wide = jax.lax.cond(x[0, 0] > 9, lambda h: jnp.zeros_like(h), lambda h: h, h)
+    return (wide @ params["down"]) * (1 + 0 * halved[1])
+
+
+def test_a_model_whose_loops_begin_with_zeros_runs_as_it_was_written():
+    params = {n: PARAMS[n] for n in ("up", "down")} | {"again": normal(8, HIDDEN, HIDDEN)}
+    batch = {"x": BATCH["x"], "mask": BATCH["mask"]}
+
+    def loss(p, batch):
+        errors = jnp.sum((recurrent(p, batch["x"]) - 1) ** 2, -1)
+        return Mean(jnp.where(batch["mask"], errors, 0), batch["mask"])
+
+    grad_fn = us.value_and_grad(loss)
+    with pytest.raises(TypeError, match="carry"):  # JAX's own word on it
+        body = lambda p, x: jnp.sum(recurrent(p, x))[None]
+        fn = jax.shard_map(body, in_specs=(P(), P("dp")), out_specs=P("dp"))
+        with jax.set_mesh(us.parallel.mesh(dp=8)):
+            fn(params, batch["x"])
+
+    def step(params, batch, parts=2):
+        fn = us.parallel.reduced(us.accumulated(grad_fn, parts), zero=2)
+        return fn(params, batch)[2]
+
+    whole = lambda p, b: grad_fn(p, b)[2]
+    meshes = [us.parallel.mesh(dp=4, tp=2)]
+    check_sharded(step, (params, batch), meshes, reference=whole, outside_loops=["dp"])
+
+
+def test_what_is_wrong_on_one_device_too_is_said_as_jax_says_it():
+    wrong = us.value_and_grad(lambda p, b: Mean(jnp.add(b["x"], "text"), 1))
+    with pytest.raises(TypeError, match="text|str"):
+        call(us.parallel.reduced(wrong), batch={"x": BATCH["x"]})

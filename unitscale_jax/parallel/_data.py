@@ -26,12 +26,12 @@ from unitscale_jax.loss import (
     keys_of_rows,
     row_count,
     scalar_terms,
-    weights_of,
 )
 from unitscale_jax.parallel._context import axis_size, under
 from unitscale_jax.parallel._devices import Outputs, filled, total
 from unitscale_jax.parallel._feedback import Feedback, check_feedback
 from unitscale_jax.parallel._layout import Layout
+from unitscale_jax.parallel._local import Local, direct, replayed
 from unitscale_jax.parallel._specs import held, spec_of, zero_spec
 from unitscale_jax.parallel._wire import WireDType, summed
 from unitscale_jax.trace import varying, varying_axes
@@ -111,27 +111,37 @@ def reduced(
             terms, aux, grads = grad_fn(params, batch, scale=scale, **given)
             combine.check(aux, part)
             return terms, aux, grads
-        one = _OneDevice(grad_fn, over, zero, gather, wire, params, _cuts(params, layout, over, n))
-
-        def body(
-            leaves: list[Any], part: Part, state: State, errors: Any, given: Any
-        ) -> tuple[Any, ...]:
-            terms, aux, grads = one.gradients(leaves, part, state, *given)
-            sums = one.sums(grads, errors, given[1])
-            whole = {name: total(term, over) for name, term in terms.items()}
-            return (whole, *sums, *combine(aux, part))
-
-        shares = [cut.spec for cut in one.cuts]
-        mapped = jax.shard_map(
-            body,
-            in_specs=(shares if zero == 3 else P(), P(over), P(), P(over), P()),
-            out_specs=(P(), shares if zero else P(), P(over), P(), P(over)),
-            axis_names={over},
-        )
+        cuts, scale = _cuts(params, layout, over, n), jnp.asarray(scale)
+        shares = [cut.spec for cut in cuts]
         leaves, structure = jax.tree.flatten(params)
         errors = None if kept is None else jax.tree.leaves(kept.error)
-        given = (denominators, jnp.asarray(scale))
-        terms, grads, lost, sums, stacks = mapped(leaves, part, state, errors, given)
+
+        def mapped(local: Local) -> tuple[Any, ...]:
+            one = _OneDevice(local, over, zero, gather, wire, params, cuts)
+
+            def body(
+                leaves: list[Any], part: Part, state: State, errors: Any, given: Any
+            ) -> tuple[Any, ...]:
+                terms, aux, grads = one.gradients(leaves, part, state, *given)
+                sums = one.sums(grads, errors, given[1])
+                whole = {name: total(term, over) for name, term in terms.items()}
+                return (whole, *sums, *combine(aux, part))
+
+            return jax.shard_map(
+                body,
+                in_specs=(shares if zero == 3 else P(), P(over), P(), P(over), P()),
+                out_specs=(P(), shares if zero else P(), P(over), P(), P(over)),
+                axis_names={over},
+            )(leaves, part, state, errors, (denominators, scale))
+
+        try:
+            terms, grads, lost, sums, stacks = mapped(direct(grad_fn))
+        except TypeError as refused:
+            try:
+                local = replayed(grad_fn, params, part, state, scale, over)
+            except Exception:  # then it is not for the axis that it was refused
+                raise refused from None
+            terms, grads, lost, sums, stacks = mapped(local)
         aux = combine.outputs(sums, stacks, rows)
         aux = aux if kept is None else kept.after(lost, aux)
         return terms, aux, structure.unflatten(grads)
@@ -154,7 +164,7 @@ class _Cut(NamedTuple):
 class _OneDevice:
     """What a device does, inside of the `shard_map`; its options are those of `reduced`."""
 
-    grad_fn: Grad
+    local: Local
     over: str
     zero: int
     gather: str
@@ -174,14 +184,11 @@ class _OneDevice:
         if self.zero == 3 and self.gather == "step":
             pairs = zip(leaves, self.cuts, strict=True)
             leaves = [_gathered_leaf(x, cut, self.over) for x, cut in pairs]
-        local = varying(jax.tree.structure(self.params).unflatten(leaves), [self.over])
-        rows = dict(state=state, key=part.key, valid=part.valid)
+        params = varying(jax.tree.structure(self.params).unflatten(leaves), [self.over])
         if denominators is None:
-            mine = weights_of(self.grad_fn.loss, local, part.batch, **rows)
+            mine = self.local.weigh(params, part, state)
             denominators = lax.psum(varying(mine, [self.over]), self.over)
-        terms, aux, grads = self.grad_fn(
-            local, part.batch, denominators=denominators, scale=scale, **rows
-        )
+        terms, aux, grads = self.local.grad(params, part, state, denominators, scale)
         return terms, aux, jax.tree.leaves(grads)
 
     def sums(

@@ -19,6 +19,7 @@ from unitscale_jax.trace._factors import Axes, Factor, expanded, mark, new_axes,
 from unitscale_jax.trace._function import Staged, Traced, stage, trace
 from unitscale_jax.trace._held import Held, Roles, Use, segments, uses
 from unitscale_jax.trace._hlo import Collective, collectives
+from unitscale_jax.trace._manual import as_on_one_device
 from unitscale_jax.trace._meetings import (
     Layout,
     Meeting,
@@ -111,6 +112,7 @@ __all__ = [
     "above",
     "addresses",
     "agree",
+    "as_on_one_device",
     "batch_pairs",
     "bodies",
     "canonical",
