@@ -280,7 +280,8 @@ def test_a_narrow_wire_rounds_each_gradient_once_and_tells_all_the_same(wire, bo
             first = shards.setdefault(str(s.index), np.asarray(s.data))
             assert (first == np.asarray(s.data)).all()
         off = np.abs(np.asarray(g) - np.asarray(want[name])).max()
-        assert 0 < off <= bound * np.abs(np.asarray(want[name])).max(), name
+        assert off <= bound * np.abs(np.asarray(want[name])).max(), name
+        assert off > 0 or name == "odd"  # equal numbers are the largest of their block
 
 
 def test_narrow_wires_send_a_half_and_a_quarter():
