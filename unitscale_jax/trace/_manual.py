@@ -66,18 +66,8 @@ class _Caster(Rewriter):
         with jax.sharding.use_abstract_mesh(self._mesh):  # not that of where it was traced
             return super()._step(site, self._cast(operands))
 
-    def carried(self, site: Site, carry: list[Any], step: Any) -> list[Any]:
-        """A carry begins as it goes on."""
-        del site, step
-        return self._cast(carry)
-
-    def returned(self, site: Site, results: list[Any]) -> list[Any]:
-        """All branches and turns return the like."""
-        del site
-        return self._cast(results)
-
     def __call__(self, *args: Any) -> list[Any]:
-        """Results of equations, all of which differ over the axes."""
+        """Results of equations, of a loop's turn too, so that it returns what it was given."""
         return self._cast(super().__call__(*args))
 
     def _cast(self, values: Sequence[Any]) -> list[Any]:
