@@ -23,6 +23,7 @@ from unitscale_jax.loss import (
     Part,
     Reduction,
     Terms,
+    check_grad,
     check_params,
     first,
     keys_of_rows,
@@ -280,11 +281,7 @@ def _first_row(axes: Axes, rows: int) -> Any:
 
 
 def _check_options(grad_fn: Grad, parts: int, nonfinite: str, inplace: bool) -> None:
-    if not isinstance(grad_fn, Grad):
-        raise TypeError(
-            f"accumulated takes what us.value_and_grad(loss) returns, and got {grad_fn!r}. A loss "
-            "knows what its rows weigh; a bare gradient function does not."
-        )
+    check_grad(grad_fn, "accumulated")
     if isinstance(parts, bool) or not isinstance(parts, int) or parts < 1:
         raise ValueError(f"`parts` is {parts!r}; expected a positive int.")
     if nonfinite not in ("keep", "drop"):

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 
 from unitscale_jax import rules, tree as trees
+from unitscale_jax.loss import check_function
 from unitscale_jax.trace import (
     PRODUCTS,
     Conv,
@@ -66,6 +67,7 @@ def features(
         >>> y.shape, found["hidden"].shape
         ((3, 1), (3, 2))
     """
+    check_function(apply, "features")
     wanted = {feature: _parsed(feature, address) for feature, address in named.items()}
 
     @functools.wraps(apply)

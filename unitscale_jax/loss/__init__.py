@@ -12,6 +12,8 @@ depend on parameters, so the denominators can be known before any gradient is ta
 from unitscale_jax.loss._evaluate import evaluate, scalar_terms, weight_slice, weights_of
 from unitscale_jax.loss._grad import (
     Grad,
+    check_function,
+    check_grad,
     check_params,
     scaled_objective,
     to_accumulator,
@@ -29,6 +31,8 @@ __all__ = [
     "Part",
     "Reduction",
     "Terms",
+    "check_function",
+    "check_grad",
     "check_params",
     "evaluate",
     "first",

@@ -99,6 +99,7 @@ def value_and_grad(loss: Loss) -> Grad:
         >>> float(terms["loss"].value), float(grads)
         (8.5, 9.0)
     """
+    check_function(loss, "value_and_grad")
 
     def grad(
         params: Params,
@@ -165,3 +166,33 @@ def check_params(params: Params) -> None:
 def to_accumulator(grads: jax.Array) -> jax.Array:
     """A gradient in the dtype it is summed in: float32, or float64 if it has that."""
     return grads.astype(trees.wide(grads.dtype))
+
+
+_ORDER = "reduced(accumulated(value_and_grad(distilled(a loss of quantized(autocast(apply))))))"
+
+
+def check_function(fn: Any, technique: str) -> None:
+    """Raises `TypeError` unless `fn` is a function of parameters: a model or a loss, no `Grad`.
+
+    What rewrites a function would rewrite the backward pass that a `Grad` holds, and give other
+    numbers than the gradient of the rewritten function, without a word.
+    """
+    if isinstance(fn, Grad):
+        raise TypeError(
+            f"{technique} goes around a function of parameters, and got {fn!r}, which already "
+            f"holds its backward pass. Put {technique} inside. The order is {_ORDER}."
+        )
+    if not callable(fn):
+        raise TypeError(
+            f"{technique} goes around a function whose first argument is the parameters, and got "
+            f"{fn!r}, of type {type(fn).__name__}."
+        )
+
+
+def check_grad(grad_fn: Any, technique: str) -> None:
+    """Raises `TypeError` unless `grad_fn` is a gradient station, a `Grad`."""
+    if not isinstance(grad_fn, Grad):
+        raise TypeError(
+            f"{technique} takes what us.value_and_grad(loss) returns, and got {grad_fn!r}. A loss "
+            f"knows what its rows weigh; a bare gradient function does not. The order is {_ORDER}."
+        )

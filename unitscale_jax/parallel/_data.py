@@ -23,6 +23,7 @@ from unitscale_jax.loss import (
     Grad,
     Part,
     Terms,
+    check_grad,
     keys_of_rows,
     row_count,
     scalar_terms,
@@ -285,11 +286,7 @@ def _added_up(
 
 
 def _check_options(grad_fn: Grad, zero: int, gather: str, wire: str | None) -> None:
-    if not isinstance(grad_fn, Grad):
-        raise TypeError(
-            f"reduced takes what us.value_and_grad(loss) returns, and got {grad_fn!r}. A loss "
-            "knows what its rows weigh; a bare gradient function does not."
-        )
+    check_grad(grad_fn, "reduced")
     if zero not in (0, 1, 2, 3) or isinstance(zero, bool):
         raise ValueError(f"`zero` is {zero!r}; expected 0, 1, 2 or 3.")
     if wire not in (None, "bfloat16", "int8"):

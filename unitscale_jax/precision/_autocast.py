@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import rules as named_rules
+from unitscale_jax.loss import check_function
 from unitscale_jax.precision._classes import CLASSES, OPS, OpClass
 from unitscale_jax.precision._plan import FLOAT32, Decision, Known, Plan
 from unitscale_jax.trace import (
@@ -89,6 +90,7 @@ def autocast(
     decided = [(pattern, (FLOAT32, FLOAT32)) for pattern in keep_float32]
     decided += [(pattern, _products(to)) for pattern, to in named_rules.pairs_of(rules)]
     table = {**OPS, **_checked(ops or {})}
+    check_function(fn, "autocast")
 
     @functools.wraps(fn)
     def autocast_fn(*args: Any, **kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from unitscale_jax import rules, tree as trees
+from unitscale_jax.loss import check_function
 from unitscale_jax.precision._policy import Policy
 from unitscale_jax.typing import Apply, DType, Params
 
@@ -51,6 +52,7 @@ def cast(apply: Apply, policy: Policy) -> Apply:
         >>> jax.grad(lambda params: low(params, x).sum())(params)["w"].dtype
         dtype('float32')
     """
+    check_function(apply, "cast")
 
     @functools.wraps(apply)
     def cast_fn(params: Params, *inputs: Any, **kwargs: Any) -> Any:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
+from unitscale_jax.loss import check_function
 from unitscale_jax.prune._cuts import Cuts
 from unitscale_jax.prune._groups import Plan
 from unitscale_jax.trace import (
@@ -64,6 +65,7 @@ def compacted(fn: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
         >>> bool((small == mlp(us.prune.mask(params, plan), x)).all())
         True
     """
+    check_function(fn, "compacted")
 
     @functools.wraps(fn)
     def compacted_fn(params: Any, *args: Any, **kwargs: Any) -> Any:

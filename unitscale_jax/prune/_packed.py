@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import rules as named_rules, tree as trees
+from unitscale_jax.loss import check_function
 from unitscale_jax.prune._masks import paired
 from unitscale_jax.typing import Apply, Params
 
@@ -159,6 +160,7 @@ def packed(apply: Apply) -> Apply:
         >>> packed(apply)(pack({"w": w}, {"w": mask}), jnp.ones(2)).tolist()
         [1.0, 4.0]
     """
+    check_function(apply, "packed")
 
     @functools.wraps(apply)
     def packed_apply(params: Packed, *inputs: Any, **kwargs: Any) -> Any:

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from unitscale_jax import rules as named_rules, tree as trees
 from unitscale_jax.fwd_bwd import straight_through
+from unitscale_jax.loss import check_function
 from unitscale_jax.quantization._cache import appended
 from unitscale_jax.quantization._contract import Verdict, activation, axes_of, multiply
 from unitscale_jax.quantization._gradient import draw
@@ -111,6 +112,7 @@ def quantized(
         >>> [round(g, 3) for g in grads["w"][:, 1].tolist()]  # x, at the values of its codes
         [0.992, 2.008, -3.0]
     """
+    check_function(fn, "quantized")
 
     @functools.wraps(fn)
     def quantized_fn(*args: Any, **kwargs: Any) -> Any:
