@@ -387,5 +387,5 @@ def test_a_draw_without_a_key_is_refused():
 
 
 def test_an_unknown_way_to_use_rows_is_refused():
-    with pytest.raises(ValueError, match="rows='each', expected 'auto', 'vmap' or 'batch'"):
+    with pytest.raises(ValueError, match="`rows` is 'each'; expected 'auto', 'vmap' or 'batch'"):
         bridged("nnx", rows="each")

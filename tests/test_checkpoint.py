@@ -478,7 +478,7 @@ ANOTHER_MODEL = {
     ),
     "renamed": (
         {"mlp": {"kernle": jnp.zeros((2, 3)), "bias": jnp.zeros(3)}, "step": 0},
-        r"leaf 'mlp/kernle', .* \(closest: 'mlp/kernel'\)",
+        r"leaf 'mlp/kernle', .*; closest: 'mlp/kernel'",
     ),
 }
 

@@ -19,6 +19,7 @@ import numpy as np
 from flax import core, linen, nnx
 
 from unitscale_jax import tree as trees
+from unitscale_jax.errors import expected
 from unitscale_jax.typing import Apply, Key, Params, State
 
 Rows: TypeAlias = Literal["auto", "vmap", "batch"]
@@ -143,7 +144,7 @@ def from_nnx(model: nnx.Module, *, rows: Rows = "auto") -> Bridged:
 
 def _bridged(name: str, whole: _Whole, params: Params, initial: State, rows: Rows) -> Bridged:
     if rows not in ("auto", "vmap", "batch"):
-        raise ValueError(f"rows={rows!r}, expected 'auto', 'vmap' or 'batch'.")
+        raise ValueError(expected("`rows`", rows, ("auto", "vmap", "batch")))
     call = _by_rows(name, whole, rows)
     held = trees.names(initial)
 

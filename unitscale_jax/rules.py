@@ -8,7 +8,6 @@ glob will not do, a compiled regular expression matches the whole name. A rule t
 name is an error, since the only thing worse than a typo is a typo that trains for a week.
 """
 
-import difflib
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any, TypeAlias, TypeVar
 import jax
 
 from unitscale_jax import tree as trees
+from unitscale_jax.errors import closest
 
 Value = TypeVar("Value")
 Pattern: TypeAlias = str | re.Pattern[str]
@@ -109,6 +109,6 @@ def _glob(pattern: str) -> re.Pattern[str]:
 
 def _unmatched(index: int, pattern: Pattern, names: list[str], noun: str) -> str:
     text = pattern if isinstance(pattern, str) else pattern.pattern
-    close = difflib.get_close_matches(text.strip("*/"), names, n=3, cutoff=0.3) or names[:3]
-    listed = f"; closest: {', '.join(map(repr, close))}" if close else ""
-    return f"rule {index}, {text!r}, matched none of {len(names)} {noun}s{listed}."
+    first = f"; closest: {', '.join(map(repr, names[:3]))}" if names else ""
+    near = closest(text, names) or first
+    return f"rule {index}, {text!r}, matched none of {len(names)} {noun}s{near}."

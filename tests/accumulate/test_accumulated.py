@@ -574,7 +574,10 @@ VECTOR = lambda p, b: predict(p, b)
         (lambda: grads_of(VECTOR), r"array of shape \(6,\) for term 'loss'; expected a us.Mean"),
         (lambda: grads_of(AUX), "output 'acc' has no rule.*'sum', 'mean'"),
         (lambda: grads_of(AUX, reduce={"ac": "sum"}), "'ac', matched none.*closest: 'acc'"),
-        (lambda: grads_of(AUX, reduce={"acc": "avg"}), "kind 'avg'; expected one of"),
+        (
+            lambda: grads_of(AUX, reduce={"acc": "avg"}),
+            "the kind of rule 'acc' is 'avg'; expected 'sum'",
+        ),
         (lambda: grads_of(AUX, parts=5, reduce={"acc": "mean"}), "'acc' is a mean that the loss"),
         (lambda: grads_of(AUX, reduce={"acc": "concat"}), "'acc' has shape.*needs a leading axis"),
         (lambda: grads_of(row_loss, mask="mm"), "'mm', matched none of 4 batch arrays"),

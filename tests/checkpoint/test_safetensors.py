@@ -327,7 +327,7 @@ ANOTHER = {
     "number": (lambda p: {"mlp": p["mlp"] | {"bias": 0.5}}, "expected to be a Python float"),
     "renamed": (
         lambda p: {"mlp": {"kernle": p["mlp"]["kernel"], "bias": p["mlp"]["bias"]}},
-        r"leaf 'mlp/kernle', .* \(closest: 'mlp/kernel'\)",
+        r"leaf 'mlp/kernle', .*; closest: 'mlp/kernel'",
     ),
 }
 

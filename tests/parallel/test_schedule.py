@@ -148,7 +148,7 @@ def test_orders_read_from_slots_what_was_put_there_for_them(stash):
 
 
 def test_what_cannot_be_scheduled_says_so():
-    with pytest.raises(ValueError, match="'zigzag'; expected one of 'gpipe', 'circular', '1f1b'"):
+    with pytest.raises(ValueError, match="'zigzag'; expected 'gpipe', 'circular' or '1f1b'"):
         us.parallel.Schedule("zigzag", 2, 2)
     with pytest.raises(ValueError, match="2 parts come round .* 4 stages .* at least 4 parts"):
         us.parallel.Schedule("circular", 4, 2, 2)

@@ -407,7 +407,7 @@ def test_a_dtype_or_a_class_that_there_is_not_is_an_error():
     for wrong in ("int8", "float64", ("bfloat16", "int32")):
         with pytest.raises(ValueError, match="cannot compute in (int|float).*choose bfloat16"):
             autocast(two_layers, wrong)
-    with pytest.raises(ValueError, match=r"ops\['exp'\] is 'wide'; choose among low, float32"):
+    with pytest.raises(ValueError, match=r"ops\['exp'\] is 'wide'; expected 'low', 'float32'"):
         autocast(two_layers, ops={"exp": "wide"})
 
 

@@ -100,5 +100,5 @@ def test_bad_rules_get_clear_errors():
     params = {"norm": {"gain": jnp.ones(2)}}
     with pytest.raises(ValueError, match="matched none of 1 parameters; closest: 'norm/gain'"):
         to_float16(params, [("norm/gian", "float32")])
-    with pytest.raises(ValueError, match=r"rule '\*\*' is 'fp32'.*did you mean 'float32'"):
+    with pytest.raises(ValueError, match=r"rule '\*\*' is 'fp32'.*closest: 'float32'"):
         to_float16(params, {"**": "fp32"})

@@ -41,9 +41,9 @@ def test_parse_reads_what_it_names_and_keeps_the_other_defaults():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("compute=bf16", r"Policy.compute is 'bf16'.*did you mean 'bfloat16'\?"),
-        ("compute=fp16", r"did you mean 'float16'\?"),
-        ("param=float23", r"Policy.param is 'float23'.*did you mean 'float32'"),
+        ("compute=bf16", r"Policy.compute is 'bf16'.*closest: 'bfloat16'"),
+        ("compute=fp16", r"closest: 'float16'"),
+        ("param=float23", r"Policy.param is 'float23'.*closest: 'float32'"),
         ("param=int8", r"Policy.param is 'int8'.*Use float16, bfloat16, float32 or float64"),
         ("output=half", r"Policy.output is 'half'"),
         ("output=", r"Policy.output is ''"),

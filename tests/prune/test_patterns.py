@@ -79,11 +79,11 @@ def test_a_nan_is_the_whole_units():
         ),
         (
             lambda: NofM(2, 4, axis=0).units("mlp/kernel", (6, 8)),
-            "mlp/kernel has 6 along axis 0, which groups of 4 .* divisors are 1, 2, 3, 6",
+            "mlp/kernel along axis 0 has 6, which groups of 4 .* divisors are 1, 2, 3, 6",
         ),
         (
             lambda: Block((4, 4)).units("mlp/kernel", (8, 10)),
-            "mlp/kernel has 10 along axis 1, which blocks of 4 .* divisors are 1, 2, 5, 10",
+            "mlp/kernel along axis 1 has 10, which blocks of 4 .* divisors are 1, 2, 5, 10",
         ),
         (lambda: Block((4, 4)).units("bias", (8,)), "bias .* at most 1 sides"),
         (lambda: NofM(2, 4, axis=2).units("w", (4, 4)), r"w has the shape \(4, 4\), and no axis 2"),
@@ -91,7 +91,7 @@ def test_a_nan_is_the_whole_units():
         (lambda: Balanced(parts=0, axis=0), "parts is a positive whole number"),
         (
             lambda: Balanced(parts=4, axis=0).units("w", (6, 4)),
-            "w has 6 along axis 0, which 4 parts .* divisors are 1, 2, 3, 6",
+            "w along axis 0 has 6, which 4 parts .* divisors are 1, 2, 3, 6",
         ),
     ],
 )

@@ -194,7 +194,9 @@ def put(scores):
 
 
 def test_parts_that_do_not_divide_are_an_error():
-    with pytest.raises(ValueError, match="3 parts do not divide an axis of 8; .* 1, 2, 4, 8"):
+    with pytest.raises(
+        ValueError, match="axis 0 of the scores has 8, which 3 parts do not divide; .* 1, 2, 4, 8"
+    ):
         exact_k(jnp.ones(8), 4, balanced=3)
 
 

@@ -83,7 +83,7 @@ def test_a_quantized_parameter_stays_if_the_spec_is_its_own():
         (
             weight(12, 4),
             spec(group=us.Group(8)),
-            "a/w has 12 elements along axis -2, .* 2, 3, 4, 6",
+            "a/w along axis -2 has 12, .* 2, 3, 4, 6",
         ),
         (weight(8, 4).at[3, 1].set(jnp.nan), INT8, "a/w has NaN or infinite values"),
         (weight(8, 4).at[3, 1].set(jnp.inf), INT8, "a/w has NaN or infinite values"),

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unitscale_jax.errors import not_divisible
 from unitscale_jax.formats import Format
 from unitscale_jax.quantization import (
     EMA,
@@ -187,10 +188,10 @@ def _layout(where: str, t: QTensor, x_range: Any) -> dict[str, jax.ShapeDtypeStr
     if group is not None:
         inner = shape[max(axes)]
         if inner % group.size:
-            raise ValueError(
-                f"{where} has {inner} elements along axis {max(axes)}, which groups of "
-                f"{group.size} do not divide. Quantize it by a group that does."
+            says = not_divisible(
+                f"{where} along axis {max(axes)}", inner, f"groups of {group.size}"
             )
+            raise ValueError(f"{says} Quantize it by a group among them.")
         last = t.ndim + max(axes)
         tiles = (*one[:last], inner // group.size, *one[last + 1 :])
     integer = group is not None and group.scale == "integer"

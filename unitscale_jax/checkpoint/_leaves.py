@@ -1,9 +1,8 @@
 """Leaves as they are stored, and back: bits, shapes and dtypes, never a rounding."""
 
 import dataclasses
-import difflib
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ import numpy as np
 
 from unitscale_jax import tree as trees
 from unitscale_jax.checkpoint import _arrays
+from unitscale_jax.errors import closest
 
 _PYTHON: dict[str, Callable[[Any], Any]] = {  # how each Python scalar is read from JSON
     "Python bool": bool,
@@ -124,12 +124,6 @@ def _fits(saved: Leaf, leaf: Any) -> bool:
 
 def _text(dtype: str, shape: tuple[int, ...]) -> str:
     return dtype if dtype in _PYTHON else f"{dtype}[{','.join(map(str, shape))}]"
-
-
-def closest(name: str, others: Iterable[str]) -> str:
-    """The name that may have been meant, as the end of a sentence."""
-    near = difflib.get_close_matches(name, list(others), n=1)
-    return f" (closest: {near[0]!r})" if near else ""
 
 
 def _form(saved: Leaf, like: Any) -> jax.ShapeDtypeStruct | None:

@@ -27,6 +27,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from unitscale_jax import tree as trees
 from unitscale_jax.checkpoint import _codes, _leaves
 from unitscale_jax.checkpoint._tensors import File, Stored, on_host, open_file, stored_array, write
+from unitscale_jax.errors import closest
 from unitscale_jax.quantization import QTensor, is_quantized
 from unitscale_jax.quantization._params import sum_codes
 
@@ -234,12 +235,12 @@ def _nested(path: pathlib.Path, leaves: Mapping[str, Any]) -> Any:
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
     for name, like in wanted.items():
         if name not in found:
-            near = _leaves.closest(name, found)
+            near = closest(name, found)
             yield f"leaf {name!r}, {_text(like)}, is missing from it{near}"
         elif not _fits(found[name], like):
             yield f"leaf {name!r} is expected to be {_text(like)}, and is {_text(found[name])}"
     for name in (name for name in found if name not in wanted):
-        near = _leaves.closest(name, wanted)
+        near = closest(name, wanted)
         yield f"it has a leaf {name!r}, {_text(found[name])}, that is not expected{near}"
 
 

@@ -33,6 +33,7 @@ from unitscale_jax.distill._heads import (
     times,
 )
 from unitscale_jax.distill._losses import check_temperature, divergence
+from unitscale_jax.errors import expected, wrong_shape
 from unitscale_jax.trace import varying, varying_axes
 
 
@@ -83,7 +84,7 @@ def chunked_kl(
     rows = h_s.shape[:-1]
     weight = jnp.ones(rows, jnp.float32) if weight is None else weight
     if weight.shape != rows:
-        raise ValueError(f"the weight has shape {weight.shape}; expected one per row, {rows}.")
+        raise ValueError(wrong_shape("the weight", weight.shape, f"one per row, {rows}"))
     t, s = (Head(h.reshape(-1, h.shape[-1]), w) for h, w in ((h_t, w_t), (h_s, w_s)))
     scale = jnp.asarray(temperature).astype(jnp.float32)
     weight = weight.reshape(-1).astype(jnp.float32)
@@ -277,6 +278,6 @@ def _check(
             "same in both."
         )
     if chunk < 1:
-        raise ValueError(f"`chunk` is {chunk}; expected a number of rows or entries above 0.")
+        raise ValueError(expected("`chunk`", chunk, "a number of rows or entries above 0"))
     if over not in _TOTALS:
-        raise ValueError(f"`over` is {over!r}; expected 'tokens' or 'vocabulary'.")
+        raise ValueError(expected("`over`", over, ("tokens", "vocabulary")))

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from unitscale_jax import rules, tree as trees
+from unitscale_jax.errors import expected
 from unitscale_jax.loss._mean import Mean
 from unitscale_jax.loss._split import gather_rows
 from unitscale_jax.trace import zeros
@@ -88,7 +89,7 @@ def reduction_of(outputs: Any, kinds: rules.Rules[str], rows: int, *, uneven: bo
     pairs = rules.pairs_of(kinds)
     for pattern, kind in pairs:
         if kind not in KINDS:
-            raise ValueError(f"rule {pattern!r} has the kind {kind!r}; expected one of {KINDS}.")
+            raise ValueError(expected(f"the kind of rule {pattern!r}", kind, KINDS))
     leaves, structure = jax.tree.flatten(outputs, is_leaf=is_mean)
     names = trees.names(outputs, is_leaf=is_mean)
     found = rules.match(pairs, names, noun="auxiliary output")

@@ -18,6 +18,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from unitscale_jax import rules, tree as trees
+from unitscale_jax.errors import expected
 from unitscale_jax.loss import (
     Denominators,
     Grad,
@@ -288,9 +289,9 @@ def _added_up(
 def _check_options(grad_fn: Grad, zero: int, gather: str, wire: str | None) -> None:
     check_grad(grad_fn, "reduced")
     if zero not in (0, 1, 2, 3) or isinstance(zero, bool):
-        raise ValueError(f"`zero` is {zero!r}; expected 0, 1, 2 or 3.")
+        raise ValueError(expected("`zero`", zero, (0, 1, 2, 3)))
     if wire not in (None, "bfloat16", "int8"):
-        raise ValueError(f"`wire` is {wire!r}; expected None, 'bfloat16' or 'int8'.")
+        raise ValueError(expected("`wire`", wire, (None, "bfloat16", "int8")))
     if gather not in ("step", "layer") or (gather == "layer" and zero != 3):
         raise ValueError(
             f"`gather` is {gather!r} with zero={zero}; expected 'step', or 'layer' with zero=3, "

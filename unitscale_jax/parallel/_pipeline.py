@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from unitscale_jax.errors import expected
 from unitscale_jax.loss import Grad
 from unitscale_jax.parallel._model import Model
 from unitscale_jax.parallel._run import Run
@@ -117,9 +118,8 @@ class Pipelined(Grad):
 
 def _check_options(parts: int, schedule: str, residuals: str) -> None:
     if isinstance(parts, bool) or not isinstance(parts, int) or parts < 1:
-        raise ValueError(f"`parts` is {parts!r}; expected a positive int.")
+        raise ValueError(expected("`parts`", parts, "a positive int"))
     if schedule not in NAMES:
-        listed = ", ".join(map(repr, NAMES))
-        raise ValueError(f"`schedule` is {schedule!r}; expected one of {listed}.")
+        raise ValueError(expected("`schedule`", schedule, NAMES))
     if residuals not in ("recompute", "stash"):
-        raise ValueError(f"`residuals` is {residuals!r}; expected 'recompute' or 'stash'.")
+        raise ValueError(expected("`residuals`", residuals, ("recompute", "stash")))

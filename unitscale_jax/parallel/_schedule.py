@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
+from unitscale_jax.errors import expected
+
 Name: TypeAlias = Literal["gpipe", "circular", "1f1b"]
 Pass: TypeAlias = Literal["F", "B"]
 NAMES = get_args(Name)
@@ -156,12 +158,10 @@ def _common(a: int, b: int) -> int:
 
 def _check(name: str, stages: int, parts: int, repeats: int) -> None:
     if name not in NAMES:
-        raise ValueError(
-            f"the schedule is {name!r}; expected one of {', '.join(map(repr, NAMES))}."
-        )
+        raise ValueError(expected("the schedule", name, NAMES))
     for noun, number in {"stages": stages, "parts": parts, "repeats": repeats}.items():
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(f"`{noun}` is {number!r}; expected a positive int.")
+            raise ValueError(expected(f"`{noun}`", number, "a positive int"))
     if repeats > 1 and name != "circular":
         raise ValueError(
             f"the schedule {name!r} takes each part through every stage once, and each stage holds "

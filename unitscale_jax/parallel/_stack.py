@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from unitscale_jax import rules, tree as trees
+from unitscale_jax.errors import expected
 from unitscale_jax.parallel._stages import Entry, Stages, children_of
 from unitscale_jax.rules import Pattern
 
@@ -53,7 +54,7 @@ def stack(
     """
     for noun, number in {"stages": stages, "repeats": repeats}.items():
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(f"`{noun}` is {number!r}; expected a positive int.")
+            raise ValueError(expected(f"`{noun}`", number, "a positive int"))
     seen: list[str] = []
     found = lambda node, named: _stages(node, named, pattern, stages, repeats, axis)
     stacked = _walk(tree, "", found, seen)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import rules as named_rules
+from unitscale_jax.errors import expected
 from unitscale_jax.loss import check_function
 from unitscale_jax.precision._classes import CLASSES, OPS, OpClass
 from unitscale_jax.precision._plan import FLOAT32, Decision, Known, Plan
@@ -277,7 +278,7 @@ def _products(to: Products) -> tuple[np.dtype, np.dtype]:
 def _checked(ops: Mapping[str, OpClass]) -> Mapping[str, OpClass]:
     for name, chosen in ops.items():
         if chosen not in CLASSES:
-            raise ValueError(f"ops[{name!r}] is {chosen!r}; choose among {', '.join(CLASSES)}.")
+            raise ValueError(expected(f"ops[{name!r}]", chosen, CLASSES))
     return ops
 
 

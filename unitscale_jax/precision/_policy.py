@@ -7,13 +7,13 @@ what accelerators are fast at (Micikevicius et al., Mixed Precision Training, ar
 """
 
 import dataclasses
-import difflib
 from typing import Any
 
 import jax
 import numpy as np
 
 from unitscale_jax import rules, tree as trees
+from unitscale_jax.errors import closest
 from unitscale_jax.typing import DType, Params
 
 FIELDS = ("param", "compute", "output")
@@ -116,10 +116,9 @@ def dtype_of(dtype: DType, where: str) -> np.dtype:
     # Numpy reads None as float64 and "half", "d" or "f4" as floats; a config should not.
     name = dtype if isinstance(dtype, str) else _name(dtype)
     if name not in DTYPES:
-        close = difflib.get_close_matches(_spelled_out(name), DTYPES, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else "."
+        near = closest(_spelled_out(name), DTYPES, most=1)
         raise ValueError(
-            f"{where} is {dtype!r}, which names no dtype to compute in{hint} "
+            f"{where} is {dtype!r}, which names no dtype to compute in{near}. "
             f"Use {', '.join(DTYPES[:-1])} or {DTYPES[-1]}."
         )
     if name == "float64" and jax.dtypes.canonicalize_dtype(name) != name:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import rules as named_rules, tree as trees
+from unitscale_jax.errors import expected
 from unitscale_jax.prune._spec import SparsitySpec, selected
 from unitscale_jax.rules import Pattern
 from unitscale_jax.trace import (
@@ -134,7 +135,7 @@ def calibrate(
         ([25.0, 4.0], 2)
     """
     if what not in ("squares", "hessian"):
-        raise ValueError(f"what is {what!r}; it is 'squares' or 'hessian'.")
+        raise ValueError(expected("`what`", what, ("squares", "hessian")))
     names = _chosen(spec, params)
 
     def measured(params: Any, *inputs: Any) -> tuple[Any, dict[str, Moments]]:

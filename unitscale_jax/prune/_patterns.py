@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unitscale_jax.prune._select import divisors, n_of_m
+from unitscale_jax.errors import not_divisible
+from unitscale_jax.prune._select import n_of_m
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -85,10 +86,8 @@ class NofM:
             )
         size = _size_of(name, shape, self.axis)
         if size % self.m:
-            raise ValueError(
-                f"{name} has {size} along axis {self.axis}, which groups of {self.m} do not "
-                f"divide; {divisors(size)}. Choose `m` among them or leave {name} out."
-            )
+            says = not_divisible(f"{name} along axis {self.axis}", size, f"groups of {self.m}")
+            raise ValueError(f"{says} Choose `m` among them or leave {name} out.")
         return shape
 
     def mask(self, scores: jax.Array) -> jax.Array:
@@ -131,10 +130,8 @@ class Block:
         sides = self._sides(shape)
         for axis, (size, side) in enumerate(zip(shape, sides, strict=True)):
             if size % side:
-                raise ValueError(
-                    f"{name} has {size} along axis {axis}, which blocks of {side} do not divide; "
-                    f"{divisors(size)}. Choose a side among them or leave {name} out."
-                )
+                says = not_divisible(f"{name} along axis {axis}", size, f"blocks of {side}")
+                raise ValueError(f"{says} Choose a side among them or leave {name} out.")
         return tuple(size // side for size, side in zip(shape, sides, strict=True))
 
     def pooled(self, scores: jax.Array) -> jax.Array:
@@ -241,10 +238,8 @@ class Balanced:
         """Parts first, then the units of each."""
         size = _size_of(name, shape, self.axis)
         if size % self.parts:
-            raise ValueError(
-                f"{name} has {size} along axis {self.axis}, which {self.parts} parts do not "
-                f"divide; {divisors(size)}. Choose `parts` among them or leave {name} out."
-            )
+            says = not_divisible(f"{name} along axis {self.axis}", size, f"{self.parts} parts")
+            raise ValueError(f"{says} Choose `parts` among them or leave {name} out.")
         return self.parts, *self.pattern.units(name, self._part(shape))
 
     def pooled(self, scores: jax.Array) -> jax.Array:

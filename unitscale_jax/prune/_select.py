@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from unitscale_jax import tree as trees
+from unitscale_jax.errors import not_divisible
 from unitscale_jax.trace import varying, varying_axes
 
 MOST = 2**31 - 1
@@ -111,7 +112,7 @@ def n_of_m(scores: Any, n: int, m: int, axis: int) -> jax.Array:
     if not 1 <= n <= m:
         raise ValueError(f"{n} of {m}: n is from 1 to m, how many of m neighbors stay.")
     if size % m:
-        raise ValueError(f"groups of {m} do not divide an axis of {size}; {divisors(size)}.")
+        raise ValueError(not_divisible(f"axis {axis} of the scores", size, f"groups of {m}"))
     x = jnp.moveaxis(order_key(scores), axis, -1)
     groups = x.reshape(*x.shape[:-1], -1, m)
     i = np.arange(m)
@@ -222,7 +223,7 @@ def _in_parts(scores: Any, k: Any, parts: int) -> jax.Array:
     """Ranks each part of the first axis on its own."""
     size, *rest = np.shape(scores)
     if parts < 1 or size % parts:
-        raise ValueError(f"{parts} parts do not divide an axis of {size}; {divisors(size)}.")
+        raise ValueError(not_divisible("axis 0 of the scores", size, f"{parts} parts"))
     _check_count(k, _size([scores]))
     apart = jnp.reshape(scores, (parts, size // parts, *rest))
     shares = _share(k, parts, jnp.arange(parts, dtype=jnp.int32))
@@ -248,11 +249,3 @@ def _check_count(k: Any, n: int) -> None:
         raise TypeError(f"k is {k!r}; it is one whole number. For several use vmap.")
     if isinstance(k, int | np.integer | np.ndarray) and not 0 <= int(k) <= n:
         raise ValueError(f"k is {int(k)}, of {n} scores; it is from 0 to {n}.")
-
-
-def divisors(n: int) -> str:
-    """The way out where something has to divide n."""
-    if n < 1:
-        return "it is empty"
-    low = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
-    return f"its divisors are {', '.join(map(str, sorted({*low, *(n // d for d in low)})))}"

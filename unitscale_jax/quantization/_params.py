@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import rules as named_rules, tree as trees
+from unitscale_jax.errors import not_divisible
 from unitscale_jax.quantization._lsq import Learned, encoded, is_learned
 from unitscale_jax.quantization._ops import (
     asymmetric,
@@ -182,12 +183,9 @@ def check_leaf(name: str, leaf: Any, spec: DotSpec) -> None:
         raise ValueError(f"{name} has shape {shape} and no axes {axes}.")
     group = spec.w.group
     if group is not None and shape[max(axes)] % group.size:
-        size = shape[max(axes)]
-        divisors = [str(d) for d in range(2, size + 1) if size % d == 0]
-        raise ValueError(
-            f"{name} has {size} elements along axis {max(axes)}, which groups of {group.size} do "
-            f"not divide. Choose a group among {', '.join(divisors)}, or pad the parameter."
-        )
+        where, by = f"{name} along axis {max(axes)}", f"groups of {group.size}"
+        says = not_divisible(where, shape[max(axes)], by)
+        raise ValueError(f"{says} Choose a group among them, or pad the parameter.")
 
 
 @jax.jit
