@@ -31,6 +31,21 @@ def test_a_sum_over_rows_passes():
     check_parts(us.value_and_grad(fit), PARAMS, BATCH, parts=(1, 2, 3, 8))
 
 
+@pytest.mark.parametrize("check", [check_parts, check_inplace])
+def test_outputs_and_masks_are_told_as_to_an_accumulation(check):
+    def loss(params, batch):  # sums its rows itself, so that three parts of eight rows need a mask
+        term = fit(params, batch)
+        return us.Mean(term.total.sum(), term.weight.sum()), {"total": term.total}
+
+    parts = {"parts": (3,) if check is check_parts else 3}
+    reduce = {"total": "concat"}
+    check(us.value_and_grad(loss), PARAMS, BATCH, reduce=reduce, mask=["m"], **parts)
+    with pytest.raises(ValueError, match=r"Add reduce=\(\('total', kind\),\)"):
+        check(us.value_and_grad(loss), PARAMS, BATCH)
+    with pytest.raises(ValueError, match=r"name in `mask` the batch leaves"):
+        check(us.value_and_grad(loss), PARAMS, BATCH, reduce=reduce, **parts)
+
+
 @pytest.mark.parametrize("loss", [contrastive, mean_of_means])
 def test_what_is_not_a_sum_over_rows_is_found(loss):
     with pytest.raises(AssertionError, match=r"2 parts give another gradient.*\n  \w+: largest"):

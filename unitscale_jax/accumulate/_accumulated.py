@@ -7,7 +7,6 @@ Both are scans, so the activations of a single part are alive at any moment, and
 gradient of the whole batch for any number of parts, whatever each part weighs.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -18,13 +17,13 @@ from unitscale_jax import rules, tree as trees
 from unitscale_jax.accumulate import _inplace
 from unitscale_jax.loss import (
     Denominators,
+    Given,
     Grad,
     Mean,
     Part,
     Reduction,
     Terms,
     check_grad,
-    check_params,
     first,
     keys_of_rows,
     reduction_of,
@@ -34,7 +33,7 @@ from unitscale_jax.loss import (
     weight_slice,
 )
 from unitscale_jax.trace import Traced, agree, trace, varying, varying_axes, zeros
-from unitscale_jax.typing import Axes, Batch, Key, Loss, Params, State
+from unitscale_jax.typing import Axes, Batch, Loss, Params, State
 
 
 def accumulated(
@@ -90,28 +89,18 @@ def accumulated(
     """
     _check_options(grad_fn, parts, nonfinite, inplace)
 
-    def call(
-        params: Params,
-        batch: Batch,
-        *,
-        state: State,
-        key: Key | None,
-        denominators: Denominators | None,
-        scale: Any,
-        valid: jax.Array | None,
-    ) -> tuple[Terms, Any, Params]:
-        check_params(params)
+    def call(params: Params, batch: Batch, given: Given) -> tuple[Terms, Any, Params]:
         if nonfinite == "drop":
-            _check_drop(denominators)
-        rows = row_count(batch)
-        key = keys_of_rows(key, rows, start=_first_row(axes, rows))
-        stacked = split(batch, key, valid, rows, parts, mask)
+            _check_drop(given.denominators)
+        rows, state = row_count(batch), given.state
+        key = keys_of_rows(given.key, rows, start=_first_row(axes, rows))
+        stacked = split(batch, key, given.valid, rows, parts, mask)
         if rows % parts and mask is None:
-            _check_tail(grad_fn.loss, params, first(stacked), state, rows, parts)
+            _check_tail(grad_fn.loss, params, first(stacked), given, rows, parts)
         params = varying(params, axes)
-        weigh = _weigher(grad_fn.loss, params, stacked, state, denominators, axes)
+        weigh = _weigher(grad_fn.loss, params, stacked, given, axes)
         buffers = _inplace.buffers(params) if inplace else None
-        part_fn = _part_fn(grad_fn, scale, buffers)
+        part_fn = _part_fn(grad_fn, given.scale, buffers)
         traced = trace(part_fn, params, first(stacked), state, weigh(None))
         per_part, uneven = -(-rows // parts), stacked.valid is not None and mask is None
         kinds = (
@@ -148,14 +137,8 @@ def _part_fn(grad_fn: Grad, scale: Any, buffers: Any) -> Callable[..., tuple[Ter
     """`(params, part, state, denominators) -> (terms, aux, grads)` on some of the rows."""
     if buffers is not None:
         return _inplace.part_fn(grad_fn.loss, scale, buffers)
-    return lambda params, part, state, denominators: grad_fn(
-        params,
-        part.batch,
-        state=state,
-        key=part.key,
-        valid=part.valid,
-        denominators=denominators,
-        scale=scale,
+    return lambda params, part, state, denominators: grad_fn.call(
+        params, part.batch, Given(state, None, denominators, scale).of(part)
     )
 
 
@@ -239,23 +222,23 @@ def _counted(terms: Terms, kept: jax.Array, axes: Axes) -> Terms:
     bad, all_parts = jnp.sum(~kept).astype(jnp.float32), jnp.float32(kept.size)
     if axes:
         bad, all_parts = jax.lax.psum(bad, tuple(axes)), jax.lax.psum(all_parts, tuple(axes))
-    return terms | {"dropped": Mean(bad, all_parts, jnp.float32(0))}
+    return terms | {"dropped": Mean(bad, all_parts, jnp.float32(0))}  # a name of `loss.RESERVED`
 
 
 def _weigher(
     loss: Loss,
     params: Params,
     stacked: Part,
-    state: State,
-    denominators: Denominators | None,
+    given: Given,
     axes: Axes,
 ) -> Callable[[jax.Array | None], Denominators]:
     """`kept -> weights` of the parts kept, over all devices: the first of the two passes."""
-    if denominators is not None:
-        return functools.partial(_given, denominators)
+    fixed = given.denominators
+    if fixed is not None:
+        return lambda _: fixed
     part = first(stacked)
-    slice_fn = weight_slice(loss, params, part.batch, state, part.key, part.valid)
-    one = lambda _, p: (None, slice_fn(p.batch, state, p.key, p.valid))
+    slice_fn = weight_slice(loss, params, part.batch, given.of(part))
+    one = lambda _, p: (None, slice_fn(p.batch, given.of(p)))
     weights = jax.lax.scan(one, None, stacked)[1]  # (parts,) for each term
 
     def weigh(kept: jax.Array | None) -> Denominators:
@@ -265,11 +248,6 @@ def _weigher(
         return {name: whole(w) for name, w in weights.items()}
 
     return weigh
-
-
-def _given(denominators: Denominators, kept: jax.Array | None) -> Denominators:
-    del kept
-    return denominators
 
 
 def _first_row(axes: Axes, rows: int) -> Any:
@@ -307,9 +285,9 @@ def _check_drop(denominators: Denominators | None) -> None:
 
 
 def _check_tail(
-    loss: Loss, params: Params, part: Part, state: State, rows: int, parts: int
+    loss: Loss, params: Params, part: Part, given: Given, rows: int, parts: int
 ) -> None:
-    fixed = scalar_terms(loss, params, part.batch, state, part.key)
+    fixed = scalar_terms(loss, params, part.batch, given.of(part))
     if fixed:
         raise ValueError(
             f"{parts} parts do not divide {rows} rows, and term {fixed[0]!r} sums its rows itself, "

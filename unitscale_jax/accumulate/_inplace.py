@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
-from unitscale_jax.loss import Denominators, Part, Terms, scaled_objective
+from unitscale_jax.loss import Denominators, Given, Part, Terms, scaled_objective
 from unitscale_jax.typing import Loss, Params, State
 
 
@@ -43,9 +43,8 @@ def part_fn(loss: Loss, scale: Any, refs: Any) -> Callable[..., tuple[Terms, Any
     def add_part(
         params: Params, part: Part, state: State, denominators: Denominators
     ) -> tuple[Terms, Any, tuple[()]]:
-        objective = scaled_objective(
-            loss, part.batch, state, part.key, denominators, scale, part.valid
-        )
+        given = Given(state, None, denominators, scale).of(part)
+        objective = scaled_objective(loss, part.batch, given)
         value, vjp, (terms, aux) = jax.vjp(objective, params, has_aux=True)
         pull: Any = vjp  # a jax VJP, which type stubs describe as a plain function
         pull.with_refs(refs)(jnp.ones_like(value))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from unitscale_jax import tree as trees
 from unitscale_jax.distill._losses import is_known, sum_dtype
-from unitscale_jax.loss import Mean, check_function
+from unitscale_jax.loss import Mean, check_function, check_names
 from unitscale_jax.typing import Apply, Batch, DType, Loss, Params
 
 Compare: TypeAlias = Callable[[Any, Any], Any]
@@ -72,9 +72,7 @@ def distilled(
 
     def distilled_loss(params: Params, batch: Batch, /, **state_and_key: Any) -> Any:
         hard, outputs = _called(loss, params, batch, state_and_key)
-        taken = sorted(hard.keys() & used.keys())
-        if taken:
-            raise ValueError(f"both the loss and `terms` have a term {taken[0]!r}; rename one.")
+        check_names(hard, used, "`terms`")
         out = hard if _off(alpha) else {k: _scaled(term, alpha) for k, term in hard.items()}
         answers = jax.lax.stop_gradient(teacher(batch)) if used else None
         out |= {

@@ -9,7 +9,14 @@ sum of weights is, for any parts and devices. Totals and weights add over rows, 
 depend on parameters, so the denominators can be known before any gradient is taken.
 """
 
-from unitscale_jax.loss._evaluate import evaluate, scalar_terms, weight_slice, weights_of
+from unitscale_jax.loss._evaluate import (
+    check_names,
+    evaluate,
+    scalar_terms,
+    weight_slice,
+    weights_of,
+)
+from unitscale_jax.loss._given import Given
 from unitscale_jax.loss._grad import (
     Grad,
     check_function,
@@ -26,6 +33,7 @@ from unitscale_jax.loss._split import Part, first, gather_rows, split
 
 __all__ = [
     "Denominators",
+    "Given",
     "Grad",
     "Mean",
     "Part",
@@ -33,6 +41,7 @@ __all__ = [
     "Terms",
     "check_function",
     "check_grad",
+    "check_names",
     "check_params",
     "evaluate",
     "first",

@@ -1,40 +1,47 @@
 """A loss as users write it, brought to one form; and the slice of it that computes its weights."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from unitscale_jax import tree as trees
-from unitscale_jax.loss._mean import Denominators, Mean, Terms
+from unitscale_jax.loss._given import NOTHING, Given
+from unitscale_jax.loss._mean import Denominators, Mean, Terms, weight_sum
 from unitscale_jax.loss._rows import row_count
 from unitscale_jax.trace import Traced, reach, sliced, trace
-from unitscale_jax.typing import Batch, Key, Loss, Params, State
+from unitscale_jax.typing import Batch, Loss, Params
+
+RESERVED = frozenset({"dropped"})
+"""Names of terms that stations add to those of the loss, which may not have them itself."""
 
 
-def evaluate(
-    loss: Loss,
-    params: Params,
-    batch: Batch,
-    state: State = None,
-    key: Key | None = None,
-    valid: jax.Array | None = None,
-) -> tuple[Terms, Any]:
+def evaluate(loss: Loss, params: Params, batch: Batch, given: Given = NOTHING) -> tuple[Terms, Any]:
     """Evaluates a loss as `(terms, aux)`, the terms in scalar form; see `value_and_grad`."""
-    named, aux = _call(loss, params, batch, state, key)
+    named, aux = _call(loss, params, batch, given)
     rows = row_count(batch)
-    return {name: _scalar_form(name, term, rows, valid) for name, term in named.items()}, aux
+    return {name: _scalar_form(name, term, rows, given.valid) for name, term in named.items()}, aux
 
 
-def _call(
-    loss: Loss, params: Params, batch: Batch, state: State, key: Key | None
-) -> tuple[dict[str, Any], Any]:
-    given = {"state": state, "key": key}
-    out = loss(params, batch, **{name: arg for name, arg in given.items() if arg is not None})
+def _call(loss: Loss, params: Params, batch: Batch, given: Given) -> tuple[dict[str, Any], Any]:
+    known = {"state": given.state, "key": given.key}
+    out = loss(params, batch, **{name: arg for name, arg in known.items() if arg is not None})
     terms, aux = out if isinstance(out, tuple) and len(out) == 2 else (out, None)
     named = terms if isinstance(terms, Mapping) else {"loss": terms}
-    return {str(name): term for name, term in named.items()}, aux
+    named = {str(name): term for name, term in named.items()}
+    check_names(named, RESERVED, "the stations around it, as us.accumulated,")
+    return named, aux
+
+
+def check_names(terms: Iterable[str], added: Iterable[str], by: str) -> None:
+    """Raises `ValueError` for a term of a loss whose name is that of a term that is added to it."""
+    taken = sorted(set(terms) & set(added))
+    if taken:
+        raise ValueError(
+            f"both the loss and {by} have a term {taken[0]!r}, and one would hide the other; "
+            "rename that of the loss."
+        )
 
 
 def _scalar_form(name: str, term: Any, rows: int, valid: jax.Array | None) -> Mean:
@@ -54,11 +61,9 @@ def _scalar_form(name: str, term: Any, rows: int, valid: jax.Array | None) -> Me
             f"term {name!r} has a {total.dtype} total; sum in float32: "
             "`jnp.sum(x.astype(jnp.float32))`, or jnp.sum(x, dtype=jnp.float32)."
         )
-    weight, coef = weight.astype(total.dtype), coef.astype(total.dtype)
-    if total.shape:
-        keep = lambda x: x if valid is None else jnp.where(valid, x, 0)
-        total, weight = jnp.sum(keep(total)), jnp.sum(keep(weight))
-    return Mean(total, weight, coef)
+    keep = lambda x: x if valid is None else jnp.where(valid, x, jnp.zeros((), x.dtype))
+    total, weight = (jnp.sum(keep(total)), keep(weight)) if total.shape else (total, weight)
+    return Mean(total, weight_sum(weight, total.dtype), coef.astype(total.dtype))
 
 
 def _mean_of_rows(name: str, value: Any, rows: int, valid: jax.Array | None) -> Mean:
@@ -79,59 +84,43 @@ def _mean_of_rows(name: str, value: Any, rows: int, valid: jax.Array | None) -> 
     return Mean(value * jnp.asarray(rows, value.dtype), jnp.asarray(rows, value.dtype))
 
 
-def scalar_terms(
-    loss: Loss, params: Params, batch: Batch, state: State = None, key: Key | None = None
-) -> list[str]:
+def scalar_terms(loss: Loss, params: Params, batch: Batch, given: Given) -> list[str]:
     """Names of the terms whose sums the loss has taken itself, so that no row can be cut out."""
 
-    def raw(*args: Any) -> Any:
-        out = _call(loss, *args)[0]
+    def raw(params: Params, batch: Batch, given: Given) -> Any:
+        out = _call(loss, params, batch, given)[0]
         return {name: m for name, m in out.items() if isinstance(m, Mean)}
 
-    shapes = jax.eval_shape(raw, params, batch, state, key)
+    shapes = jax.eval_shape(raw, params, batch, given)
     return [name for name, mean in shapes.items() if mean.total.shape == ()]
 
 
-def weights_of(
-    loss: Loss,
-    params: Params,
-    batch: Batch,
-    state: State = None,
-    key: Key | None = None,
-    valid: jax.Array | None = None,
-) -> Denominators:
+def weights_of(loss: Loss, params: Params, batch: Batch, given: Given = NOTHING) -> Denominators:
     """What each term of the loss weighs on a batch; only the weights are computed.
 
     Raises:
         ValueError: A weight or a coefficient depends on a parameter; the message names both.
     """
-    return weight_slice(loss, params, batch, state, key, valid)(batch, state, key, valid)
+    return weight_slice(loss, params, batch, given)(batch, given)
 
 
 def weight_slice(
-    loss: Loss,
-    params: Params,
-    batch: Batch,
-    state: State,
-    key: Key | None,
-    valid: jax.Array | None,
-) -> Callable[..., Denominators]:
-    """The slice of a loss that computes its weights: `(batch, state, key, valid) -> weights`.
+    loss: Loss, params: Params, batch: Batch, given: Given
+) -> Callable[[Batch, Given], Denominators]:
+    """The slice of a loss that computes its weights: `(batch, given) -> weights`.
 
     Traced at the shapes of the arguments, evaluated on others of those shapes. Raises as
     `weights_of` does.
     """
-    only_terms = lambda *args: evaluate(loss, *args)[0]
-    traced = trace(only_terms, params, batch, state, key, valid)
+    only_terms = lambda params, batch, given: evaluate(loss, params, batch, given)[0]
+    traced = trace(only_terms, params, batch, given)
     _check_independent(traced, params, batch)
     is_weight = [name.endswith("/weight") for name in trees.names(_unflattened(traced))]
     slice_fn = sliced(traced, is_weight)
     order = list(_unflattened(traced))  # a dict flattens in sorted order, as `sliced` returns
 
-    def weights(
-        batch: Batch, state: State, key: Key | None, valid: jax.Array | None
-    ) -> Denominators:
-        return dict(zip(sorted(order), slice_fn(params, batch, state, key, valid), strict=True))
+    def weights(batch: Batch, given: Given) -> Denominators:
+        return dict(zip(sorted(order), slice_fn(params, batch, given), strict=True))
 
     return weights
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from unitscale_jax import tree as trees
 from unitscale_jax.loss._evaluate import evaluate, weights_of
+from unitscale_jax.loss._given import Given
 from unitscale_jax.loss._mean import Denominators, Terms, inverse
 from unitscale_jax.loss._rows import keys_of_rows, row_count
 from unitscale_jax.typing import Batch, Key, Loss, Params, State
@@ -26,12 +27,13 @@ class Grad:
 
     Attributes:
         loss: The loss it differentiates.
-        call: What calling it does; see `__call__`.
+        call: What calling it does, `(params, batch, given) -> (terms, aux, grads)`; see `__call__`,
+            which checks what is given, once for all stations inside.
         direct: Whether `call` is the plain gradient of `loss`, with no technique around it.
     """
 
     loss: Loss
-    call: Callable[..., tuple[Terms, Any, Params]] = field(repr=False)
+    call: Callable[[Params, Batch, Given], tuple[Terms, Any, Params]] = field(repr=False)
     direct: bool = False
 
     def __call__(
@@ -64,15 +66,9 @@ class Grad:
             `coef`. `grads` has the structure of `params`, is float32 (float64 for float64
             parameters) and carries `scale`.
         """
-        return self.call(
-            params,
-            batch,
-            state=state,
-            key=key,
-            denominators=denominators,
-            scale=scale,
-            valid=valid,
-        )
+        check_params(params)
+        given = Given(state, key, denominators, scale, valid)
+        return self.call(params, batch, given.checked(batch))
 
 
 def value_and_grad(loss: Loss) -> Grad:
@@ -87,8 +83,9 @@ def value_and_grad(loss: Loss) -> Grad:
 
     Raises:
         ValueError: On a call, naming the leaf or term: parameters that are not floating or are
-            none, batch leaves of different row counts, a term that is no `Mean` or scalar, a total
-            below float32, a weight or coefficient that depends on parameters.
+            none, batch leaves of different row counts, keywords that do not fit them, a term that
+            is no `Mean` or scalar or has the name "dropped", a total below float32, a weight or
+            coefficient that depends on parameters.
 
     Example:
         >>> def loss(w, batch):
@@ -101,21 +98,11 @@ def value_and_grad(loss: Loss) -> Grad:
     """
     check_function(loss, "value_and_grad")
 
-    def grad(
-        params: Params,
-        batch: Batch,
-        *,
-        state: State,
-        key: Key | None,
-        denominators: Denominators | None,
-        scale: Any,
-        valid: jax.Array | None,
-    ) -> tuple[Terms, Any, Params]:
-        check_params(params)
-        key = keys_of_rows(key, row_count(batch))
-        if denominators is None:
-            denominators = weights_of(loss, params, batch, state, key, valid)
-        objective = scaled_objective(loss, batch, state, key, denominators, scale, valid)
+    def grad(params: Params, batch: Batch, given: Given) -> tuple[Terms, Any, Params]:
+        given = given._replace(key=keys_of_rows(given.key, row_count(batch)))
+        if given.denominators is None:
+            given = given._replace(denominators=weights_of(loss, params, batch, given))
+        objective = scaled_objective(loss, batch, given)
         grads, (terms, aux) = jax.grad(objective, has_aux=True)(params)
         return terms, aux, jax.tree.map(to_accumulator, grads)
 
@@ -123,18 +110,13 @@ def value_and_grad(loss: Loss) -> Grad:
 
 
 def scaled_objective(
-    loss: Loss,
-    batch: Batch,
-    state: State,
-    key: Key | None,
-    denominators: Denominators,
-    scale: Any,
-    valid: jax.Array | None = None,
+    loss: Loss, batch: Batch, given: Given
 ) -> Callable[[Params], tuple[jax.Array, tuple[Terms, Any]]]:
     """`params -> (scale * sum_t coef_t * total_t / W_t, (terms, aux))`, the function to derive."""
 
     def objective(params: Params) -> tuple[jax.Array, tuple[Terms, Any]]:
-        terms, aux = evaluate(loss, params, batch, state, key, valid)
+        terms, aux = evaluate(loss, params, batch, given)
+        denominators = given.denominators or {}
         if set(terms) != set(denominators):
             raise ValueError(
                 f"the loss has the terms {sorted(terms)}, `denominators` has {sorted(denominators)}"
@@ -142,7 +124,7 @@ def scaled_objective(
             )
         # The scale comes last: a power of two then shifts exponents and changes no bit.
         factor = lambda name, m: (
-            m.coef * inverse(denominators[name]) * jnp.asarray(scale, m.coef.dtype)
+            m.coef * inverse(denominators[name]) * jnp.asarray(given.scale, m.coef.dtype)
         )
         parts = [factor(name, m).astype(m.total.dtype) * m.total for name, m in terms.items()]
         return functools.reduce(jnp.add, parts), (terms, aux)

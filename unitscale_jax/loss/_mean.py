@@ -7,6 +7,9 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from unitscale_jax import tree as trees
+from unitscale_jax.typing import DType
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -30,8 +33,11 @@ class Mean:
 
     @property
     def value(self) -> jax.Array:
-        """`total / weight`, a scalar; 0 where the weight is 0."""
-        return jnp.sum(self.total) * inverse(jnp.sum(jnp.asarray(self.weight, jnp.float32)))
+        """`total / weight`, a scalar of the dtype of the total; 0 where the weight is 0."""
+        total = jnp.asarray(self.total)
+        floating = jnp.issubdtype(total.dtype, jnp.floating)
+        dtype = trees.wide(total.dtype) if floating else jnp.result_type(float)
+        return jnp.sum(total.astype(dtype)) * inverse(weight_sum(self.weight, dtype))
 
 
 Terms: TypeAlias = dict[str, Mean]
@@ -39,6 +45,13 @@ Terms: TypeAlias = dict[str, Mean]
 
 Denominators: TypeAlias = dict[str, jax.Array]
 """For each term the weight of the whole batch."""
+
+
+def weight_sum(weight: Any, dtype: DType) -> jax.Array:
+    """The sum of weights in `dtype`; integers add up as such, since float32 counts end at 2^24."""
+    weight = jnp.asarray(weight)
+    floating = jnp.issubdtype(weight.dtype, jnp.floating)
+    return jnp.sum(weight.astype(dtype) if floating else weight).astype(dtype)
 
 
 def inverse(weight: jax.Array) -> jax.Array:
@@ -55,4 +68,4 @@ def loss_value(terms: Terms) -> jax.Array:
         3.0
     """
     values = [m.value * jnp.asarray(m.coef, m.value.dtype) for m in terms.values()]
-    return functools.reduce(jnp.add, values, jnp.float32(0))
+    return functools.reduce(jnp.add, values) if values else jnp.float32(0)

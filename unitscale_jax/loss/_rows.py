@@ -33,8 +33,18 @@ def row_keys(key: Key, rows: int, *, start: Any = 0) -> Key:
 
 def keys_of_rows(key: Key | None, rows: int, *, start: Any = 0) -> Key | None:
     """`key` if it holds one key per row, or its `row_keys` if it is a single one, or `None`."""
+    check_key(key, rows)
+    return row_keys(key, rows, start=start) if key is not None and not key.shape else key
+
+
+def check_key(key: Key | None, rows: int) -> None:
+    """Raises `ValueError` unless `key` is `None`, a typed key, or one for each row."""
     if key is None:
-        return None
+        return
+    if not hasattr(key, "dtype"):
+        raise ValueError(
+            f"`key` is {key!r}; expected a typed key. Make it with jax.random.key(seed)."
+        )
     if not jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):
         raise ValueError(
             f"`key` is an array of {jnp.result_type(key)}; expected a typed key. Make it with "
@@ -44,7 +54,6 @@ def keys_of_rows(key: Key | None, rows: int, *, start: Any = 0) -> Key | None:
         raise ValueError(
             f"`key` has shape {key.shape}; expected one key, or one per row, ({rows},)."
         )
-    return key if key.shape else row_keys(key, rows, start=start)
 
 
 def row_count(batch: Batch) -> int:

@@ -21,6 +21,7 @@ from unitscale_jax import rules, tree as trees
 from unitscale_jax.errors import expected
 from unitscale_jax.loss import (
     Denominators,
+    Given,
     Grad,
     Part,
     Terms,
@@ -37,7 +38,7 @@ from unitscale_jax.parallel._local import Local, direct, replayed
 from unitscale_jax.parallel._specs import held, spec_of, zero_spec
 from unitscale_jax.parallel._wire import WireDType, summed
 from unitscale_jax.trace import varying, varying_axes
-from unitscale_jax.typing import Batch, Key, Params, State
+from unitscale_jax.typing import Batch, Params, State
 
 
 def reduced(
@@ -91,29 +92,19 @@ def reduced(
     """
     _check_options(grad_fn, zero, gather, wire)
 
-    def call(
-        params: Params,
-        batch: Batch,
-        *,
-        state: State,
-        key: Key | None,
-        denominators: Denominators | None,
-        scale: Any,
-        valid: jax.Array | None,
-    ) -> tuple[Terms, Any, Params]:
+    def call(params: Params, batch: Batch, given: Given) -> tuple[Terms, Any, Params]:
         n, rows = axis_size(over, "reduced"), row_count(batch)
-        part = filled(Part(batch, keys_of_rows(key, rows), valid), rows, n)
-        kept = state if isinstance(state, Feedback) else None
-        state = state if kept is None else kept.state
-        _check_filled(grad_fn, params, part, state, rows, n)
+        part = filled(Part(batch, keys_of_rows(given.key, rows), given.valid), rows, n)
+        kept = given.state if isinstance(given.state, Feedback) else None
+        given = given._replace(state=given.state if kept is None else kept.state).of(part)
+        _check_filled(grad_fn, params, part.batch, given, rows, n)
         check_feedback(kept, params, wire, n)
         combine = Outputs(reduce, over)
         if n == 1 and gather == "step" and kept is None:  # no collective, not even of one device
-            given = dict(state=state, key=part.key, denominators=denominators, valid=valid)
-            terms, aux, grads = grad_fn(params, batch, scale=scale, **given)
+            terms, aux, grads = grad_fn.call(params, batch, given)
             combine.check(aux, part)
             return terms, aux, grads
-        cuts, scale = _cuts(params, layout, over, n), jnp.asarray(scale)
+        cuts, scale = _cuts(params, layout, over, n), jnp.asarray(given.scale)
         shares = [cut.spec for cut in cuts]
         leaves, structure = jax.tree.flatten(params)
         errors = None if kept is None else jax.tree.leaves(kept.error)
@@ -122,10 +113,10 @@ def reduced(
             one = _OneDevice(local, over, zero, gather, wire, params, cuts)
 
             def body(
-                leaves: list[Any], part: Part, state: State, errors: Any, given: Any
+                leaves: list[Any], part: Part, state: State, errors: Any, factors: Any
             ) -> tuple[Any, ...]:
-                terms, aux, grads = one.gradients(leaves, part, state, *given)
-                sums = one.sums(grads, errors, given[1])
+                terms, aux, grads = one.gradients(leaves, part, state, *factors)
+                sums = one.sums(grads, errors, factors[1])
                 whole = {name: total(term, over) for name, term in terms.items()}
                 return (whole, *sums, *combine(aux, part))
 
@@ -134,13 +125,13 @@ def reduced(
                 in_specs=(shares if zero == 3 else P(), P(over), P(), P(over), P()),
                 out_specs=(P(), shares if zero else P(), P(over), P(), P(over)),
                 axis_names={over},
-            )(leaves, part, state, errors, (denominators, scale))
+            )(leaves, part, given.state, errors, (given.denominators, scale))
 
         try:
             terms, grads, lost, sums, stacks = mapped(direct(grad_fn))
         except TypeError as refused:
             try:
-                local = replayed(grad_fn, params, part, state, scale, over)
+                local = replayed(grad_fn, params, part, given.state, scale, over)
             except Exception:  # then it is not for the axis that it was refused
                 raise refused from None
             terms, grads, lost, sums, stacks = mapped(local)
@@ -300,11 +291,11 @@ def _check_options(grad_fn: Grad, zero: int, gather: str, wire: str | None) -> N
 
 
 def _check_filled(
-    grad_fn: Grad, params: Params, part: Part, state: State, rows: int, n: int
+    grad_fn: Grad, params: Params, batch: Batch, given: Given, rows: int, n: int
 ) -> None:
     if rows % n == 0:
         return
-    fixed = scalar_terms(grad_fn.loss, params, part.batch, state, part.key)
+    fixed = scalar_terms(grad_fn.loss, params, batch, given)
     if fixed:
         raise ValueError(
             f"{n} devices do not divide {rows} rows, and term {fixed[0]!r} sums its rows itself, "

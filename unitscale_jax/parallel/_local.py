@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from unitscale_jax.loss import Grad, Part, weights_of
+from unitscale_jax.loss import Given, Grad, Part, weights_of
 from unitscale_jax.trace import as_on_one_device
 from unitscale_jax.typing import Params, State
 
@@ -27,11 +27,11 @@ def direct(grad_fn: Grad) -> Local:
     """The station as it is."""
 
     def weigh(params: Params, part: Part, state: State) -> Any:
-        return weights_of(grad_fn.loss, params, part.batch, state, part.key, part.valid)
+        return weights_of(grad_fn.loss, params, part.batch, Given(state).of(part))
 
     def grad(params: Params, part: Part, state: State, denominators: Any, scale: Any) -> Any:
-        rows = dict(state=state, key=part.key, valid=part.valid)
-        return grad_fn(params, part.batch, denominators=denominators, scale=scale, **rows)
+        given = Given(state, None, denominators, scale).of(part)
+        return grad_fn.call(params, part.batch, given)
 
     return Local(weigh, grad)
 

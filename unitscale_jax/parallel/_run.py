@@ -12,10 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 from unitscale_jax.loss import (
     Denominators,
+    Given,
     Mean,
     Part,
     Terms,
-    check_params,
     first as first_of,
     gather_rows,
     keys_of_rows,
@@ -31,7 +31,7 @@ from unitscale_jax.parallel._model import Model
 from unitscale_jax.parallel._orders import Plan, serving, training
 from unitscale_jax.parallel._schedule import Name, Schedule
 from unitscale_jax.parallel._stages import Stages, taken_apart
-from unitscale_jax.parallel._ticks import Given, Stage
+from unitscale_jax.parallel._ticks import Inputs, Stage
 from unitscale_jax.trace import agree, sliced, trace, zeros
 from unitscale_jax.typing import Batch, Key, Params, State
 
@@ -47,38 +47,28 @@ class Run:
     stash: bool
     skip: bool | None
 
-    def gradients(
-        self,
-        params: Params,
-        batch: Batch,
-        *,
-        state: State,
-        key: Key | None,
-        denominators: Denominators | None,
-        scale: Any,
-        valid: jax.Array | None,
-    ) -> tuple[Terms, Any, Params]:
+    def gradients(self, params: Params, batch: Batch, given: Given) -> tuple[Terms, Any, Params]:
         """Terms, no auxiliary outputs, and gradients; see `Grad`."""
-        check_params(params)
         stages, rest, together = taken_apart(params)
         schedule = self._schedule(self.schedule, stages, self.parts)
         rows = row_count(batch)
-        parts = split(batch, keys_of_rows(key, rows), valid, rows, self.parts, None)
-        self._check_rows(params, batch, state, key, self.parts)
-        self.model.check(stages, rest, first_of(parts), state)
-        if denominators is None:
-            denominators = _weights(self._whole, params, parts, state)
+        given = given._replace(key=keys_of_rows(given.key, rows), scale=jnp.asarray(given.scale))
+        parts = split(batch, given.key, given.valid, rows, self.parts, None)
+        self._check_rows(params, batch, given, self.parts)
+        self.model.check(stages, rest, first_of(parts), given.state)
+        if given.denominators is None:
+            given = given._replace(denominators=_weights(self._whole, params, parts, given))
         if schedule.stages == 1:
-            return self._alone(params, parts, state, denominators, scale)
+            return self._alone(params, parts, given)
         plan = training(schedule, stash=self.stash)
-        given = Given(rest, parts, state, denominators, jnp.asarray(scale))
+        inputs = Inputs(rest, parts, given._replace(key=None, valid=None))
 
         def body(stage: Stage, loops: Any) -> Any:
             terms, layers, rest = stage.gradients(plan, loops)
             return *lax.psum((terms, rest), self.axis), jax.tree.map(lambda g: g[:, None], layers)
 
         specs = (P(), P(), P(None, self.axis))
-        terms, rest, layers = self._mapped(body, plan, stages, given, self.stash, specs)
+        terms, rest, layers = self._mapped(body, plan, stages, inputs, self.stash, specs)
         return terms, None, together(layers, rest)
 
     def apply(
@@ -108,7 +98,7 @@ class Run:
         args = (params, batch, state, keys_of_rows(key, rows))
         if self._size() == 1:
             return self._named_whole(*args)
-        self._check_rows(*args, self._parts_of(batch))
+        self._check_rows(params, batch, Given(*args[2:]), self._parts_of(batch))
         found = self._outputs(totals, *args)
         outlines = jax.eval_shape(self._named_whole, *args)
         fixed = trace(lambda *args: _beside(self._named_whole(*args)), *args)
@@ -119,15 +109,12 @@ class Run:
 
     # --------------------------------------------------------------------------------- pieces
 
-    def _alone(
-        self, params: Params, parts: Part, state: State, denominators: Denominators, scale: Any
-    ) -> tuple[Terms, Any, Params]:
+    def _alone(self, params: Params, parts: Part, given: Given) -> tuple[Terms, Any, Params]:
         """The gradient where one device holds all layers: part by part, and no pipeline."""
         grad_fn = value_and_grad(self._whole)
 
         def of_part(part: Part) -> tuple[Terms, Params]:
-            options = {"denominators": denominators, "scale": scale, "valid": part.valid}
-            terms, _, grads = grad_fn(params, part.batch, state=state, key=part.key, **options)
+            terms, _, grads = grad_fn.call(params, part.batch, given.of(part))
             return terms, grads
 
         def add(sums: Any, part: Part) -> tuple[Any, Any]:
@@ -153,21 +140,21 @@ class Run:
         plan = serving(self._schedule(name, stages, count))
         parts = split(batch, keys_of_rows(key, rows), None, rows, count, None)
         self.model.check(stages, rest, first_of(parts), state)
-        given = Given(rest, parts._replace(valid=None), state, {}, jnp.float32(1))
+        inputs = Inputs(rest, parts._replace(valid=None), Given(state, scale=jnp.float32(1)))
 
         def body(stage: Stage, loops: Any) -> Any:
             layers = math.prod(stages.shape)
-            of_part = lambda rest, x, part: finish(rest, x, part, stage.given.state, layers)
+            of_part = lambda rest, x, part: finish(rest, x, part, stage.inputs.given.state, layers)
             return _added_up(stage.outputs(plan, loops, of_part), self.axis)
 
-        return self._mapped(body, plan, stages, given, False, P())
+        return self._mapped(body, plan, stages, inputs, False, P())
 
     def _mapped(
         self,
         body: Callable[[Stage, Any], Any],
         plan: Plan,
         stages: Stages,
-        given: Given,
+        inputs: Inputs,
         stash: bool,
         out_specs: Any,
     ) -> Any:
@@ -176,9 +163,9 @@ class Run:
         _check_order(self.axis)
         skip = not shared_axes(self.axis) if self.skip is None else self.skip
 
-        def local(layers: Any, given: Given, loops: Any) -> Any:
+        def local(layers: Any, inputs: Inputs, loops: Any) -> Any:
             own = jax.tree.map(lambda w: w[:, 0], layers)
-            stage = Stage(self.model, self.axis, size, skip, stash, own, given)
+            stage = Stage(self.model, self.axis, size, skip, stash, own, inputs)
             return body(stage.typed(), loops)
 
         spread = P(None, self.axis)
@@ -188,7 +175,7 @@ class Run:
             out_specs=out_specs,
             axis_names={self.axis},
         )
-        return mapped(stages.layers, given, jax.tree.map(jnp.asarray, plan.loops))
+        return mapped(stages.layers, inputs, jax.tree.map(jnp.asarray, plan.loops))
 
     def _schedule(self, name: Name, stages: Stages, parts: int) -> Schedule:
         repeats, count, _ = stages.shape
@@ -217,15 +204,12 @@ class Run:
         get = state_and_key.get
         return self._named_whole(params, batch, get("state"), get("key"))
 
-    def _check_rows(
-        self, params: Params, batch: Batch, state: State, key: Key | None, parts: int
-    ) -> None:
+    def _check_rows(self, params: Params, batch: Batch, given: Given, parts: int) -> None:
         """Rows that fill up the last part can only be left out of terms that are per row."""
         rows = row_count(batch)
         if rows % parts == 0:
             return
-        keys = keys_of_rows(key, rows)
-        if fixed := scalar_terms(self._whole, params, batch, state, keys):
+        if fixed := scalar_terms(self._whole, params, batch, given):
             raise ValueError(
                 f"{parts} parts do not divide {rows} rows, and term {fixed[0]!r} sums its rows "
                 "itself, so the rows that fill up the last part cannot be left out. Return one "
@@ -250,11 +234,11 @@ def _check_order(axis: str) -> None:
         )
 
 
-def _weights(loss: Any, params: Params, parts: Part, state: State) -> Denominators:
+def _weights(loss: Any, params: Params, parts: Part, given: Given) -> Denominators:
     """What each term weighs on all parts, before any gradient."""
     one = first_of(parts)
-    of_part = weight_slice(loss, params, one.batch, state, one.key, one.valid)
-    step = lambda _, part: (None, of_part(part.batch, state, part.key, part.valid))
+    of_part = weight_slice(loss, params, one.batch, given.of(one))
+    step = lambda _, part: (None, of_part(part.batch, given.of(part)))
     return jax.tree.map(jnp.sum, lax.scan(step, None, parts)[1])
 
 

@@ -17,31 +17,27 @@ import jax.numpy as jnp
 from jax import lax
 
 from unitscale_jax import tree as trees
-from unitscale_jax.loss import Denominators, Mean, Part, Terms, scaled_objective
+from unitscale_jax.loss import Given, Mean, Part, Terms, scaled_objective
 from unitscale_jax.parallel import _buffers
 from unitscale_jax.parallel._buffers import added, added_at, residuals, stored, taken
 from unitscale_jax.parallel._model import Model, axes_of
 from unitscale_jax.parallel._orders import Orders, Plan
 from unitscale_jax.trace import varying, zeros
-from unitscale_jax.typing import Params, State
+from unitscale_jax.typing import Params
 
 
-class Given(NamedTuple):
-    """What every stage is given.
+class Inputs(NamedTuple):
+    """What every stage has whole.
 
     Attributes:
         rest: Parameters other than the layers'.
         parts: The rows, dealt out and stacked.
-        state: The model's state.
-        denominators: What each term is divided by.
-        scale: The loss scale.
+        given: What the station was given; each part has its own keys and validity.
     """
 
     rest: Params
     parts: Part
-    state: State
-    denominators: Denominators
-    scale: Any
+    given: Given
 
 
 class _Carry(NamedTuple):
@@ -81,7 +77,7 @@ class Stage:
         skip: Whether a bubble is skipped.
         stash: Whether residuals are kept from forward to backward.
         layers: Its chunks of layers, leaves `(repeats, layers, ...)`.
-        given: What every stage is given.
+        inputs: What every stage has whole.
     """
 
     model: Model
@@ -90,12 +86,12 @@ class Stage:
     skip: bool
     stash: bool
     layers: Any
-    given: Given
+    inputs: Inputs
 
     def typed(self) -> "Stage":
         """The same, all of it typed as differing between stages, so that nothing is reduced yet."""
-        layers, given = varying((self.layers, self.given), [self.axis])
-        return dataclasses.replace(self, layers=layers, given=given)
+        layers, inputs = varying((self.layers, self.inputs), [self.axis])
+        return dataclasses.replace(self, layers=layers, inputs=inputs)
 
     def gradients(self, plan: Plan, loops: Any) -> tuple[Terms, Any, Params]:
         """`(terms, gradients of the layers, gradients of the rest)`.
@@ -111,7 +107,7 @@ class Stage:
             back=self._blanks(x),
             kept=self._blanks(kept, plan.kept),
             layers=jax.tree.map(wide, self.layers),
-            rest=jax.tree.map(wide, self.given.rest),
+            rest=jax.tree.map(wide, self.inputs.rest),
             terms=self._blanks(terms),
         )
 
@@ -130,9 +126,9 @@ class Stage:
 
         They are zeros on all stages but the last.
         """
-        out = lambda: finish(self.given.rest, self._start(), self._part(0))
+        out = lambda: finish(self.inputs.rest, self._start(), self._part(0))
         x, out = jax.eval_shape(lambda: (self._start(), varying(out(), self._over)))
-        count = len(jax.tree.leaves(self.given.parts)[0])
+        count = len(jax.tree.leaves(self.inputs.parts)[0])
         carry = _Carry(
             self._blanks(x, plan.sources), self._blanks(x), outputs=self._blanks(out, count)
         )
@@ -140,7 +136,7 @@ class Stage:
         def tick(carry: _Carry, orders: Any) -> tuple[_Carry, None]:
             job = jax.tree.map(lambda column: column[0], orders)[0]
             carry, y = self._forward(carry, job)
-            part = lambda: finish(self.given.rest, y, self._part(job.part))
+            part = lambda: finish(self.inputs.rest, y, self._part(job.part))
             done = lambda: stored(carry.outputs, job.part, varying(part(), self._over), job.last)
             return carry._replace(outputs=self._when(job.last, done, lambda: carry.outputs)), None
 
@@ -156,7 +152,7 @@ class Stage:
 
         def run() -> Any:
             part, w = self._part(job.part), self._weights(job)
-            enter = lambda: self._entered(part, self.given.rest)
+            enter = lambda: self._entered(part, self.inputs.rest)
             x = self._when(job.first, enter, lambda: taken(sources, job.source))
             if not self.stash:
                 return x, self._chunk(part, job)(w, x), carry.kept
@@ -181,7 +177,7 @@ class Stage:
             y, pull = self._again(carry.kept, w, x, part, job)
             terms, rest, dy = self._when(job.last, lambda: self._turned(carry, y, part), arrived)
             dw, dx = pull(dy)
-            through = lambda: added(rest, jax.vjp(enter, self.given.rest)[1](dx)[0])
+            through = lambda: added(rest, jax.vjp(enter, self.inputs.rest)[1](dx)[0])
             rest = self._when(job.first, through, lambda: rest)
             return terms, rest, added_at(carry.layers, self._repeat(job), dw), dx
 
@@ -213,7 +209,7 @@ class Stage:
 
     def _turned(self, carry: _Carry, y: Any, part: Part) -> tuple[Terms, Params, Any]:
         """On the last stage: terms, gradients of the rest, and the cotangent that goes back."""
-        value, pull, terms = jax.vjp(self._objective(part), self.given.rest, y, has_aux=True)
+        value, pull, terms = jax.vjp(self._objective(part), self.inputs.rest, y, has_aux=True)
         rest, dy = pull(jnp.ones_like(value))
         add = lambda old, new: Mean(old.total + new.total, old.weight + new.weight, new.coef)
         return {n: add(carry.terms[n], m) for n, m in terms.items()}, added(carry.rest, rest), dy
@@ -221,7 +217,7 @@ class Stage:
     # ----------------------------------------------------------------------------- the pieces
 
     def _part(self, index: Any) -> Part:
-        return jax.tree.map(lambda x: x[index], self.given.parts)
+        return jax.tree.map(lambda x: x[index], self.inputs.parts)
 
     def _weights(self, job: Orders) -> Any:
         return jax.tree.map(lambda w: w[self._repeat(job)], self.layers)
@@ -230,28 +226,20 @@ class Stage:
         return job.repeat if self._repeats > 1 else 0
 
     def _entered(self, part: Part, rest: Params) -> Any:
-        return varying(self.model.enter(rest, part, self.given.state), self._over)
+        return varying(self.model.enter(rest, part, self.inputs.given.state), self._over)
 
     def _start(self) -> Any:
-        return self._entered(self._part(0), self.given.rest)
+        return self._entered(self._part(0), self.inputs.rest)
 
     def _chunk(self, part: Part, job: Orders) -> Callable[[Any, Any], Any]:
         start = job.chunk * (self._count // (self._repeats * self.stages))
         return lambda w, x: varying(
-            self.model.chunk(w, x, part, self.given.state, start), self._over
+            self.model.chunk(w, x, part, self.inputs.given.state, start), self._over
         )
 
     def _objective(self, part: Part) -> Callable[[Params, Any], tuple[jax.Array, Terms]]:
-        given = self.given
-        of_pair = scaled_objective(
-            self.model.tail(self._count),
-            part.batch,
-            given.state,
-            part.key,
-            given.denominators,
-            given.scale,
-            part.valid,
-        )
+        given = self.inputs.given.of(part)
+        of_pair = scaled_objective(self.model.tail(self._count), part.batch, given)
 
         def objective(rest: Params, y: Any) -> tuple[jax.Array, Terms]:
             value, (terms, _) = of_pair((rest, y))
@@ -267,7 +255,7 @@ class Stage:
             job = Orders(*[jnp.int32(0)] * len(Orders._fields))
             w = self._weights(job)
             kept = residuals(jax.vjp(self._chunk(part, job), w, x)[1], (w, part))[0]
-        return x, kept, self._objective(part)(self.given.rest, x)[1]
+        return x, kept, self._objective(part)(self.inputs.rest, x)[1]
 
     # ----------------------------------------------------------------------------- shapes, types
 
@@ -283,7 +271,7 @@ class Stage:
     @property
     def _over(self) -> list[str]:
         """All mesh axes over which activations differ."""
-        return axes_of((self.layers, self.given))
+        return axes_of((self.layers, self.inputs))
 
     def _when(self, where: Any, do: Callable[[], Any], idle: Callable[[], Any]) -> Any:
         return _buffers.select(self.skip, where, do, idle)

@@ -1,10 +1,12 @@
 """Accumulation as an assertion: the number of parts does not change the gradient."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
+from unitscale_jax import rules
 from unitscale_jax.accumulate import accumulated
 from unitscale_jax.loss import Grad, loss_value
 from unitscale_jax.testing._close import assert_close
@@ -18,7 +20,8 @@ def check_parts(
     *,
     parts: Sequence[int] = (1, 2, 4),
     rtol: float = 1e-4,
-    options: dict[str, Any] | None = None,
+    reduce: rules.Rules[str] = (),
+    mask: rules.Pattern | Sequence[rules.Pattern] | None = None,
     **inputs: Any,
 ) -> None:
     """Asserts that a gradient in parts equals the gradient of the whole batch.
@@ -33,8 +36,9 @@ def check_parts(
         parts: Numbers of parts to compare with the whole.
         rtol: Allowed difference, as a fraction of a leaf's largest entry. Matmuls in bfloat16 round
             the gradient of each part: allow 2e-2.
-        options: Options of `us.accumulated`, such as `reduce` and `mask`.
-        **inputs: Further arguments of `grad_fn`: `state`, `key`, `scale`.
+        reduce: Rules `(pattern, kind)` for auxiliary outputs, as in `us.accumulated`.
+        mask: Patterns of the batch leaves to set to zero in rows that do not count, likewise.
+        **inputs: Further arguments of `grad_fn`: `state`, `key`, `scale`, `valid`.
 
     Raises:
         AssertionError: They differ; the message has a line for each leaf, with the ratio of norms.
@@ -50,7 +54,7 @@ over rows?
     """
     terms, _, whole = jax.jit(grad_fn)(params, batch, **inputs)
     for number in parts:
-        in_parts = accumulated(grad_fn, number, **(options or {}))
+        in_parts = accumulated(grad_fn, number, reduce=reduce, mask=mask)
         other, _, grads = jax.jit(in_parts)(params, batch, **inputs)
         values = {"loss": loss_value(other)}, {"loss": loss_value(terms)}
         for noun, pair in {"gradient": (grads, whole), "loss": values}.items():
@@ -65,7 +69,8 @@ def check_inplace(
     *,
     parts: int = 2,
     rtol: float = 1e-6,
-    options: dict[str, Any] | None = None,
+    reduce: rules.Rules[str] = (),
+    mask: rules.Pattern | Sequence[rules.Pattern] | None = None,
     **inputs: Any,
 ) -> None:
     """Asserts that accumulating in place gives the gradient of the plain form, on this backend.
@@ -76,8 +81,9 @@ def check_inplace(
         batch: A batch.
         parts: Number of parts.
         rtol: Allowed difference, as a fraction of a leaf's largest entry.
-        options: Further options of `us.accumulated`.
-        **inputs: Further arguments of `grad_fn`: `state`, `key`, `scale`.
+        reduce: Rules `(pattern, kind)` for auxiliary outputs, as in `us.accumulated`.
+        mask: Patterns of the batch leaves to set to zero in rows that do not count, likewise.
+        **inputs: Further arguments of `grad_fn`: `state`, `key`, `scale`, `valid`.
 
     Raises:
         AssertionError: They differ; the message has a line for each leaf.
@@ -86,6 +92,7 @@ def check_inplace(
         >>> loss = lambda w, x: us.Mean((w * x) ** 2, jnp.ones_like(x))
         >>> check_inplace(us.value_and_grad(loss), jnp.float32(2.0), jnp.arange(8.0))
     """
-    forms = [accumulated(grad_fn, parts, inplace=i, **(options or {})) for i in (True, False)]
+    form = functools.partial(accumulated, grad_fn, parts, reduce=reduce, mask=mask)
+    forms = [form(inplace=True), form(inplace=False)]
     in_place, carried = [jax.jit(form)(params, batch, **inputs)[2] for form in forms]
     assert_close(in_place, carried, rtol, "accumulating in place gives another gradient")
