@@ -67,9 +67,10 @@ def from_linen(
         `(apply, params, state)`.
 
     Raises:
-        ValueError: (from `apply`) The module has state and none was given; keys and rows differ in
-            number.
-        TypeError: (from `apply`) The key is a raw one, not made by `jax.random.key`.
+        ValueError: `variables` has collections, and "params" is none of them; or (from `apply`) the
+            module has state and none was given, or keys and rows differ in number.
+        TypeError: The module is none of Linen's; or (from `apply`) the key is a raw one, not made
+            by `jax.random.key`.
 
     Example:
         >>> from flax import linen as nn
@@ -79,6 +80,14 @@ def from_linen(
         >>> bool(jnp.all(apply(params, x) == module.apply(variables, x)))
         True
     """
+    _check_module(module, linen.Module, "from_linen", "flax.linen")
+    if not isinstance(variables, Mapping):
+        raise TypeError(expected("variables", variables, "what `module.init` returned"))
+    if variables and "params" not in variables:
+        raise ValueError(
+            f"variables has no 'params'; did you pass variables['params']? It has {list(variables)}"
+            ". For a module without parameters give {'params': {}, ..}."
+        )
     collections = core.unfreeze(linen.meta.unbox(dict(variables)))
     params = collections.pop("params", {})
 
@@ -109,6 +118,9 @@ def from_nnx(model: nnx.Module, *, rows: Rows = "auto") -> Bridged:
     draw depends on the key alone and no counter has to be carried. An array of keys, one per row,
     is used as `from_linen` says, and so is `rows`.
 
+    `apply` takes any tree with the names of `params`, and so for `state`: what `us.load` returns,
+    quantized or compacted, is a tree of dicts and lists, and is as good as the `nnx.State`.
+
     Args:
         model: An NNX module.
         rows: How an array of keys is used.
@@ -117,8 +129,10 @@ def from_nnx(model: nnx.Module, *, rows: Rows = "auto") -> Bridged:
         `(apply, params, state)`.
 
     Raises:
-        ValueError: (from `apply`) As `from_linen`; or the model drew random numbers without a key.
-        TypeError: (from `apply`) The key is a raw one, not made by `jax.random.key`.
+        ValueError: (from `apply`) As `from_linen`; the model drew random numbers without a key; or
+            a parameter is missing or one too many, by its name.
+        TypeError: The model is none of NNX's; or (from `apply`) the key is a raw one, not made by
+            `jax.random.key`.
 
     Example:
         >>> from flax import nnx
@@ -127,19 +141,31 @@ def from_nnx(model: nnx.Module, *, rows: Rows = "auto") -> Bridged:
         >>> bool(jnp.all(apply(params, x) == model(x)))
         True
     """
-    graphdef, params, streams, sown, state = map(_copy, _split(model))
+    _check_module(model, nnx.Module, "from_nnx", "flax.nnx")
+    graphdef, initial, streams, sown, kept = map(_copy, _split(model))
 
     def whole(params: Params, state: State, key: Key | None, inputs: tuple, options: dict) -> Any:
         seeded = _seeded(streams, key)
-        fresh = nnx.merge(graphdef, _copy(params), _copy(seeded), _copy(sown), _copy(state))
+        own = trees.by_names(params, initial, "`params`"), trees.by_names(state, kept, "`state`")
+        fresh = nnx.merge(graphdef, own[0], _copy(seeded), _copy(sown), own[1])
         method = getattr(fresh, options.get("method", "__call__"))
         outputs = method(*inputs, **{k: v for k, v in options.items() if k != "method"})
         _, _, after, _, new_state = _split(fresh)
         if key is None and _changed(seeded, after):
             raise ValueError(_no_key(_changed(seeded, after)[0]))
-        return outputs, new_state
+        same = set(trees.names(new_state)) == set(trees.names(state))  # a cache may be made inside
+        return outputs, trees.by_names(new_state, state) if same else new_state
 
-    return _bridged(type(model).__name__, whole, params, state, rows)
+    return _bridged(type(model).__name__, whole, initial, kept, rows)
+
+
+def _check_module(module: Any, kind: type, verb: str, home: str) -> None:
+    if isinstance(module, kind):
+        return
+    other = "from_nnx" if isinstance(module, nnx.Module) else "from_linen"
+    bridge = f" Bridge it by {other}." if isinstance(module, nnx.Module | linen.Module) else ""
+    says = expected(f"the module of {verb}", module, f"a module of {home}, built and not its class")
+    raise TypeError(f"{says}{bridge}")
 
 
 def _bridged(name: str, whole: _Whole, params: Params, initial: State, rows: Rows) -> Bridged:
@@ -152,7 +178,7 @@ def _bridged(name: str, whole: _Whole, params: Params, initial: State, rows: Row
         if held and not state:
             raise ValueError(_no_state(name, held))
         _check_key(key)
-        outputs, new_state = call(params, state or initial, key, inputs, options)
+        outputs, new_state = call(params, initial if state is None else state, key, inputs, options)
         return outputs if state is None else (outputs, new_state)
 
     apply.__name__ = apply.__qualname__ = f"{name}_apply"

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unitscale_jax.errors import closest
 from unitscale_jax.typing import DType
 
 
@@ -109,6 +110,32 @@ def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """
     keys = jax.tree.unflatten(jax.tree.structure(tree), names(tree))
     return jax.tree.map(lambda leaf, name, *others: fn(name, leaf, *others), tree, keys, *rest)
+
+
+def by_names(tree: Any, like: Any, what: str = "the tree") -> Any:
+    """The leaves of one tree in the structure of another, where their names say.
+
+    Args:
+        tree: A pytree; what stands for one array, as a quantized one does, is a leaf.
+        like: A pytree with the same names of leaves, whatever holds them: a list or a dict of
+            "0", "1", .., an `nnx.State` or a plain dict.
+        what: Names the tree in errors.
+
+    Raises:
+        ValueError: A name is missing, or there is one more.
+
+    Example:
+        >>> by_names({"layers": {"0": 1.0, "1": 2.0}}, {"layers": [0, 0]})
+        {'layers': [1.0, 2.0]}
+    """
+    found, wanted = named_leaves(tree, is_leaf=is_compound), names(like, is_leaf=is_compound)
+    for name in wanted:
+        if name not in found:
+            raise ValueError(f"{what} has no leaf {name!r}{closest(name, found)}.")
+    for name in (name for name in found if name not in set(wanted)):
+        raise ValueError(f"{what} has a leaf {name!r} that is not expected{closest(name, wanted)}.")
+    structure = jax.tree.structure(like, is_leaf=is_compound)
+    return jax.tree.unflatten(structure, [found[name] for name in wanted])
 
 
 def is_floating(leaf: Any) -> bool:

@@ -172,7 +172,7 @@ def test_the_file_is_what_the_schema_says(file):
         "head/w.multiplier": ("I8", [1, 3]),
         "head/w.x_range": ("F32", [2]),
     }
-    assert metadata.keys() == {"format", "version", "spec:head/w"}
+    assert metadata.keys() == {"format", "version", "spec:head/w", "outline", "sha256"}
     assert (metadata["format"], metadata["version"]) == ("unitscale_jax", "1")
     absmax = {"type": "Absmax"}
     rest = {"type": "QSpec", "scale": "free", "calibrator": absmax, "rounding": "nearest"}

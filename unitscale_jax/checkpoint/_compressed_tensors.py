@@ -100,7 +100,8 @@ def export_compressed_tensors(
     entries = json.loads(there.read_text()) if there.exists() else {}
     entries |= {**(config or {}), "quantization_config": _config(schemes, ignore)}
     write(path / "model.safetensors", stored, {"format": "pt"})
-    replace_file(there, iter([json.dumps(entries, indent=2).encode()]))
+    text = json.dumps(entries, indent=2).encode()
+    replace_file(there, lambda opened: opened.write(text))
 
 
 def _config(schemes: Mapping[str, list[str]], ignore: list[str]) -> dict[str, Any]:

@@ -6,11 +6,13 @@
     kernel.multiplier    I8     where groups have integers
     kernel.x_range       F32    where the range of what meets it was calibrated
     bias                 what is not quantized, in its own dtype
-    __metadata__         format, version, and "spec:kernel", JSON of its spec, axes, dtype, shape
+    __metadata__         format, version, and "spec:kernel", JSON of its spec, axes, dtype, shape;
+                         outline, the containers (`_outline`); sha256, of the file (`_tensors`)
 
 A name is the path of a leaf, "encoder/layer_0/kernel". Codes of four bits and less are packed along
-the last axis, the low nibble first, padded by a zero. This is version 1, and it stays as it is.
-Nothing in a file is executed, and an array that does not fit the spec beside it is refused.
+the last axis, the low nibble first, padded by a zero. This is version 1, and it stays as it is; its
+first files had neither an outline nor a digest, and are read as nested dicts. Nothing in a file is
+executed, and an array that does not fit the spec beside it is refused.
 """
 
 import os
@@ -25,14 +27,14 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from unitscale_jax import tree as trees
-from unitscale_jax.checkpoint import _codes, _leaves
+from unitscale_jax.checkpoint import _codes, _leaves, _outline
 from unitscale_jax.checkpoint._tensors import File, Stored, on_host, open_file, stored_array, write
 from unitscale_jax.errors import closest
 from unitscale_jax.quantization import QTensor, is_quantized
 from unitscale_jax.quantization._params import sum_codes
 
 FORMAT, VERSION = "unitscale_jax", "1"
-_SPEC = "spec:"
+_SPEC, _OUTLINE = "spec:", "outline"
 
 
 def save(path: str | os.PathLike[str], params: Any) -> None:
@@ -71,7 +73,9 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
             _stored_codes(name, leaf) if is_quantized(leaf) else {name: stored_array(name, leaf)}
         )
     specs = {_SPEC + name: _codes.describe(name, leaves[name]) for name in quantized}
-    write(pathlib.Path(path), stored, {"format": FORMAT, "version": VERSION} | specs)
+    outline = _outline.to_text(_outline.outline(params, is_quantized))
+    metadata = {"format": FORMAT, "version": VERSION, _OUTLINE: outline} | specs
+    write(pathlib.Path(path), stored, metadata)
 
 
 def load(path: str | os.PathLike[str], like: Any = None, *, abstract: bool = False) -> Any:
@@ -81,8 +85,10 @@ def load(path: str | os.PathLike[str], like: Any = None, *, abstract: bool = Fal
         path: The file.
         like: A pytree of the structure, shapes and dtypes expected: arrays or
             `jax.ShapeDtypeStruct`, of the float model or of the quantized one. Arrays come back
-            with the shardings that are committed there, scales as their codes. Without it the tree
-            comes back as nested dicts, by the words of the names.
+            with the shardings that are committed there, scales as their codes. That of a compacted
+            model is `jax.eval_shape(lambda p: us.prune.compact(p, plan), params)`. Without it the
+            tree comes back with its dicts (whatever mapping it was), their keys, lists and tuples;
+            what has named fields as a tuple with those. `apply` of a bridged module takes it so.
         abstract: Reads the header alone, and returns shapes and dtypes in place of arrays.
 
     Returns:
@@ -90,8 +96,11 @@ def load(path: str | os.PathLike[str], like: Any = None, *, abstract: bool = Fal
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, not from `save`, or of another version; an array does not
-            fit the spec beside it; or the tree differs from `like`, with the first leaf that does.
+        IsADirectoryError: The path is that of a directory.
+        ValueError: The file is damaged (a digest says so of any bit), not from `save`, or of
+            another version; an array does not fit the spec beside it; the tree differs from `like`,
+            with the first leaf that does; or without `like`, a container is one that only its own
+            class makes.
 
     Law: load after save is the identity, bit for bit, specs included.
 
@@ -104,19 +113,19 @@ def load(path: str | os.PathLike[str], like: Any = None, *, abstract: bool = Fal
     """
     file = _opened(pathlib.Path(path))
     found = _abstract_leaves(file)
+    outline, wanted = None, dict.fromkeys(found)
     if like is None:
-        whole = found if abstract else {name: _read(file, name, x) for name, x in found.items()}
-        return _nested(file.path, whole)
-    wanted = trees.named_leaves(like, is_leaf=is_quantized)
-    for difference in _differences(found, wanted):
-        raise ValueError(
-            f"{file.path} is of another model: {difference}. Load with the model that was saved, "
-            "or without `like`."
-        )
-    chosen = {name: _as_said(found[name], beside) for name, beside in wanted.items()}
+        outline = _outline_of(file, list(found))
+    else:
+        wanted = trees.named_leaves(like, is_leaf=is_quantized)
+        _check_same(file.path, found, wanted)
+    leaves = {name: _as_said(found[name], beside) for name, beside in wanted.items()}
     if not abstract:
-        chosen = {name: _read(file, name, x, wanted[name]) for name, x in chosen.items()}
-    return jax.tree.unflatten(jax.tree.structure(like, is_leaf=is_quantized), list(chosen.values()))
+        leaves = {name: _read(file, name, x, wanted[name]) for name, x in leaves.items()}
+        file.check_digest()  # last: what has a name of its own for a flaw has said so by now
+    if like is None:
+        return _made(file.path, outline, leaves)
+    return jax.tree.unflatten(jax.tree.structure(like, is_leaf=is_quantized), list(leaves.values()))
 
 
 def _stored_codes(name: str, t: QTensor) -> dict[str, Stored]:
@@ -214,11 +223,34 @@ def _as_said(leaf: Any, like: Any) -> Any:
     return replace(leaf, spec=like.spec) if both else leaf
 
 
-def _nested(path: pathlib.Path, leaves: Mapping[str, Any]) -> Any:
-    if leaves.keys() == {""}:
-        return leaves[""]
+def _outline_of(file: File, found: list[str]) -> _outline.Outline:
+    """The outline in a file; of nested dicts, by the words of the names, if it has none."""
+    nested = _nested(file.path, found)
+    if (text := file.metadata.get(_OUTLINE)) is None:
+        return nested
+    try:
+        outline = _outline.from_text(text)
+    except ValueError as error:
+        raise ValueError(f"{file.path} was altered: of its outline, {error}.") from None
+    if sorted(_outline.names(outline)) != sorted(found):
+        raise ValueError(
+            f"{file.path} was altered: its outline does not name the arrays that it holds."
+        )
+    return outline
+
+
+def _made(path: pathlib.Path, outline: _outline.Outline, leaves: Mapping[str, Any]) -> Any:
+    try:
+        return _outline.made(outline, (leaves[name] for name in _outline.names(outline)))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}. Load with `like`, the tree that was saved.") from None
+
+
+def _nested(path: pathlib.Path, found: list[str]) -> _outline.Outline:
+    if found == [""]:
+        return _outline.LEAF
     root: dict[str, Any] = {}
-    for name, leaf in leaves.items():
+    for name in found:
         *parents, last = name.split("/")
         node: Any = root
         for word in parents:
@@ -228,8 +260,16 @@ def _nested(path: pathlib.Path, leaves: Mapping[str, Any]) -> Any:
                 f"{path}: {name} is a leaf inside of a leaf, which nested dicts have not. Load "
                 "with `like`, the tree that was saved."
             )
-        node[last] = leaf
-    return root
+        node[last] = _outline.LEAF
+    return _outline.outline(root)
+
+
+def _check_same(path: pathlib.Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    for difference in _differences(found, wanted):
+        raise ValueError(
+            f"{path} is of another model: {difference}. Load with the model that was saved, or "
+            "without `like`."
+        )
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:

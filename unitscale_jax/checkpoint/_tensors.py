@@ -4,17 +4,22 @@
     header     {"__metadata__": {..}, name: {"dtype": "F32", "shape": [..], "data_offsets": [..]}}
     arrays     by their offsets
 
+The metadata have a "sha256" of the whole file, with zeros in place of its 64 digits. A header is
+not covered by anything else: one bit of it makes another name, or another number in a spec.
+
 Format: https://github.com/huggingface/safetensors. The package checks a header against its file. It
 does not write here, since it puts the metadata in an order of chance, so that one tree would have
 many files; and it does not read arrays, since its NumPy has no 8-bit floats.
 """
 
+import hashlib
 import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +40,7 @@ _DTYPES = {  # safetensors' name of each dtype that a file may hold
     "bool": "BOOL",
 }
 _NAMES = {name: dtype for dtype, name in _DTYPES.items()}
+_DIGEST, _NO_DIGEST = "sha256", "0" * 64
 
 
 class Stored(NamedTuple):
@@ -67,6 +73,7 @@ def write(path: pathlib.Path, stored: Mapping[str, Stored], metadata: Mapping[st
     """Writes a safetensors file, all of it or nothing, with one array at a time on the host."""
     size = lambda name: jnp.dtype(stored[name].dtype).itemsize
     order = sorted(stored, key=lambda name: (-size(name), name))  # large ones first aligns them all
+    metadata = dict(metadata) | {_DIGEST: _NO_DIGEST}
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for name in order:
@@ -76,26 +83,46 @@ def write(path: pathlib.Path, stored: Mapping[str, Stored], metadata: Mapping[st
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
 
-    def lines() -> Iterator[bytes]:
-        yield len(text).to_bytes(8, "little") + text
+    def put(opened: BinaryIO) -> None:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        digest = hashlib.sha256(len(text).to_bytes(8, "little") + text)
         for name in order:
-            yield stored[name].read().tobytes()
+            part = stored[name].read().tobytes()
+            digest.update(part)
+            opened.write(part)
+        # No string of JSON has this text inside, since it would have backslashes there.
+        opened.seek(8 + text.index(f'"{_DIGEST}":"'.encode()) + len(f'"{_DIGEST}":"'))
+        opened.write(digest.hexdigest().encode())
 
-    replace_file(path, lines())
+    replace_file(path, put)
 
 
-def replace_file(path: pathlib.Path, parts: Iterator[bytes]) -> None:
-    """Writes a file under another name, forces it to the disk, and then gives it its own."""
+def replace_file(path: pathlib.Path, put: Callable[[BinaryIO], Any]) -> None:
+    """Writes a file under another name, forces it to the disk, and then gives it its own.
+
+    Raises:
+        FileNotFoundError: Its folder does not exist.
+        IsADirectoryError: It is a directory.
+    """
+    _check_place(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with unfinished.open("wb") as opened:
-            for part in parts:
-                opened.write(part)
+            put(opened)
         _files.sync(unfinished)
         os.replace(unfinished, path)
         _files.sync(path.absolute().parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _check_place(path: pathlib.Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory; expected the name of a file in it.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"{path} cannot be written: no such directory as {path.parent}. Make it first."
+        )
 
 
 def on_host(name: str, array: Any) -> np.ndarray:
@@ -126,14 +153,37 @@ class File(NamedTuple):
         found = np.fromfile(self.path, np.uint8, end - start, offset=start)
         return found.view(self.shapes[name].dtype).reshape(self.shapes[name].shape)
 
+    def check_digest(self) -> None:
+        """Reads the file once to compare its digest, if it has one.
+
+        Raises:
+            ValueError: The file was altered.
+        """
+        if (said := self.metadata.get(_DIGEST)) is None:
+            return
+        with self.path.open("rb") as opened:
+            head = opened.read(8)
+            head += opened.read(int.from_bytes(head, "little"))
+            zeros = rb"\g<1>" + _NO_DIGEST.encode()
+            head = re.sub(rb'("sha256"\s*:\s*")[0-9a-f]{64}', zeros, head, count=1)
+            found = hashlib.file_digest(opened, lambda: hashlib.sha256(head)).hexdigest()
+        if found != said:
+            raise ValueError(
+                f"{self.path} was altered: its sha256 is not the one in it. Copy it again; or, if "
+                f"a program rewrote it on purpose, take {_DIGEST!r} out of its metadata."
+            )
+
 
 def open_file(path: pathlib.Path) -> File:
     """Reads the header of a file, and checks that the file has what the header says.
 
     Raises:
         FileNotFoundError: There is none.
+        IsADirectoryError: It is a directory.
         ValueError: It is no safetensors file, not a whole one, or has a dtype unknown here.
     """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory; expected a safetensors file.")
     try:
         with safe_open(path, "np") as opened:
             metadata = opened.metadata() or {}

@@ -18,7 +18,7 @@ from unitscale_jax.precision._policy import Policy
 from unitscale_jax.typing import Apply, DType, Params
 
 
-def cast(apply: Apply, policy: Policy) -> Apply:
+def cast(apply: Apply, policy: Policy | DType) -> Apply:
     """Evaluates a model in the compute dtype of a policy.
 
     Args:
@@ -26,7 +26,7 @@ def cast(apply: Apply, policy: Policy) -> Apply:
             with a `state` (that is not None) and returns a pair, its second is the new state.
         policy: Parameters are cast to its compute dtype or to that of the override that names
             them, inputs to its compute dtype, outputs to its output dtype. `policy.param` plays no
-            part here: parameters come as they are stored.
+            part here: parameters come as they are stored. A dtype is `Policy(compute=dtype)`.
 
     Returns:
         A function with the signature of `apply`, and its output structure and shapes. Only
@@ -35,7 +35,9 @@ def cast(apply: Apply, policy: Policy) -> Apply:
         stall in 16 bits.
 
     Raises:
-        ValueError: At the call, an override names no parameter; the message lists near misses.
+        TypeError: `apply` is no function.
+        ValueError: The policy is neither one nor a dtype to compute in. At the call, an override
+            names no parameter; the message lists near misses.
 
     The all-float32 policy is the identity on a float32 model (the jaxpr is the same), casting
     twice is casting once, and gradients have the dtype of the parameters.
@@ -53,6 +55,7 @@ def cast(apply: Apply, policy: Policy) -> Apply:
         dtype('float32')
     """
     check_function(apply, "cast")
+    policy = policy if isinstance(policy, Policy) else Policy(compute=policy)
 
     @functools.wraps(apply)
     def cast_fn(params: Params, *inputs: Any, **kwargs: Any) -> Any:
