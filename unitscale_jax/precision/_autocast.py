@@ -24,6 +24,7 @@ from unitscale_jax.precision._plan import FLOAT32, Decision, Known, Plan
 from unitscale_jax.trace import (
     ACTIVATION,
     ClosedJaxpr,
+    Moving,
     Origin,
     Rewriter,
     Site,
@@ -171,31 +172,28 @@ class _Autocast(Rewriter):
         return [self.cast(x, k.dtype) for x, k in zip(values, known, strict=False)]
 
     def derived(
-        self, site: Site, number: int, closed: ClosedJaxpr, operands: list[Any]
+        self,
+        site: Site,
+        number: int,
+        closed: ClosedJaxpr,
+        operands: list[Any],
+        moving: Moving = Moving(),  # noqa: B008, frozen
     ) -> list[Any]:
-        """A custom derivative is planned for the dtypes that its call received."""
-        called = self.plan.operands[site.place]
-        from_call = self.plan.origins[site.place]
-        forward = number == 1
-        own = list(from_call) if forward else []
+        """A custom derivative is planned for the dtypes that its call received.
+
+        Results and tangents have the dtypes of the call's results, gradients those of its operands.
+        """
+        own = list(self.plan.origins[site.place]) if number == 1 else []
         sources = [*own, *[ACTIVATION] * (len(operands) - len(own))]
         self.plan.prepare(closed.jaxpr, sources, site, number)
         pairs = zip(operands, sources, strict=True)
         known = [Known(jnp.result_type(x), origin.active) for x, origin in pairs]
         walk(self.plan, closed.jaxpr, known, closed.consts, site, number)
         out = self(closed.jaxpr, closed.consts, operands, site, number)
-        return self._as_called(site, number, called, out)
-
-    def _as_called(self, site: Site, number: int, called: list[Known], out: list[Any]) -> list[Any]:
-        """Results and tangents in the dtypes of the call's results, gradients in its operands'."""
-        if number == 2:
-            real = [k.dtype for k in called if jnp.issubdtype(k.dtype, jnp.floating)]
-            return [self.cast(x, dtype) for x, dtype in zip(out, real, strict=True)]
-        results = [k.dtype for k in self.plan.results[site.place]]
-        if site.name == "custom_jvp_call":
-            results += [dtype for dtype in results if jnp.issubdtype(dtype, jnp.floating)]
-        count = len(results)
-        return [*(self.cast(x, d) for x, d in zip(out[:count], results, strict=True)), *out[count:]]
+        called = self.plan.operands[site.place] if number == 2 else self.plan.results[site.place]
+        like = [*([] if number == 2 else called), *(called[k] for k in moving.after)]
+        cast = [self.cast(x, k.dtype) for x, k in zip(out, like, strict=False)]
+        return [*cast, *out[len(cast) :]]
 
 
 def _convert(x: jax.Array, dtype: Any) -> jax.Array:

@@ -10,7 +10,6 @@ has other constants where it computes them from sizes; `verify_rebuild` names th
 """
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +24,7 @@ from unitscale_jax.prune._groups import Plan
 from unitscale_jax.trace import (
     Axes,
     ClosedJaxpr,
+    Moving,
     Rewriter,
     Site,
     coupled,
@@ -148,15 +148,17 @@ class _Compactor(Rewriter):
         return site.place in self._cuts.changed or any(np.shape(x) != shape for x, shape in shapes)
 
     def derived(
-        self, site: Site, number: int, closed: ClosedJaxpr, operands: list[Any]
+        self,
+        site: Site,
+        number: int,
+        closed: ClosedJaxpr,
+        operands: list[Any],
+        moving: Moving = Moving(),  # noqa: B008, frozen
     ) -> list[Any]:
         """A custom derivative has equations of its own, which the plan is laid over as well."""
         ins, outs = self._cuts.calls[site.place]
-        if site.name == "custom_jvp_call":
-            moving = [jnp.issubdtype(dtype, jnp.inexact) for dtype in site.operands]
-            axes = [*ins, *itertools.compress(ins, moving)]
-        else:
-            axes = ins if number == 1 else [*self._residuals[site.place], *outs]
+        own, of = (ins, ins) if number == 1 else (self._residuals[site.place], outs)
+        axes = [*own, *(of[k] for k in moving.before)]
         found = coupled(closed.jaxpr, axes, closed.consts, site, number)
         if number == 1:
             self._residuals[site.place] = found.results[len(outs) :]

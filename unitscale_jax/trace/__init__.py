@@ -13,6 +13,7 @@ from unitscale_jax.trace._compat import (
 )
 from unitscale_jax.trace._cost import Cost, Row, cost
 from unitscale_jax.trace._couplings import Coupled, Record, coupled, settled
+from unitscale_jax.trace._derivatives import Moving
 from unitscale_jax.trace._device_sums import DeviceSum, device_sums
 from unitscale_jax.trace._dims import Dims, Group, Member, Refused, dims
 from unitscale_jax.trace._factors import Axes, Factor, expanded, mark, new_axes, unify
@@ -100,6 +101,7 @@ __all__ = [
     "Ragged",
     "Record",
     "Refused",
+    "Moving",
     "Rewriter",
     "Roles",
     "Row",

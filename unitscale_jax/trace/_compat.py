@@ -15,6 +15,7 @@ import jax
 from jax.experimental.layout import Format
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend import core, source_info_util
+from jax.interpreters import ad
 
 Jaxpr = core.Jaxpr
 ClosedJaxpr = core.ClosedJaxpr
@@ -260,3 +261,8 @@ def varying_axes(value: Any) -> frozenset[str]:
     typed = value if hasattr(value, "manual_axis_type") else jax.typeof(value)
     kind = typed.manual_axis_type
     return frozenset() if kind is None else kind.varying  # None: shard_map without check_vma
+
+
+def no_cotangent(aval: Any) -> ad.Zero:
+    """What a function of `jax.vjp` takes for a result of which there is no cotangent."""
+    return ad.Zero(aval.to_ct_aval())

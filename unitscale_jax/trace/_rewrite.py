@@ -20,7 +20,7 @@ import jax
 
 from unitscale_jax.trace import _compat
 from unitscale_jax.trace._compat import ClosedJaxpr, Equation, Jaxpr, Literal, Var
-from unitscale_jax.trace._derivatives import custom_jvp, custom_vjp
+from unitscale_jax.trace._derivatives import Moving, custom_jvp, custom_vjp
 from unitscale_jax.trace._function import stage
 from unitscale_jax.trace._walk import Site, bodies
 
@@ -99,14 +99,30 @@ class Rewriter:
         del site
         return results
 
+    def latent(self, operand: Any) -> Any:
+        """The leaf of an operand that takes its gradient; None if it takes none."""
+        return operand
+
     def derived(
-        self, site: Site, number: int, closed: ClosedJaxpr, operands: list[Any]
+        self,
+        site: Site,
+        number: int,
+        closed: ClosedJaxpr,
+        operands: list[Any],
+        moving: Moving = Moving(),  # noqa: B008, frozen
     ) -> list[Any]:
         """Replays the custom derivative of the call at `site`.
 
-        Its operands are flat: primals and tangents of a jvp (number 1); the primals of a forward
-        pass (1), which returns results and residuals; residuals and cotangents (2).
+        Args:
+            site: The call.
+            number: Which of its derived bodies; 0 is the call itself.
+            closed: Its equations. Body 1 of a jvp maps primals and tangents to results and
+                tangents; body 1 of a vjp, the forward pass, primals to results and residuals;
+                body 2 residuals and cotangents to gradients.
+            operands: Flat, but that each may be whatever the rules can take.
+            moving: Whose tangents, cotangents and gradients there are.
         """
+        del moving
         return self(closed.jaxpr, closed.consts, operands, site, number)
 
     def __call__(
