@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax.trace import (
+    PRODUCTS,
     Cost,
     Origin,
     Row,
@@ -41,7 +42,7 @@ class Operation:
         place: Where it stands, counted through calls and loops.
         module: Named scopes around it; "" without any.
         name: Its primitive.
-        parameters: Names of the parameters that its operands are.
+        parameters: Names of the parameters that its operands are, or are joined from.
         operands: Dtypes of the operands.
         results: Dtypes of the results.
         flops: Arithmetic operations in all its evaluations.
@@ -90,8 +91,7 @@ class Report:
     @property
     def products(self) -> "Report":
         """The same of products alone: dots and convolutions, where quantization has its columns."""
-        kinds = ("dot_general", "conv_general_dilated", "ragged_dot_general")
-        return replace(self, rows=tuple(row for row in self.rows if row.name in kinds))
+        return replace(self, rows=tuple(row for row in self.rows if row.name in PRODUCTS))
 
     @property
     def flops_by_dtype(self) -> dict[str, int]:
@@ -179,12 +179,11 @@ def _operation(
     row: Row, notes: list[dict[str, Any]], sources: Sequence[Origin], before: Sequence[Site | None]
 ) -> Operation:
     site, said = row.site, notes_at(row.site, notes)
-    names = [origin.parameter for origin in sources]
     return Operation(
         place=site.place,
         module=scope_without_notes(site),
         name=site.name,
-        parameters=tuple(dict.fromkeys(name for name in names if name is not None)),
+        parameters=tuple(dict.fromkeys(name for origin in sources for name in origin.names)),
         operands=tuple(map(str, site.operands)),
         results=tuple(map(str, site.results)),
         flops=row.total.flops,

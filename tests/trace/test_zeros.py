@@ -14,7 +14,8 @@ from unitscale_jax import fwd_bwd
 from unitscale_jax.trace import trace
 from unitscale_jax.trace._axis_rules import RULES
 from unitscale_jax.trace._dims import dims
-from unitscale_jax.trace._elementwise import ELEMENTWISE, at_zero
+from unitscale_jax.trace._elementwise import at_zero
+from unitscale_jax.trace._primitives import ELEMENTWISE
 from unitscale_jax.trace._walk import sites
 from unitscale_jax.trace._zeros import Zeros
 

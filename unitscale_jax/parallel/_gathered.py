@@ -23,7 +23,7 @@ from unitscale_jax.loss import check_function
 from unitscale_jax.parallel._context import under
 from unitscale_jax.parallel._layout import Layout
 from unitscale_jax.parallel._specs import Held, held, spec_of
-from unitscale_jax.trace import Rewriter, Site, primitives_of, stage, varying
+from unitscale_jax.trace import MOVES, Rewriter, Site, primitives_of, stage, varying
 
 
 def gathered(fn: Callable[..., Any], layout: Layout, over: str = "dp") -> Callable[..., Any]:
@@ -82,14 +82,12 @@ def gathered(fn: Callable[..., Any], layout: Layout, over: str = "dp") -> Callab
     return gathered_fn
 
 
-_MOVES = frozenset({"all_gather", "convert_element_type", "transpose", "reshape", "copy"})
-
-
 def _kept(primitive: Any, *_: Any, **params: Any) -> bool:
     """Whether the backward pass gets a result as it was; else it is computed again."""
     inside = primitives_of(params)
-    gathers = "all_gather" in inside and inside <= _MOVES | {"shard_map"}
-    return not (gathers or primitive.name in _MOVES)
+    moves = MOVES | {"all_gather"}
+    gathers = "all_gather" in inside and inside <= moves | {"shard_map"}
+    return not (gathers or primitive.name in moves)
 
 
 @functools.partial(

@@ -14,42 +14,40 @@ keep     operands and results as they were traced; also every primitive that is 
 The intent is that of `torch.amp`; the names are JAX's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal, TypeAlias, get_args
+
+from unitscale_jax.trace import COLLECTIVES, MOVES, PRODUCTS, SCATTERS
 
 OpClass: TypeAlias = Literal["low", "float32", "prefix", "follow", "each", "keep"]
 CLASSES = get_args(OpClass)
 
-_LOW = "dot_general conv_general_dilated ragged_dot_general"
 _FLOAT32 = """
 exp exp2 expm1 log log1p pow sqrt rsqrt cbrt erf_inv erfc lgamma digamma tan sinh cosh asin acos
 asinh acosh atanh reduce_sum reduce_prod cumsum cumprod cumlogsumexp reduce_window_sum
 cholesky qr eigh svd lu triangular_solve fft
 """
 _PREFIX = """
-sub neg abs max min reduce_max reduce_min clamp select_n stop_gradient copy copy_p integer_pow
-square reshape transpose broadcast_in_dim squeeze expand_dims rev slice split concatenate pad
-dynamic_slice name sharding_constraint
+sub neg abs max min reduce_max reduce_min clamp select_n integer_pow square pad
 """
 _FOLLOW = """
 add add_any mul div rem sign floor ceil round tanh logistic sin cos atan atan2 erf nextafter
-eq ne lt le gt ge is_finite dynamic_update_slice gather scatter scatter_add scatter-add scatter_mul
-scatter_min scatter_max sort top_k argmax argmin reduce_window_max reduce_window_min
-select_and_scatter_add select_and_gather_add cummax cummin reduce_and reduce_or real imag
-unit_scale unit_scale_by straight_through convert_element_type
+eq ne lt le gt ge is_finite dynamic_update_slice gather sort top_k argmax argmin reduce_window_max
+reduce_window_min select_and_scatter_add select_and_gather_add cummax cummin reduce_and reduce_or
+real imag unit_scale unit_scale_by straight_through convert_element_type
 """
 _EACH = """
-optimization_barrier psum psum_invariant pmax pmin all_gather all_gather_invariant reduce_scatter
-all_to_all ppermute pcast pvary reshard mesh_cast device_put
+optimization_barrier pcast pvary reshard mesh_cast device_put with_memory_space_constraint
 """
-_TABLE: dict[OpClass, str] = {
-    "low": _LOW,
-    "float32": _FLOAT32,
-    "prefix": _PREFIX,
-    "follow": _FOLLOW,
-    "each": _EACH,
-}
-OPS: Mapping[str, OpClass] = {
-    name: chosen for chosen, listed in _TABLE.items() for name in listed.split()
-}
+_TABLE: list[tuple[OpClass, Iterable[str]]] = [
+    ("low", PRODUCTS),
+    ("float32", _FLOAT32.split()),
+    ("prefix", MOVES),
+    ("prefix", _PREFIX.split()),
+    ("follow", SCATTERS),
+    ("follow", _FOLLOW.split()),
+    ("each", COLLECTIVES),
+    ("each", _EACH.split()),
+]
+OPS: Mapping[str, OpClass] = {name: chosen for chosen, names in _TABLE for name in names}
 """The class of each primitive; one that is not here is kept as it was traced."""

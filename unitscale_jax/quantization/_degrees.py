@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
-from unitscale_jax.trace import PRODUCTS, Dims, Flow, Place, Site
+from unitscale_jax.trace import MOVES, PRODUCTS, SUMS, Dims, Flow, Place, Site
 
 Factors: TypeAlias = tuple[Any, ...]
 Degree: TypeAlias = frozenset[tuple[str, int]] | None
@@ -53,13 +53,14 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-LINEAR = _names("""
-    convert_element_type reshape transpose broadcast_in_dim squeeze expand_dims copy copy_p rev
-    slice split dynamic_slice stop_gradient reduce_precision sharding_constraint name gather add sub
-    add_any max min neg abs select_n concatenate pad dynamic_update_slice reduce_sum
-    reduce_max reduce_min cumsum cummax cummin reduce_window_sum reduce_window_max reduce_window_min
-    unit_scale straight_through
+LINEAR = (
+    (MOVES - {"unit_scale_by"})
+    | SUMS
+    | _names("""
+    gather max min neg abs select_n pad dynamic_update_slice reduce_sum reduce_max reduce_min cumsum
+    cummax cummin reduce_window_sum reduce_window_max reduce_window_min
 """)
+)
 """All floating operands that have the channels, and all results, have one degree."""
 COMPARISONS = _names("eq ne lt le gt ge sign is_finite")
 """The same of the operands; the result has degree zero."""
@@ -143,7 +144,7 @@ class Degrees(Flow[Degree]):
         if name in COMPARISONS:
             self._same(known, name)
             return [ZERO]
-        if name == "mul":
+        if name in ("mul", "unit_scale_by"):
             return [_combined(known[0], known[1], 1)]
         if name == "div":
             return [_combined(known[0], known[1], -1)]

@@ -21,7 +21,7 @@ from unitscale_jax.quantization._ops import (
     spread,
     symmetric,
 )
-from unitscale_jax.quantization._qtensor import QTensor, is_quantized, sum_codes
+from unitscale_jax.quantization._qtensor import QTensor, has_codes, is_quantized, sum_codes
 from unitscale_jax.quantization._spec import DotSpec
 
 Rules = named_rules.Rules[DotSpec]
@@ -168,11 +168,7 @@ def check_leaf(name: str, leaf: Any, spec: DotSpec) -> None:
         ValueError: It cannot; the message names it and the way out.
     """
     axes = spec.w.axes
-    if not trees.is_floating(leaf):
-        dtype = jnp.result_type(leaf)
-        raise ValueError(f"{name} is {dtype}; only floating parameters are quantized. Exclude it.")
-    if jnp.finfo(jnp.result_type(leaf)).bits not in (16, 32):
-        raise ValueError(f"{name} is {jnp.result_type(leaf)}; cast it to float32 first.")
+    check_dtype(name, jnp.result_type(leaf))
     if axes is None:
         raise ValueError(
             f"the rule for {name} does not say which axes share a scale. Use "
@@ -186,6 +182,21 @@ def check_leaf(name: str, leaf: Any, spec: DotSpec) -> None:
         where, by = f"{name} along axis {max(axes)}", f"groups of {group.size}"
         says = not_divisible(where, shape[max(axes)], by)
         raise ValueError(f"{says} Choose a group among them, or pad the parameter.")
+
+
+def check_dtype(name: str, dtype: Any) -> None:
+    """Whether parameters of a dtype have codes.
+
+    Raises:
+        ValueError: They have none; the message names the parameter and the way out.
+    """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name} is {np.dtype(dtype)}; only floats have codes. Exclude it.")
+    if not has_codes(dtype):
+        raise ValueError(
+            f"{name} is {np.dtype(dtype)}, which has no codes: floats of 16 and 32 bits have. "
+            "Cast it to float32 first, or exclude it."
+        )
 
 
 @jax.jit

@@ -161,6 +161,11 @@ def is_quantized(leaf: Any) -> TypeGuard[QTensor]:
     return isinstance(leaf, QTensor)
 
 
+def has_codes(dtype: Any) -> bool:
+    """Whether arrays of a dtype can be quantized: floats of 16 or 32 bits."""
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits in (16, 32)
+
+
 def integer_codes(t: QTensor) -> jax.Array:
     """Codes with the integer of their group multiplied in: int8, or the codes as they are."""
     if t.multiplier is None:

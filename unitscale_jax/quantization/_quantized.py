@@ -34,11 +34,17 @@ from unitscale_jax.quantization._params import (
     inside,
     range_of,
 )
-from unitscale_jax.quantization._qtensor import QTensor, integer_codes, is_quantized, value_of
+from unitscale_jax.quantization._qtensor import (
+    QTensor,
+    has_codes,
+    integer_codes,
+    is_quantized,
+    value_of,
+)
 from unitscale_jax.quantization._roles import activation_products, resolved
 from unitscale_jax.quantization._served import Unquantizable
 from unitscale_jax.quantization._spec import DotSpec
-from unitscale_jax.quantization._views import logical, view
+from unitscale_jax.quantization._views import logical, partitioned, view
 from unitscale_jax.trace import (
     PRODUCTS,
     DeviceSum,
@@ -130,7 +136,7 @@ def quantized(
         sums = device_sums(staged.closed.jaxpr)
         over = _split_over(uses(staged, known), sums) if sums and specs else {}
         operands = [
-            _entered(origin.holds, x, specs, stats, over)
+            _entered(origin.parameter, x, specs, stats, over)
             for origin, x in zip(known, operands, strict=True)
         ]
         of_activations = [pair for pair in chosen if pair[1].w.axes == ACTIVATIONS]
@@ -284,7 +290,8 @@ class _Quantizer(Rewriter):
         return view(site, operands)
 
     def _multiplies(self, site: Site, operands: list[Any]) -> bool:
-        return any(map(is_quantized, operands[:2])) or site.place in self.activations
+        chosen = any(map(is_quantized, operands[:2])) or site.place in self.activations
+        return chosen and all(map(has_codes, site.operands[:2]))
 
     def _product(self, product: Product, operands: list[Any]) -> Any:
         site, (left, right) = product.site, operands[:2]
@@ -351,9 +358,9 @@ class _Quantizer(Rewriter):
         if not is_quantized(operand) or placement is None:
             return placement
         if isinstance(placement, PartitionSpec):
-            return _partitioned(operand, placement)
+            return partitioned(operand, placement)
         if isinstance(placement, NamedSharding):
-            specs = _partitioned(operand, placement.spec)
+            specs = partitioned(operand, placement.spec)
             return specs.over(lambda _, spec: NamedSharding(placement.mesh, spec))
         return None
 
@@ -363,17 +370,6 @@ def _alike(a: QTensor, b: Any) -> bool:
     return (
         is_quantized(b) and jax.tree.structure(a) == jax.tree.structure(b) and types(a) == types(b)
     )
-
-
-def _partitioned(t: QTensor, spec: PartitionSpec) -> QTensor:
-    entries = [*spec, *[None] * (t.ndim - len(spec))]
-
-    def of(name: str, x: Any) -> PartitionSpec:
-        if name == "x_range":
-            return PartitionSpec(*entries[: x.ndim - 1])
-        return PartitionSpec(*(e if n > 1 else None for e, n in zip(entries, x.shape, strict=True)))
-
-    return t.over(of)
 
 
 def _spec_of(left: Any, right: Any) -> DotSpec:

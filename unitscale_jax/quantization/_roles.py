@@ -8,8 +8,8 @@ import jax
 
 from unitscale_jax import rules as named_rules, tree as trees
 from unitscale_jax.quantization._lsq import is_learned, trained
-from unitscale_jax.quantization._params import ACTIVATIONS, Rules, match
-from unitscale_jax.quantization._qtensor import is_quantized
+from unitscale_jax.quantization._params import ACTIVATIONS, Rules, check_dtype, match
+from unitscale_jax.quantization._qtensor import has_codes, is_quantized
 from unitscale_jax.quantization._spec import DotSpec
 from unitscale_jax.quantization._views import logical
 from unitscale_jax.trace import (
@@ -74,8 +74,10 @@ def resolved(rules: Rules, staged: Staged, params: Any, plain: Any) -> list[tupl
     pairs = list(_of_activations(rules, staged, sources, names))
     kept = [pair for pair in named_rules.pairs_of(rules) if pair[0] not in [p for p, _ in pairs]]
     found = {name: spec for name, spec in match(kept, params).items() if spec is not None}
-    met = uses(staged, sources)
     known = trees.named_leaves(params, is_leaf=is_quantized)
+    for name in found:
+        check_dtype(name, known[name].dtype)
+    met = uses(staged, sources)
     given = lambda name: known[name].axes if is_quantized(known[name]) else None
     out = [
         (name, _filled(name, spec, met.get(name, []), given(name))) for name, spec in found.items()
@@ -106,7 +108,8 @@ def activation_products(
     found = {}
     for site in sites(jaxpr):
         operands = at.get(site.place, ())[:2]
-        if product_of(site) is not None and all(o.parameter is None for o in operands):
+        coded = product_of(site) is not None and all(map(has_codes, site.operands[:2]))
+        if coded and not any(origin.names for origin in operands):
             found[site.place] = tuple(addresses(site, operands))
     return found
 

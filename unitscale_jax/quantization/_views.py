@@ -1,22 +1,41 @@
-"""Views of a quantized array: transposed, sliced, stacked, without a product.
+"""Views of a quantized array: transposed, sliced, scaled, frozen, stacked, without a product.
 
 Codes and what belongs to the scales move alike, as long as the axes that share a scale stay whole;
 where they would not, there is no view and the array is dequantized.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from unitscale_jax import tree as trees
 from unitscale_jax.quantization._lsq import is_learned
-from unitscale_jax.quantization._qtensor import LIKE_SCALE, QTensor, is_quantized
-from unitscale_jax.trace import Site, segments, varying_axes, zeros
+from unitscale_jax.quantization._ops import fence
+from unitscale_jax.quantization._qtensor import (
+    ARRAYS,
+    LIKE_SCALE,
+    QTensor,
+    has_codes,
+    is_quantized,
+)
+from unitscale_jax.trace import (
+    CUTS,
+    JOINS,
+    MOVES,
+    PLACED,
+    SHAPED,
+    Site,
+    cut_axes,
+    moved_axes,
+    segments,
+    varying_axes,
+    zeros,
+)
 
 
 def logical(tree: Any) -> Any:
@@ -35,9 +54,15 @@ def _abstract(leaf: Any) -> Any:
 
 
 def view(site: Site, operands: list[Any]) -> list[Any] | None:
-    """The results of a movement of quantized arrays; None if they are no views."""
-    make = _VIEWS.get(site.name)
-    return None if make is None else make(site, operands)
+    """The results of a move of quantized arrays; None if they are no views."""
+    t, name = operands[0], site.name
+    if name not in MOVES or (name not in _OF_SEVERAL and not is_quantized(t)):
+        return None
+    make = next((make for names, make in _VIEWS if name in names), _in_place)
+    return make(site, operands)
+
+
+# --------------------------------------------------------------- numbers that stay where they are
 
 
 def _fields(t: QTensor, change: Callable[[Any, bool], Any], **statics: Any) -> QTensor:
@@ -47,103 +72,217 @@ def _fields(t: QTensor, change: Callable[[Any, bool], Any], **statics: Any) -> Q
     )
 
 
-def _each(site: Site, operands: list[Any]) -> list[Any]:
-    return [operands[0].over(lambda _, x: site.bind([x])[0])]
+def _in_place(site: Site, operands: list[Any]) -> list[Any]:
+    """The move itself of codes, of what is like the scale, and of the latent array.
+
+    Bound rather than passed over: the derivative of a `stop_gradient` is that of the latent array.
+    """
+    return [_fields(operands[0], lambda x, _: site.bind([x])[0])]
 
 
-def _as_is(site: Site, operands: list[Any]) -> list[Any]:
-    del site
-    return operands
+def _barred(site: Site, operands: list[Any]) -> list[Any]:
+    arrays, structure = jax.tree.flatten(operands)
+    return jax.tree.unflatten(structure, site.bind(arrays))
 
 
 def _cast(site: Site, operands: list[Any]) -> list[Any] | None:
     dtype = site.results[0]
-    floating = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits in (16, 32)
-    return [operands[0].astype(dtype)] if floating else None
+    return [operands[0].astype(dtype)] if has_codes(dtype) else None
 
 
-def _constrained(site: Site, operands: list[Any]) -> list[Any]:
-    """A sharding is that of the array; scales follow by propagation where theirs would differ."""
+def _placed(site: Site, operands: list[Any]) -> list[Any]:
+    """A sharding is that of the array; what is like the scale has it where it has positions."""
     t = operands[0]
-    same = lambda x: site.bind([x])[0] if x.shape == t.shape else x
-    return [_fields(t, lambda x, small: x if small and x.shape != t.shape else same(x))]
+
+    def place(x: Any, small: bool) -> Any:
+        if not small or x.shape == t.shape:
+            return site.bind([x])[0]
+        if site.name == "sharding_constraint":
+            return x  # it follows by propagation
+        return site.bind([x], **{k: _fitted(v, x.shape) for k, v in site.eqn.params.items()})[0]
+
+    return [_fields(t, place)]
 
 
-def _transposed(site: Site, operands: list[Any]) -> list[Any] | None:
-    t, order = operands[0], site.eqn.params["permutation"]
-    if t.x_range is not None and t.x_range.ndim > 1 and order[0] != 0:
+def _fitted(value: Any, shape: Sequence[int]) -> Any:
+    """A parameter of an equation that may hold the sharding of an array, for a smaller one."""
+    if isinstance(value, tuple):
+        return tuple(_fitted(one, shape) for one in value)
+    return value.update(spec=spec_of_shape(value.spec, shape)) if _is_named(value) else value
+
+
+def _is_named(value: Any) -> TypeGuard[NamedSharding]:
+    return isinstance(value, NamedSharding)
+
+
+def partitioned(t: QTensor, spec: PartitionSpec) -> QTensor:
+    """How the arrays of a quantized one are partitioned, which is partitioned by a spec."""
+
+    def of(name: str, x: Any) -> PartitionSpec:
+        if name == "x_range":
+            return PartitionSpec(*[*spec, *[None] * t.ndim][: x.ndim - 1])
+        return spec_of_shape(spec, x.shape)
+
+    return t.over(of)
+
+
+def spec_of_shape(spec: PartitionSpec, shape: Sequence[int]) -> PartitionSpec:
+    """The same for an array that has size 1 on some axes."""
+    entries = [*spec, *[None] * (len(shape) - len(spec))]
+    return PartitionSpec(*(e if n > 1 else None for e, n in zip(entries, shape, strict=True)))
+
+
+# ------------------------------------------------------------------------- factors and digits
+
+
+def _scaled(site: Site, operands: list[Any]) -> list[Any] | None:
+    """The factor of the value belongs to the scale, the factor of the cotangent to the latent."""
+    t, *factors = operands
+    if any(map(is_quantized, factors)):
         return None
-    axes = _at(t, lambda axis: order.index(axis), len(order))
-    if t.groups > 1 and axes[-1] != _place(t, order.index(max(t.axes) % t.ndim)):
-        return None  # groups are along the last of the axes
-    return [_fields(t, lambda x, _: x.transpose(order), axes=axes)]
+    sizes = [1] * t.ndim
+    for factor in factors:
+        sizes = [max(pair) for pair in zip(sizes, factor.shape or sizes, strict=True)]
+    if any(sizes[axis] > 1 for axis in t.axes):
+        return None  # another factor for each position that shares a scale
+    wide = [factor.astype(jnp.float32) for factor in factors]
+    shape = [max(pair) for pair in zip(t.scale.shape, sizes, strict=True)]
+    scale = jnp.broadcast_to(t.scale, shape)
+    if site.eqn.params.get("fwd") != 1:  # fenced, or training would multiply in another order
+        scale = fence(site.bind([fence(scale), *wide])[0])
+    latent = None if t.latent is None else site.bind([t.latent, *factors])[0]
+    return [replace(t, scale=scale, latent=latent)]
 
 
-def _place(t: QTensor, axis: int) -> int:
-    return axis - t.ndim
+def _rounded(site: Site, operands: list[Any]) -> list[Any]:
+    """Numbers of fewer digits: those of the scale, since codes have few already.
+
+    Exponents stay those of float32, because the scale is smaller than any number that it stands for
+    and would vanish first.
+    """
+    t = operands[0]
+    latent = None if t.latent is None else site.bind([t.latent])[0]
+    return [replace(t, scale=site.bind([t.scale], exponent_bits=8)[0], latent=latent)]
 
 
-def _at(t: QTensor, where: Callable[[int], int | None], rank: int) -> tuple[int, ...]:
-    """The axes that share a scale, each moved."""
-    moved = [where(axis % t.ndim) for axis in t.axes]
-    return tuple(sorted(axis - rank for axis in moved if axis is not None))
-
-
-def _squeezed(site: Site, operands: list[Any]) -> list[Any]:
-    t, gone = operands[0], site.eqn.params["dimensions"]
-    rank = t.ndim - len(gone)
-    where = lambda axis: None if axis in gone else axis - sum(d < axis for d in gone)
-    out = _fields(t, lambda x, _: x.squeeze(gone), axes=_at(t, where, rank))
-    return [_with_range(out, t, lambda r, lead: r.squeeze(tuple(d for d in gone if d < lead)))]
-
-
-def _with_range(out: QTensor, t: QTensor, change: Callable[[Any, int], Any]) -> QTensor:
-    """The range of the other operand, whose leading axes are the first of the array."""
-    if t.x_range is None or t.x_range.ndim == 1:
-        return out
-    return replace(out, x_range=change(t.x_range, t.x_range.ndim - 1))
-
-
-def _broadcast(site: Site, operands: list[Any]) -> list[Any] | None:
-    t, shape = operands[0], site.eqn.params["shape"]
-    where = site.eqn.params["broadcast_dimensions"]
-    grown = any(shape[where[d]] != n for d, n in enumerate(t.shape))
-    if grown or (t.x_range is not None and t.x_range.ndim > 1):
+def _carried(site: Site, operands: list[Any]) -> list[Any] | None:
+    """The codes of the value; the cotangent is the carrier's."""
+    del site
+    value, carrier = operands
+    if not is_quantized(value):
         return None
-    new = set(range(len(shape))) - set(where)
-
-    def change(x: Any, small: bool) -> Any:
-        own = [1 if d in new else x.shape[where.index(d)] for d in range(len(shape))]
-        return jax.lax.broadcast_in_dim(x, own if small else shape, where)
-
-    return [_fields(t, change, axes=_at(t, lambda axis: where[axis], len(shape)))]
+    return [replace(value, latent=carrier.latent if is_quantized(carrier) else carrier)]
 
 
-def _reshaped(site: Site, operands: list[Any]) -> list[Any] | None:
-    t, new = operands[0], site.eqn.params["new_sizes"]
-    if t.x_range is not None and t.x_range.ndim > 1:
+# ------------------------------------------------------------------- numbers along other axes
+
+
+def _shaped(site: Site, operands: list[Any]) -> list[Any] | None:
+    """Codes move as the array does, and what is like the scale along the axes that it has."""
+    t, *starts = operands
+    axes = _shared_axes(site, t)
+    if axes is None or not _keeps_groups(site, t, axes):
         return None
-    shared = {axis % t.ndim for axis in t.axes}
-    sizes: dict[str, list[int]] = {name: [] for name in LIKE_SCALE}
-    axes: list[int] = []
-    for before, after in segments(t.shape, new):
-        real = [d for d in before if t.shape[d] > 1] or before
-        summed = [d in shared for d in real]
-        if any(summed) != all(summed):
+    results = range(len(site.eqn.outvars))
+    new: dict[str, list[Any]] = {}
+    for name in ARRAYS:
+        x = getattr(t, name)
+        if x is None:
+            continue
+        move = _range_moved if name == "x_range" else _moved
+        moved = move(site, x, t, starts)
+        if moved is None:
             return None
-        axes += [d - len(new) for d in after if summed and all(summed)]
-        for name in LIKE_SCALE:
-            own = _segment(t, getattr(t, name), before, [new[d] for d in after])
-            if own is None:
-                return None
-            sizes[name] += own
-    reshape = lambda name, x: x.reshape(sizes[name] if name in LIKE_SCALE else new)
-    return [t.over(lambda name, x: x if name == "x_range" else reshape(name, x), axes=tuple(axes))]
+        new[name] = moved
+    return [replace(t, axes=axes, **{k: v[n] for k, v in new.items()}) for n in results]
+
+
+def _shared_axes(site: Site, t: QTensor) -> tuple[int, ...] | None:
+    """The axes of the result that share a scale; None where an axis would in part."""
+    shared = {axis % t.ndim for axis in t.axes}
+    sources, found = moved_axes(site), []
+    for k, axes in enumerate(sources):
+        flags = {axis in shared for axis in axes if t.shape[axis] > 1 or len(axes) == 1}
+        if len(flags) == 2:
+            return None
+        found += [k - len(sources)] if True in flags else []
+    return tuple(found)
+
+
+def _keeps_groups(site: Site, t: QTensor, axes: tuple[int, ...]) -> bool:
+    """Whether groups stay along the last of the axes, and sums over these axes stay what they are.
+
+    A cut, or a position that is repeated, makes another sum of codes.
+    """
+    cut = {axis % t.ndim for axis in t.axes}.intersection(cut_axes(site))
+    if t.colsum is not None and cut and site.name != "rev":
+        return False
+    if t.groups == 1:
+        return True
+    sources, last = moved_axes(site), max(t.axes) % t.ndim
+    along = [k for k, of in enumerate(sources) if last in of]
+    whole = last not in cut or site.name == "tile"
+    return whole and bool(axes) and along == [max(axes) % len(sources)]
+
+
+def _moved(site: Site, x: Any, t: QTensor, starts: Sequence[Any]) -> list[Any] | None:
+    """The move of an array that has the shape of `t`, or fewer positions along some axes."""
+    if x.shape == t.shape:
+        return site.bind([x, *starts])
+    change = _SMALL.get(site.name)
+    params = {} if change is None else change(site, x, t)
+    if params is None:
+        return None
+    if site.name in ("split", "unstack") and x.shape[site.eqn.params["axis"]] == 1:
+        gone = [site.eqn.params["axis"]] if site.name == "unstack" else []
+        return [x.squeeze(gone)] * len(site.eqn.outvars)
+    return site.bind([x, *starts], **params)
+
+
+def _small_slice(site: Site, x: Any, t: QTensor) -> dict[str, Any]:
+    params = site.eqn.params
+    pick = lambda ours, theirs: tuple(
+        a if n == full else b for a, b, n, full in zip(ours, theirs, x.shape, t.shape, strict=True)
+    )
+    ones = (1,) * x.ndim
+    return {
+        "start_indices": pick(params["start_indices"], (0,) * x.ndim),
+        "limit_indices": pick(params["limit_indices"], x.shape),
+        "strides": pick(params["strides"] or ones, ones),
+    }
+
+
+def _small_dynamic_slice(site: Site, x: Any, t: QTensor) -> dict[str, Any]:
+    sizes = zip(site.eqn.params["slice_sizes"], x.shape, t.shape, strict=True)
+    return {"slice_sizes": tuple(size if n == full else n for size, n, full in sizes)}
+
+
+def _small_tile(site: Site, x: Any, t: QTensor) -> dict[str, Any]:
+    del t
+    reps = zip(site.eqn.params["reps"], x.shape, strict=True)
+    return {"reps": tuple(times if n > 1 else 1 for times, n in reps)}
+
+
+def _small_broadcast(site: Site, x: Any, t: QTensor) -> dict[str, Any]:
+    """An axis that is new has scales of size 1."""
+    del t
+    sizes = tuple(x.shape[of[0]] if of else 1 for of in moved_axes(site))
+    return {"shape": sizes, "sharding": None}
+
+
+def _small_reshape(site: Site, x: Any, t: QTensor) -> dict[str, Any] | None:
+    sizes: list[int] = []
+    for before, after in segments(t.shape, site.result_shapes[0]):
+        own = _segment(t, x, before, [site.result_shapes[0][d] for d in after])
+        if own is None:
+            return None
+        sizes += own
+    return {"new_sizes": tuple(sizes), "sharding": None}
 
 
 def _segment(t: QTensor, x: Any, before: Sequence[int], new: Sequence[int]) -> list[int] | None:
     """The sizes of what is like the scale where a run of axes takes new sizes."""
-    count = 1 if x is None else math.prod(x.shape[d] for d in before)
+    count = math.prod(x.shape[d] for d in before)
     if count == 1:
         return [1] * len(new)
     if count == math.prod(t.shape[d] for d in before):
@@ -152,97 +291,55 @@ def _segment(t: QTensor, x: Any, before: Sequence[int], new: Sequence[int]) -> l
     return [count if n > 1 else 1 for n in new] if alone else None  # groups along one axis
 
 
-def _cut(t: QTensor, dims: Sequence[int]) -> bool:
-    """Whether a cut along some dimensions leaves no view: sums or groups along them."""
-    grouped = max(t.axes, default=-1) % t.ndim if t.groups > 1 else None
-    shared = {axis % t.ndim for axis in t.axes}
-    return grouped in dims or (t.colsum is not None and bool(shared & set(dims)))
+_SMALL: dict[str, Callable[[Site, Any, QTensor], dict[str, Any] | None]] = {
+    "slice": _small_slice,
+    "dynamic_slice": _small_dynamic_slice,
+    "tile": _small_tile,
+    "broadcast_in_dim": _small_broadcast,
+    "reshape": _small_reshape,
+}
 
 
-def _sliced(site: Site, operands: list[Any]) -> list[Any] | None:
-    t, params = operands[0], site.eqn.params
-    start, limit = params["start_indices"], params["limit_indices"]
-    stride = params["strides"] or (1,) * t.ndim
-    cut = [d for d in range(t.ndim) if (start[d], limit[d], stride[d]) != (0, t.shape[d], 1)]
-    if _cut(t, cut):
+def _range_moved(site: Site, r: Any, t: QTensor, starts: Sequence[Any]) -> list[Any] | None:
+    """The range of the other operand, whose leading axes are the first of the array.
+
+    None where these are not the first of the result too, each by itself.
+    """
+    lead, results = r.ndim - 1, len(site.eqn.outvars)
+    if lead == 0:
+        return [r] * results
+    sources = moved_axes(site)
+    kept = [of for of in sources if any(axis < lead for axis in of)]
+    in_order = all(len(of) == 1 for of in kept) and kept == sorted(kept)
+    if not in_order or kept != sources[: len(kept)]:
         return None
-
-    def change(x: Any, small: bool) -> Any:
-        for d in cut:
-            if not small or x.shape[d] == t.shape[d]:
-                x = jax.lax.slice_in_dim(x, start[d], limit[d], stride[d], axis=d)
-        return x
-
-    def rows(r: Any, lead: int) -> Any:
-        for d in [d for d in cut if d < lead]:
-            r = jax.lax.slice_in_dim(r, start[d], limit[d], stride[d], axis=d)
-        return r
-
-    return [_with_range(_fields(t, change), t, rows)]
-
-
-def _dynamically_sliced(site: Site, operands: list[Any]) -> list[Any] | None:
-    t, *starts = operands
-    sizes = site.eqn.params["slice_sizes"]
-    cut = [d for d in range(t.ndim) if sizes[d] != t.shape[d]]
-    if not is_quantized(t) or _cut(t, cut):
+    whole = lambda x: x.reshape(x.shape + (1,) * (t.ndim - lead))
+    low, high = (_moved(site, whole(r[..., k]), t, starts) for k in (0, 1))
+    if low is None or high is None:
         return None
-
-    def change(x: Any, small: bool) -> Any:
-        for d in cut:
-            if not small or x.shape[d] == t.shape[d]:
-                x = jax.lax.dynamic_slice_in_dim(x, starts[d], sizes[d], axis=d)
-        return x
-
-    def rows(r: Any, lead: int) -> Any:
-        for d in [d for d in cut if d < lead]:
-            r = jax.lax.dynamic_slice_in_dim(r, starts[d], sizes[d], axis=d)
-        return r
-
-    return [_with_range(_fields(t, change), t, rows)]
+    cut = lambda x: x.reshape(x.shape[: len(kept)])
+    return [jnp.stack([cut(a), cut(b)], -1) for a, b in zip(low, high, strict=True)]
 
 
-def _split(site: Site, operands: list[Any]) -> list[Any] | None:
-    t, axis = operands[0], site.eqn.params["axis"]
-    if _cut(t, [axis]) or (t.x_range is not None and axis < t.x_range.ndim - 1):
-        return None
-    ends = np.cumsum(site.eqn.params["sizes"])
-    starts = [0, *ends[:-1]]
-
-    def part(a: int, b: int) -> QTensor:
-        whole = lambda x: x.shape[axis] == t.shape[axis]
-        cut = lambda x: jax.lax.slice_in_dim(x, a, b, axis=axis)
-        return _fields(t, lambda x, small: cut(x) if not small or whole(x) else x)
-
-    return [part(int(a), int(b)) for a, b in zip(starts, ends, strict=True)]
+# ------------------------------------------------------------------------- several into one
 
 
 def _joined(site: Site, operands: list[Any]) -> list[Any] | None:
-    first, axis = operands[0], site.eqn.params["dimension"]
-    if not _alike(operands) or axis - first.ndim in first.axes:
+    first = operands[0]
+    if not _alike(operands):
+        return None
+    axes = _shared_axes(site, first)
+    at = site.eqn.params["dimension" if site.name == "concatenate" else "axis"]
+    if axes is None or (site.name == "concatenate" and at - first.ndim in first.axes):
         return None
 
     def full(x: Any, t: QTensor) -> Any:  # an axis that was added has scales of size 1
-        shape = [t.shape[d] if d == axis else n for d, n in enumerate(x.shape)]
-        return jnp.broadcast_to(x, shape)
+        shape = [t.shape[d] if d == at else n for d, n in enumerate(x.shape)]
+        return jnp.broadcast_to(x, shape) if site.name == "concatenate" else x
 
     def change(name: str, x: Any) -> Any:
         del x
-        return jnp.concatenate([full(getattr(t, name), t) for t in operands], axis)
-
-    return [first.over(change)]
-
-
-def _stacked(site: Site, operands: list[Any]) -> list[Any] | None:
-    first, axis = operands[0], site.eqn.params["axis"]
-    if not _alike(operands):
-        return None
-    rank = first.ndim + 1
-    axes = _at(first, lambda d: d + (d >= axis), rank)
-
-    def change(name: str, x: Any) -> Any:
-        del x
-        return jnp.stack([getattr(t, name) for t in operands], axis)
+        return site.bind([full(getattr(t, name), t) for t in operands])[0]
 
     return [first.over(change, axes=axes)]
 
@@ -256,32 +353,16 @@ def _alike(operands: list[Any]) -> bool:
     return all(kind(t) == kind(first) for t in operands)
 
 
-def _reversed(site: Site, operands: list[Any]) -> list[Any] | None:
-    t, dims = operands[0], site.eqn.params["dimensions"]
-    if t.groups > 1 and max(t.axes) % t.ndim in dims:
-        return None
-    if t.x_range is not None and t.x_range.ndim > 1:
-        return None
-    return [_fields(t, lambda x, _: jnp.flip(x, dims))]
+_OF_SEVERAL = JOINS | {"optimization_barrier"}
 
-
-_VIEWS: dict[str, Callable[[Site, list[Any]], list[Any] | None]] = {
-    "copy": _each,
-    "copy_p": _each,
-    "name": _each,
-    "pcast": _each,
-    "pvary": _each,
-    "optimization_barrier": _as_is,
-    "convert_element_type": _cast,
-    "sharding_constraint": _constrained,
-    "transpose": _transposed,
-    "squeeze": _squeezed,
-    "broadcast_in_dim": _broadcast,
-    "reshape": _reshaped,
-    "slice": _sliced,
-    "dynamic_slice": _dynamically_sliced,
-    "split": _split,
-    "concatenate": _joined,
-    "rev": _reversed,
-    "stack": _stacked,
-}
+_VIEWS: list[tuple[Collection[str], Callable[[Site, list[Any]], list[Any] | None]]] = [
+    (JOINS, _joined),
+    (SHAPED | CUTS, _shaped),
+    (PLACED, _placed),
+    (["optimization_barrier"], _barred),
+    (["convert_element_type"], _cast),
+    (["unit_scale", "unit_scale_by"], _scaled),
+    (["reduce_precision"], _rounded),
+    (["straight_through"], _carried),
+]
+"""How codes move, by primitive; any other move is made `_in_place`."""

@@ -18,7 +18,7 @@ from unitscale_jax.trace._device_sums import DeviceSum, device_sums
 from unitscale_jax.trace._dims import Dims, Group, Member, Refused, dims
 from unitscale_jax.trace._factors import Axes, Factor, expanded, mark, new_axes, unify
 from unitscale_jax.trace._function import Staged, Traced, stage, trace
-from unitscale_jax.trace._held import Held, Roles, Use, segments, uses
+from unitscale_jax.trace._held import Held, Roles, Use, uses
 from unitscale_jax.trace._hlo import Collective, collectives
 from unitscale_jax.trace._manual import as_on_one_device
 from unitscale_jax.trace._meetings import (
@@ -45,7 +45,25 @@ from unitscale_jax.trace._operands import (
     second_moments,
     valid_rows,
 )
-from unitscale_jax.trace._product import PRODUCTS, Conv, Dot, Product, Ragged, product_of
+from unitscale_jax.trace._primitives import (
+    COLLECTIVES,
+    CUTS,
+    DEVICE_REDUCTIONS,
+    IN_PLACE,
+    JOINS,
+    MOVES,
+    MULTIPLICATIONS,
+    PLACED,
+    PRODUCTS,
+    REDUCTIONS,
+    SCATTERS,
+    SHAPED,
+    SUMS,
+    cut_axes,
+    moved_axes,
+    segments,
+)
+from unitscale_jax.trace._product import Conv, Dot, Product, Ragged, product_of
 from unitscale_jax.trace._provenance import (
     ACTIVATION,
     Origin,
@@ -124,6 +142,7 @@ __all__ = [
     "contraction",
     "cost",
     "cost_of",
+    "cut_axes",
     "count_rows",
     "coupled",
     "device_sums",
@@ -171,4 +190,17 @@ __all__ = [
     "varying_axes",
     "walk",
     "zeros",
+    "COLLECTIVES",
+    "CUTS",
+    "DEVICE_REDUCTIONS",
+    "IN_PLACE",
+    "JOINS",
+    "MOVES",
+    "MULTIPLICATIONS",
+    "PLACED",
+    "REDUCTIONS",
+    "SCATTERS",
+    "SHAPED",
+    "SUMS",
+    "moved_axes",
 ]

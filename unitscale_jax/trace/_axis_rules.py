@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 from unitscale_jax.trace._compat import Equation
-from unitscale_jax.trace._elementwise import ELEMENTWISE, named
 from unitscale_jax.trace._factors import (
     UNIT,
     Axes,
@@ -24,6 +23,16 @@ from unitscale_jax.trace._factors import (
     size,
     unify,
 )
+from unitscale_jax.trace._primitives import (
+    CUMULATIVE,
+    DEVICE_REDUCTIONS,
+    ELEMENTWISE,
+    REDUCTIONS,
+    SCATTERS,
+    WINDOWS,
+    moved_axes,
+)
+from unitscale_jax.trace._walk import Site
 
 Rule: TypeAlias = Callable[[Equation, list[Axes]], Sequence[Axes]]
 
@@ -96,23 +105,29 @@ def _elementwise(eqn: Equation, ins: list[Axes]) -> list[Axes]:
     return [_lined_up([axes for axes in ins if len(axes) == rank])]  # others are scalars
 
 
+def _tile(eqn: Equation, ins: list[Axes]) -> list[Axes]:
+    """Copies of an axis are an axis of their own and the old one, joined as by a reshape."""
+
+    def repeated(axis: Axis, times: int) -> Axis:
+        if len(expanded(axis)) > 1:
+            return axis * times  # a sum does not distribute over what precedes it
+        (copies,), (term,) = new_axis(times, "tile"), axis
+        return ((*copies, *term),)
+
+    return [tuple(map(repeated, ins[0], eqn.params["reps"]))]
+
+
 def _bitcast(eqn: Equation, ins: list[Axes]) -> list[Axes]:
     return _same(eqn, ins) if shape(eqn.invars[0]) == shapes(eqn)[0] else opaque(eqn, ins)
 
 
-def _broadcast_in_dim(eqn: Equation, ins: list[Axes]) -> list[Axes]:
+def _moved(eqn: Equation, ins: list[Axes]) -> list[Axes]:
+    """Axes in another order; one that is new, or that repeats a single position, is another."""
     out = list(new_axes(shapes(eqn)[0]))
-    for axis, to in zip(ins[0], eqn.params["broadcast_dimensions"], strict=True):
-        out[to] = axis if size(axis) == size(out[to]) else out[to]
+    for k, source in enumerate(moved_axes(Site(eqn, 0))):
+        if source and size(ins[0][source[0]]) == size(out[k]):
+            out[k] = ins[0][source[0]]
     return [tuple(out)]
-
-
-def _transpose(eqn: Equation, ins: list[Axes]) -> list[Axes]:
-    return [tuple(ins[0][k] for k in eqn.params["permutation"])]
-
-
-def _squeeze(eqn: Equation, ins: list[Axes]) -> list[Axes]:
-    return [tuple(ins[0][k] for k in others(len(ins[0]), eqn.params["dimensions"]))]
 
 
 def _reshape(eqn: Equation, ins: list[Axes]) -> list[Axes]:
@@ -279,15 +294,7 @@ def _iota(eqn: Equation, ins: list[Axes]) -> list[Axes]:
     return [tuple(new_axis(n, *["iota"] * (k == at)) for k, n in enumerate(sizes))]
 
 
-REDUCTIONS = named("""
-    reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin
-""")
-CUMULATIVE = named("cumsum cumprod cummax cummin cumlogsumexp")
-WINDOWS = named("reduce_window_sum reduce_window_max reduce_window_min")
-SCATTERS = named("scatter scatter-add scatter-sub scatter-mul scatter-min scatter-max")
-ALIKE = named("""
-    optimization_barrier psum psum_invariant psum2 pmax pmin ppermute pvary pcast pbroadcast
-""")
+ALIKE = DEVICE_REDUCTIONS | {"optimization_barrier", "ppermute", "pbroadcast"}
 """Every result has the shape of the operand at its place, and zeros where that has them."""
 
 RULES: dict[str, Rule] = {
@@ -298,7 +305,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(WINDOWS, _window),
     **dict.fromkeys(SCATTERS, _scatter),
     "bitcast_convert_type": _bitcast,
-    "broadcast_in_dim": _broadcast_in_dim,
+    "broadcast_in_dim": _moved,
     "concatenate": _concatenate,
     "conv_general_dilated": _conv,
     "dot_general": _dot_general,
@@ -312,9 +319,10 @@ RULES: dict[str, Rule] = {
     "slice": _slice,
     "sort": _sort,
     "split": _split,
-    "squeeze": _squeeze,
+    "squeeze": _moved,
     "stack": _stack,
+    "tile": _tile,
     "top_k": _top_k,
-    "transpose": _transpose,
+    "transpose": _moved,
     "unstack": _unstack,
 }

@@ -1,47 +1,22 @@
-"""Primitives that compute each position from the same position, and what they make of zeros.
+"""What primitives that compute each position from the same position make of zeros.
 
 Zeros are the marks that removed channels leave in a computation. An operand is *zero* at some
-positions, may be NaN or infinite there (*wild*), or is any finite number. A primitive without an
-entry here is not taken for element-wise.
+positions, may be NaN or infinite there (*wild*), or is any finite number.
 """
 
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
+from unitscale_jax.trace._primitives import (
+    IDENTITIES,
+    MULTIPLICATIONS,
+    QUOTIENTS,
+    SHIFTS,
+    SINGULAR,
+    VANISHING,
+)
+
 State: TypeAlias = Literal["zero", "wild", "any"]
-
-
-def named(names: str) -> frozenset[str]:
-    """A set of primitives, by their names."""
-    return frozenset(names.split())
-
-
-IDENTITIES = named("""
-    convert_element_type copy copy_p reduce_precision stop_gradient name sharding_constraint
-    layout_constraint unit_scale unit_scale_by straight_through
-""")
-"""Zero where the first operand is; the others are scalars, or not seen in the value."""
-
-VANISHING = named("""
-    add sub add_any neg abs sign floor ceil round max min or xor gt lt ne square sqrt cbrt
-    sin tan sinh tanh asin atan asinh atanh atan2 erf erf_inv expm1 log1p bessel_i1e
-    real imag conj complex population_count
-""")
-"""Zero where all operands are."""
-
-SHIFTS = named("shift_left shift_right_logical shift_right_arithmetic")
-PRODUCTS = named("mul and")
-QUOTIENTS = named("div rem")
-SINGULAR = named("log rsqrt pow digamma lgamma acosh")
-
-FINITE = named("""
-    exp exp2 logistic cos cosh acos erfc bessel_i0e not clz is_finite eq ge le clamp nextafter
-""")
-"""Some finite number where the operands are zero."""
-
-ELEMENTWISE = (
-    IDENTITIES | VANISHING | SHIFTS | PRODUCTS | QUOTIENTS | SINGULAR | FINITE
-) | frozenset({"integer_pow", "select_n"})
 
 
 def at_zero(name: str, params: dict[str, Any], states: Sequence[State]) -> State:
@@ -53,7 +28,7 @@ def at_zero(name: str, params: dict[str, Any], states: Sequence[State]) -> State
         return "wild" if first == "zero" else "any"
     if name in QUOTIENTS:
         return "wild" if "zero" in rest else first
-    if name in PRODUCTS:
+    if name in MULTIPLICATIONS:
         return any_zero(states)
     if name == "select_n":
         return all_zero(rest)

@@ -6,14 +6,14 @@ takes from it which axes share a scale, N:M pruning along which axis its groups 
 """
 
 import itertools
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from unitscale_jax.trace._function import Staged
+from unitscale_jax.trace._primitives import IN_PLACE, cut_axes, moved, moved_axes
 from unitscale_jax.trace._product import product_of
 from unitscale_jax.trace._provenance import Origin
 from unitscale_jax.trace._walk import Flow, Site, walk
@@ -29,11 +29,13 @@ class Held:
         name: Which parameter.
         axes: For each axis of the operand the parameter's own axes in it, counted from the end.
         whole: Whether it was only moved; else it was computed with, element by element.
+        cut: Its own axes along which the operand has not all positions in their order.
     """
 
     name: str
     axes: tuple[Axes, ...]
     whole: bool = True
+    cut: Axes = frozenset()
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,9 @@ class Roles(Flow[tuple[Held, ...]]):
         channels: Sequence[int],
     ) -> None:
         for held in helds:
-            own_axes = lambda dims, held=held: frozenset().union(*(held.axes[d] for d in dims))
-            own = own_axes(contracted)
-            free = own_axes([d for d in range(len(held.axes)) if d not in contracted])
-            use = Use(site, own, own_axes(channels), held.whole, own.isdisjoint(free))
+            own = _own(held, contracted)
+            free = _own(held, [d for d in range(len(held.axes)) if d not in contracted])
+            use = Use(site, own, _own(held, channels), held.whole, own.isdisjoint(free))
             self.uses.setdefault(held.name, {})[site.place] = use
 
 
@@ -118,53 +119,25 @@ def _looked_up_whole(site: Site) -> list[int]:
     return [dim for dim, (size, full) in pairs if size == full and dim not in indexed]
 
 
-_IN_PLACE = frozenset(
-    [
-        "convert_element_type",
-        "copy",
-        "copy_p",
-        "stop_gradient",
-        "sharding_constraint",
-        "name",
-        "reduce_precision",
-        "slice",
-        "dynamic_slice",
-        "split",
-        "rev",
-    ]
-)
-
-
 def _moved(site: Site, inputs: list[tuple[Held, ...]]) -> list[tuple[Held, ...]] | None:
-    name, params = site.name, site.eqn.params
-    none: Axes = frozenset()
-    if name == "optimization_barrier":
-        return inputs
-    if name == "concatenate":
-        return [tuple(dict.fromkeys(itertools.chain(*inputs)))]
-    if name == "stack":
-        at, every = params["axis"], dict.fromkeys(itertools.chain(*inputs))
-        new = lambda axes: (*axes[:at], none, *axes[at:])
-        return [tuple(replace(held, axes=new(held.axes)) for held in every)]
-    change: Callable[[tuple[Axes, ...]], tuple[Axes, ...]] | None = None
-    if name in _IN_PLACE:
-        change = lambda axes: axes
-    elif name == "transpose":
-        change = lambda axes: tuple(axes[k] for k in params["permutation"])
-    elif name == "squeeze":
-        change = lambda axes: tuple(a for k, a in enumerate(axes) if k not in params["dimensions"])
-    elif name == "broadcast_in_dim":
-        where = params["broadcast_dimensions"]
-        rank = len(params["shape"])
-        change = lambda axes: tuple(
-            axes[where.index(k)] if k in where else none for k in range(rank)
-        )
-    elif name == "reshape":
-        change = lambda axes: _reshaped(site, axes)
-    if change is not None:
-        moved = tuple(replace(held, axes=change(held.axes)) for held in inputs[0])
-        return [moved] * len(site.eqn.outvars)
-    return _computed(site, inputs)
+    """What the results of a move hold; of anything else, see `_computed`."""
+    sources = moved(site, inputs)
+    if sources is None:
+        return _computed(site, inputs)
+    if site.name in IN_PLACE:
+        return [values[0] for values in sources]
+    axes, cut = moved_axes(site), cut_axes(site)
+    laid_out = lambda held: replace(
+        held,
+        axes=tuple(_own(held, of) for of in axes),
+        cut=held.cut | _own(held, cut),
+    )
+    return [tuple(map(laid_out, dict.fromkeys(itertools.chain(*values)))) for values in sources]
+
+
+def _own(held: Held, dims: Sequence[int]) -> Axes:
+    """The parameter's own axes in some dimensions of an operand."""
+    return frozenset().union(*(held.axes[d] for d in dims))
 
 
 def _computed(site: Site, inputs: list[tuple[Held, ...]]) -> list[tuple[Held, ...]] | None:
@@ -181,16 +154,6 @@ def _computed(site: Site, inputs: list[tuple[Held, ...]]) -> list[tuple[Held, ..
     return [tuple(replace(held, whole=False) for held in same)] if same else None
 
 
-def _reshaped(site: Site, axes: tuple[Axes, ...]) -> tuple[Axes, ...]:
-    old, new = site.shapes[0], site.result_shapes[0]
-    out: list[Axes] = [frozenset()] * len(new)
-    for before, after in segments(old, new):
-        joined = frozenset().union(*(axes[k] for k in before if old[k] > 1))
-        for k in after:
-            out[k] = joined if new[k] > 1 else frozenset()
-    return tuple(out)
-
-
 def uses(staged: Staged, sources: Sequence[Origin]) -> dict[str, list[Use]]:
     """The products and lookups that each parameter meets in a call; `sources` as of `origins`."""
     flow = Roles()
@@ -204,29 +167,7 @@ def entering(staged: Staged, sources: Sequence[Origin]) -> list[tuple[Held, ...]
 
 
 def _entering(x: Any, origin: Origin) -> tuple[Held, ...]:
-    if origin.holds is None:
+    if origin.parameter is None:
         return ()
     rank = len(np.shape(x))
-    return (Held(origin.holds, tuple(frozenset({k - rank}) for k in range(rank))),)
-
-
-def segments(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
-    """The shortest runs of axes of two shapes that have the same size; axes of size 1 alone.
-
-    Example:
-        >>> list(segments((6, 4, 5), (2, 3, 20)))
-        [([0], [0, 1]), ([1, 2], [2])]
-    """
-    i = j = 0
-    while i < len(old) or j < len(new):
-        before, after = list(range(i, i + 1))[: len(old) - i], list(range(j, j + 1))[: len(new) - j]
-        if 0 in (*old, *new):
-            before, after = list(range(i, len(old))), list(range(j, len(new)))
-        size = lambda shape, axes: math.prod(shape[k] for k in axes)
-        while size(old, before) != size(new, after):
-            if size(old, before) < size(new, after):
-                before.append(i + len(before))
-            else:
-                after.append(j + len(after))
-        yield before, after
-        i, j = i + len(before), j + len(after)
+    return (Held(origin.parameter, tuple(frozenset({k - rank}) for k in range(rank))),)

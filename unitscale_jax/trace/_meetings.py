@@ -45,7 +45,8 @@ class Meetings(Roles):
     def unstacked(self, site: Site, x: tuple[Held, ...]) -> tuple[Held, ...]:
         """One row of a stack, whose axis is remembered."""
         for held in x:
-            self.stacks[site.place, held.name] = _single(held.axes[0]) if held.whole else None
+            in_order = held.whole and held.axes[0].isdisjoint(held.cut)
+            self.stacks[site.place, held.name] = _single(held.axes[0]) if in_order else None
         return super().unstacked(site, x)
 
     def visit(self, site: Site, inputs: list[tuple[Held, ...]]) -> list[tuple[Held, ...]]:
@@ -54,10 +55,7 @@ class Meetings(Roles):
             for side in (0, 1):
                 for held in inputs[side]:
                     self._add(site, side, held)
-        out = super().visit(site, inputs)
-        if site.name == "rev":  # the numbers, in another order
-            return [tuple(replace(held, whole=False) for held in helds) for helds in out]
-        return out
+        return super().visit(site, inputs)
 
     def _add(self, site: Site, side: int, held: Held) -> None:
         parents = list(above(site))
@@ -136,7 +134,8 @@ def _layout_at(name: str, shape: Sequence[int], meeting: Meeting) -> Layout:
     inputs = [axis for dim in product.channels(meeting.side) for axis in held.axes[dim]]
     full = product.shape(meeting.side)
     at = {axis: full[dim] for dim, axes in enumerate(held.axes) for axis in axes}
-    if any(at[axis] != shape[axis] for axis in (*contracted, *batch)) or set(stacked) & set(batch):
+    every = {*contracted, *batch}
+    if any(at[axis] != shape[axis] for axis in every) or every & held.cut or {*stacked} & {*batch}:
         return unclear
     channels = tuple(axis for axis in contracted if axis in inputs)
     return Layout(stacked + tuple(batch), tuple(contracted), channels, layers, clear=True)

@@ -111,7 +111,7 @@ def _put_combined(eqn: Equation) -> int:
 
 
 _BYTES: dict[str, Callable[[Equation], int]] = {
-    **dict.fromkeys(VIEWS.split(), lambda _: 0),
+    **dict.fromkeys(VIEWS, lambda _: 0),
     **dict.fromkeys(("slice", "dynamic_slice", "gather", "get"), _taken),
     **dict.fromkeys(("dynamic_update_slice", "scatter", "swap"), _put),
     **dict.fromkeys(COMBINING.split(), _put_combined),

@@ -17,9 +17,8 @@ import numpy as np
 
 from unitscale_jax.trace._device_sums import DeviceSum
 from unitscale_jax.trace._notes import noted
+from unitscale_jax.trace._primitives import PRODUCTS
 from unitscale_jax.trace._walk import Site
-
-PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +172,7 @@ class Ragged(Product):
 
 
 def product_of(site: Site, extra: Sequence[Any] = ()) -> Product | None:
-    """An equation as a product of floats; None if it is none, or of a kind that is not known here.
+    """An equation as a product of floats of 16 to 64 bits; None for any other equation.
 
     Args:
         site: Where the equation stands.
@@ -190,7 +189,7 @@ def product_of(site: Site, extra: Sequence[Any] = ()) -> Product | None:
 
 
 def _is_float(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits in (16, 32)
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16
 
 
 def _is_plain_ragged(site: Site) -> bool:

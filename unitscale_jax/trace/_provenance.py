@@ -2,17 +2,18 @@
 
 Rules of every op-level technique name parameters, the one thing that Linen, NNX and plain JAX
 share. A value *holds* a parameter as long as it was only moved (cast, reshaped, transposed,
-broadcast, sliced from a scanned stack, passed into a call) and is *derived* from parameters when no
-other input reaches it (a gain plus one, a masked kernel, a fused one).
+broadcast, scaled, frozen, sliced from a stack, joined with others, passed into a call) and is
+*derived* from parameters when no other input reaches it (a gain plus one, a masked kernel).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from unitscale_jax import tree as trees
 from unitscale_jax.trace._compat import Equation, Jaxpr
 from unitscale_jax.trace._function import Staged
+from unitscale_jax.trace._primitives import moved
 from unitscale_jax.trace._walk import Flow, Place, Site, walk
 
 
@@ -21,32 +22,30 @@ class Origin:
     """What a value is made of.
 
     Attributes:
-        holds: Name of the parameter whose numbers it holds, moved but not computed with.
+        holds: Names of the parameters whose numbers it holds, moved but not computed with: one, or
+            those of kernels that were joined.
         parameters: Names of all the parameters that reach it.
         active: Whether an input that is no parameter reaches it.
     """
 
-    holds: str | None = None
+    holds: frozenset[str] = frozenset()
     parameters: frozenset[str] = frozenset()
     active: bool = False
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters it holds, or the one that it is derived from; () for anything else."""
+        alone = not self.active and len(self.parameters) == 1
+        return tuple(sorted(self.holds or (self.parameters if alone else ())))
+
+    @property
     def parameter(self) -> str | None:
         """The one parameter it holds or is derived from; None for anything else."""
-        alone = not self.active and len(self.parameters) == 1
-        return next(iter(self.parameters)) if alone and self.holds is None else self.holds
+        return self.names[0] if len(self.names) == 1 else None
 
 
 CONSTANT = Origin()
 ACTIVATION = Origin(active=True)
-
-_NAMES = """
-convert_element_type reshape transpose broadcast_in_dim squeeze expand_dims copy copy_p rev slice
-split dynamic_slice stop_gradient reduce_precision sharding_constraint pcast pvary reshard
-mesh_cast device_put optimization_barrier name unit_scale straight_through
-"""
-MOVES = frozenset(_NAMES.split())
-"""Primitives whose results hold the numbers of their first operand (a barrier: of each)."""
 
 
 def provenance(
@@ -56,8 +55,7 @@ def provenance(
 
     Args:
         jaxpr: The equations of a function.
-        inputs: What its inputs are: `Origin(name, frozenset({name}))` for a parameter,
-            `ACTIVATION` for anything else. See `parameter`.
+        inputs: What its inputs are: `parameter(name)`, or `ACTIVATION` for anything else.
         parent: The call whose body number `body` this is; None at the top.
         body: See `parent`.
 
@@ -81,7 +79,7 @@ def parameter(name: str) -> Origin:
         >>> [origin.parameter for origin in at[(1,)]]
         [None, 'w']
     """
-    return Origin(name, frozenset({name}))
+    return Origin(frozenset({name}), frozenset({name}))
 
 
 def origins(staged: Staged, params: Any) -> list[Origin]:
@@ -107,18 +105,19 @@ class Provenance(Flow[Origin]):
         self.operands[site.place] = tuple(inputs)
 
     def visit(self, site: Site, inputs: list[Origin]) -> list[Origin]:
-        """Moves keep what they move; everything else mixes."""
+        """Moves hold what they move, with constants beside it; everything else mixes."""
         if site.name == "optimization_barrier":
             return inputs
-        if site.name in MOVES and inputs and inputs[0].holds:
-            return [inputs[0]] * len(site.eqn.outvars)
-        names = frozenset().union(*(origin.parameters for origin in inputs))
-        mixed = Origin(None, names, any(origin.active for origin in inputs))
-        return [mixed] * len(site.eqn.outvars)
+        mixed = Origin(
+            parameters=frozenset().union(*(origin.parameters for origin in inputs)),
+            active=any(origin.active for origin in inputs),
+        )
+        sources = moved(site, inputs) or [()] * len(site.eqn.outvars)
+        return [replace(mixed, holds=_held(values)) for values in sources]
 
     def join(self, a: Origin, b: Origin) -> Origin:
         """Either of two values."""
-        holds = a.holds if a.holds == b.holds else None
+        holds = a.holds if a.holds == b.holds else frozenset()
         return Origin(holds, a.parameters | b.parameters, a.active or b.active)
 
     def chosen(self, site: Site, by: Origin, out: Origin) -> Origin:
@@ -127,7 +126,10 @@ class Provenance(Flow[Origin]):
         return Origin(out.holds, out.parameters | by.parameters, out.active or by.active)
 
 
-_CONTRACTIONS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
+def _held(values: Sequence[Origin]) -> frozenset[str]:
+    """What values hold together: parameters, unless one of them is anything but that."""
+    others = [origin for origin in values if not origin.holds and origin != CONSTANT]
+    return frozenset() if others else frozenset().union(*(origin.holds for origin in values))
 
 
 def addresses(site: Site, origins: Sequence[Origin]) -> list[str]:
@@ -137,7 +139,7 @@ def addresses(site: Site, origins: Sequence[Origin]) -> list[str]:
     "attention" for a product of two activations with batch axes, "dot" for any other product,
     else the name of the primitive.
     """
-    found = [origin.parameter for origin in origins if origin.parameter is not None]
+    found = [name for origin in origins for name in origin.names]
     if found:
         return list(dict.fromkeys(found))
     return [name for name in (site.scope, kind(site.eqn)) if name]
@@ -147,6 +149,6 @@ def kind(eqn: Equation) -> str:
     """What sort of operation an equation is, as rules call it."""
     name = eqn.primitive.name
     if name != "dot_general":
-        return "conv" if name in _CONTRACTIONS and name.startswith("conv") else name
+        return "conv" if name == "conv_general_dilated" else name
     batch = eqn.params["dimension_numbers"][1][0]
     return "attention" if batch else "dot"

@@ -33,6 +33,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax.trace._compat import Equation, Jaxpr, opened
+from unitscale_jax.trace._primitives import (
+    COLLECTIVES,
+    CUMULATIVE,
+    DEVICE_REDUCTIONS,
+    IN_PLACE,
+    MOVES,
+    REDUCTIONS,
+    WINDOWS,
+    named,
+)
 from unitscale_jax.trace._walk import sites
 
 Work: TypeAlias = tuple[int, int]
@@ -75,6 +85,10 @@ def _each(flops: int, transcendentals: int = 0) -> Callable[[Equation], Work]:
 def _convert(eqn: Equation) -> Work:
     same = dtype(eqn.invars[0]) == dtype(eqn.outvars[0])  # only the weak type differs
     return (0 if same else size(eqn.outvars[0])), 0
+
+
+def _scaled(eqn: Equation) -> Work:
+    return (0 if eqn.params["fwd"] == 1 else size(eqn.outvars[0])), 0
 
 
 def _select(eqn: Equation) -> Work:
@@ -263,11 +277,16 @@ def _table(*rows: tuple[str, Callable[[Equation], Work]]) -> dict[str, Callable[
     return {name: work for names, work in rows for name in names.split()}
 
 
-VIEWS = """
-reshape squeeze expand_dims stop_gradient optimization_barrier sharding_constraint layout_constraint
-mesh_cast reshard pvary pcast pbroadcast preduced random_wrap random_unwrap random_clone name
-empty empty2 create_token axis_index debug_callback debug_print
-"""
+_OF_DTYPE = named("convert_element_type reduce_precision unit_scale unit_scale_by")
+"""Moves that compute a value from each, or copy it."""
+
+VIEWS = (
+    (IN_PLACE - _OF_DTYPE - named("copy copy_p device_put straight_through"))
+    | named("reshape squeeze pbroadcast preduced random_wrap random_unwrap random_clone")
+    | named("empty empty2 create_token axis_index debug_callback debug_print")
+)
+"""Primitives that read and write nothing."""
+
 COMBINING = "scatter-add scatter-sub scatter-mul scatter-min scatter-max addupdate"
 _ARITHMETIC = """
 add sub mul div rem max min neg abs sign floor ceil round square add_any and or xor not
@@ -283,15 +302,14 @@ asin acos sinh cosh asinh acosh atanh erfc erf_inv lgamma digamma polygamma zeta
 igamma igammac igamma_grad_a random_gamma_grad regularized_incomplete_beta
 bessel_i0e bessel_i1e rng_uniform
 """
-_MOVES = """
-broadcast_in_dim transpose rev slice dynamic_slice dynamic_update_slice concatenate pad split
-stack unstack tile iota copy copy_p to_edtype from_edtype get swap ref_new
-new_ref freeze ref_get ref_set all_gather all_gather_invariant all_gather_reduced all_to_all
-ppermute psend precv pgather lu_pivots_to_permutation random_seed device_put
-"""
+_COPIES = named("""
+    dynamic_update_slice pad iota to_edtype from_edtype get swap ref_new new_ref freeze ref_get
+    ref_set psend precv pgather lu_pivots_to_permutation random_seed
+""")
 
-_WORK = _table(
-    (VIEWS + _MOVES, _nothing),
+_WORK = dict.fromkeys(
+    VIEWS | _COPIES | (MOVES - _OF_DTYPE) | (COLLECTIVES - DEVICE_REDUCTIONS), _nothing
+) | _table(
     (_ARITHMETIC, _each(1)),
     (_FUNCTIONS + _SPECIAL, _each(0, 1)),
     ("exp2", _each(1, 1)),
@@ -301,17 +319,19 @@ _WORK = _table(
     ("nextafter", _each(24)),
     ("pow", _pow),
     ("convert_element_type", _convert),
+    ("unit_scale", _scaled),
+    ("unit_scale_by", _each(1)),
     ("select_n", _select),
     ("integer_pow", _integer_pow),
     ("dot_general", _dot),
     ("ragged_dot_general ragged_dot", _ragged_dot),
     ("conv_general_dilated", _convolution),
-    ("reduce_sum reduce_prod reduce_max reduce_min reduce_and reduce_or reduce_xor", _reduction),
+    (" ".join(REDUCTIONS), _reduction),
     ("argmax argmin", _arg_reduction),
     ("reduce", _reduce),
-    ("cumsum cumprod cummax cummin", _cumulative(1)),
+    (" ".join(CUMULATIVE), _cumulative(1)),
     ("cumlogsumexp", _cumulative(8, 2)),
-    ("reduce_window_sum reduce_window_max reduce_window_min", _reduce_windows),
+    (" ".join(WINDOWS), _reduce_windows),
     ("reduce_window", _reduce_window),
     ("select_and_scatter_add", _select_and_scatter),
     ("select_and_gather_add", _select_and_gather),
@@ -332,6 +352,6 @@ _WORK = _table(
     ("tridiagonal", _matrix(lambda _, n: 4 * n**3 / 3)),
     ("triangular_solve", _triangular_solve),
     ("tridiagonal_solve", _tridiagonal_solve),
-    ("psum psum2 psum_invariant pmax pmin reduce_scatter", _reduced_over_devices),
+    (" ".join(DEVICE_REDUCTIONS | {"reduce_scatter"}), _reduced_over_devices),
 )
 """Primitive -> FLOPs and transcendentals of one equation."""

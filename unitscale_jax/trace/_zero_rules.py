@@ -10,18 +10,20 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 
-from unitscale_jax.trace._axis_rules import (
-    ALIKE,
+from unitscale_jax.trace._axis_rules import ALIKE, others, shape
+from unitscale_jax.trace._compat import Equation, dtype_of
+from unitscale_jax.trace._elementwise import State, all_zero, any_zero, at_zero
+from unitscale_jax.trace._factors import Axes, Factor
+from unitscale_jax.trace._primitives import (
     CUMULATIVE,
+    CUTS,
+    ELEMENTWISE,
     REDUCTIONS,
     SCATTERS,
     WINDOWS,
-    others,
-    shape,
+    moved_axes,
 )
-from unitscale_jax.trace._compat import Equation, dtype_of
-from unitscale_jax.trace._elementwise import ELEMENTWISE, State, all_zero, any_zero, at_zero
-from unitscale_jax.trace._factors import Axes, Factor
+from unitscale_jax.trace._walk import Site
 
 Key: TypeAlias = tuple[int, Factor | None]
 """An axis of a value, and a factor in it."""
@@ -173,28 +175,13 @@ def _made_of(
     return result
 
 
-def _broadcast(call: Operation, i: int, k: int) -> list[int]:
+def _laid_out(call: Operation, i: int, k: int) -> list[int]:
     del i  # along a new axis a value is what it was, whatever that axis becomes later
-    return [j for j, to in enumerate(call.eqn.params["broadcast_dimensions"]) if to == k]
-
-
-def _permuted(call: Operation, i: int, k: int) -> list[int]:
-    del i
-    return [call.eqn.params["permutation"][k]]
+    return moved_axes(Site(call.eqn, 0))[k]
 
 
 def _left(call: Operation, i: int, k: int) -> list[int]:
     return [others(len(call.ins[i]), call.eqn.params["axes"])[k]]
-
-
-def _unstacked(call: Operation, i: int, k: int) -> list[int]:
-    return [others(len(call.ins[i]), [call.eqn.params["axis"]])[k]]
-
-
-def _stacked(call: Operation, i: int, k: int) -> list[int]:
-    del i
-    at = call.eqn.params["axis"]
-    return [] if k == at else [k - (k > at)]
 
 
 def _dot(call: Operation, i: int, k: int) -> list[int]:
@@ -278,9 +265,10 @@ RESULTS: dict[str, Result] = {
     **dict.fromkeys(REDUCTIONS, _made_of([0], _left, kept=_not_empty)),
     **dict.fromkeys(SCATTERS, _made_of([0, 2], _scattered)),
     **dict.fromkeys(WINDOWS, _made_of([0], kept=_sees_something)),
-    **dict.fromkeys(("bitcast_convert_type", "dynamic_slice", "rev", "slice", "split"), _moved),
+    **dict.fromkeys(CUTS - {"unstack"}, _moved),
+    **dict.fromkeys(("broadcast_in_dim", "transpose", "unstack"), _made_of([0], _laid_out)),
+    "bitcast_convert_type": _moved,
     **dict.fromkeys(("reshape", "squeeze"), _made_of([0], _any_axis)),
-    "broadcast_in_dim": _made_of([0], _broadcast),
     "concatenate": _made_of("all"),
     "conv_general_dilated": _made_of([0, 1], _conv, any_zero),
     "dot_general": _made_of([0, 1], _dot, any_zero),
@@ -288,8 +276,6 @@ RESULTS: dict[str, Result] = {
     "gather": _made_of([0], _gathered, kept=_fills_with_zeros),
     "pad": _made_of([0], kept=_pads_with_zeros),
     "sort": _made_of("own"),
-    "stack": _made_of("all", _stacked),
+    "stack": _made_of("all", _laid_out),
     "top_k": _top_k,
-    "transpose": _made_of([0], _permuted),
-    "unstack": _made_of([0], _unstacked),
 }

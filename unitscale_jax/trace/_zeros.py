@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unitscale_jax.trace._axis_rules import REDUCTIONS
 from unitscale_jax.trace._compat import is_concrete
 from unitscale_jax.trace._couplings import Record
 from unitscale_jax.trace._factors import Axes, Factor
+from unitscale_jax.trace._primitives import REDUCTIONS
 from unitscale_jax.trace._walk import Flow, Place, Site
 from unitscale_jax.trace._zero_rules import (
     EVERYWHERE,
