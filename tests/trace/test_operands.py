@@ -68,7 +68,7 @@ class RowsObserver(Observer[Rows]):
 
 
 def rows_and_layout(fn, params, *inputs):
-    met = list(meetings(stage(fn, params, *inputs), params).products["w"].values())
+    met = meetings(stage(fn, params, *inputs), params)["w"]
     layout = layout_of("w", params["w"].shape, met)
     observers = {"w": (RowsObserver(name="w", layout=layout), met)}
     y, seen = observe(fn, observers, params, *inputs)

@@ -19,18 +19,16 @@ import jax
 from unitscale_jax import rules, tree as trees
 from unitscale_jax.loss import check_function
 from unitscale_jax.trace import (
-    PRODUCTS,
     Conv,
     Dot,
+    Meeting,
     Place,
     Product,
     Site,
     above,
     captured,
-    origins,
+    meetings,
     product_of,
-    provenance,
-    sites,
     stage,
 )
 from unitscale_jax.typing import Apply
@@ -72,12 +70,12 @@ def features(
 
     @functools.wraps(apply)
     def features_fn(params: Any, *inputs: Any, **options: Any) -> tuple[Any, dict[str, jax.Array]]:
-        uses = _uses(apply, params, inputs, options)
+        met = meetings(stage(apply, params, *inputs, **options), params)
         names = trees.names(params)
-        found = {feature: _found(feature, wish, names, uses) for feature, wish in wanted.items()}
+        found = {feature: _found(feature, wish, names, met) for feature, wish in wanted.items()}
         at: dict[Place, list[str]] = {}
-        for feature, use in found.items():
-            at.setdefault(use.site.place, []).append(feature)
+        for feature, meeting in found.items():
+            at.setdefault(meeting.site.place, []).append(feature)
 
         def pick(site: Site, operands: list[Any], results: list[Any]) -> Any:
             value = lambda feature: _value(found[feature], wanted[feature], operands, results)
@@ -98,14 +96,6 @@ class _Wish(NamedTuple):
     side: str
 
 
-class _Use(NamedTuple):
-    """An equation where a parameter meets a value, the numbers of both among its operands."""
-
-    site: Site
-    operand: int
-    other: int
-
-
 def _parsed(feature: str, address: str) -> _Wish:
     path, _, side = address.rpartition(":")
     if not path or side not in ("output", "input"):
@@ -116,30 +106,22 @@ def _parsed(feature: str, address: str) -> _Wish:
     return _Wish(path, side)
 
 
-def _uses(apply: Apply, params: Any, inputs: Any, options: Any) -> dict[str, list[_Use]]:
-    """Where each parameter meets a value that is not made of parameters alone."""
-    staged = stage(apply, params, *inputs, **options)
-    jaxpr = staged.closed.jaxpr
-    known = provenance(jaxpr, origins(staged, params))
-    uses: dict[str, list[_Use]] = {}
-    for site in sites(jaxpr):
-        operands = known[site.place]
-        active = [number for number, origin in enumerate(operands) if origin.active]
-        if not active or site.name == "optimization_barrier":
-            continue
-        for number, origin in enumerate(operands):
-            if origin.parameter is not None:
-                uses.setdefault(origin.parameter, []).append(_Use(site, number, active[0]))
-    return {name: _telling(found) for name, found in uses.items()}
-
-
-def _telling(uses: list[_Use]) -> list[_Use]:
+def _telling(found: Sequence[Meeting]) -> list[Meeting]:
     """Products and lookups if there are any: what else is done to a kernel is not its use."""
-    main = [use for use in uses if use.site.name in PRODUCTS or use.site.name == "gather"]
-    return main or uses
+    active = [meeting for meeting in found if meeting.active]
+    return [meeting for meeting in active if meeting.kind in ("product", "lookup")] or active
 
 
-def _found(feature: str, wish: _Wish, names: Sequence[str], uses: Mapping[str, list[_Use]]) -> _Use:
+def _joined_with(meeting: Meeting, every: Mapping[str, Sequence[Meeting]]) -> list[str]:
+    """The parameters that are a part of the same operand."""
+    at = lambda m: (m.site.place, m.side)
+    each = [(name, m) for name, found in every.items() for m in found if m.whole]
+    return [name for name, m in each if at(m) == at(meeting) and name != meeting.held.name]
+
+
+def _found(
+    feature: str, wish: _Wish, names: Sequence[str], every: Mapping[str, Sequence[Meeting]]
+) -> Meeting:
     matched = [name for name in names if rules.matches(wish.path, name)]
     if len(matched) != 1:
         rules.match(
@@ -149,15 +131,21 @@ def _found(feature: str, wish: _Wish, names: Sequence[str], uses: Mapping[str, l
             f"feature {feature!r}: {wish.path!r} matches {len(matched)} parameters, "
             f"{', '.join(map(repr, matched[:3]))}, ..; expected one. Write out its path."
         )
-    met = uses.get(matched[0], [])
+    met = _telling(every.get(matched[0], []))
     if len(met) != 1:
-        kinds = ", ".join(use.site.name for use in met)
+        kinds = ", ".join(meeting.site.name for meeting in met)
         times = f"{len(met)} times ({kinds})" if met else "nowhere"
         raise ValueError(
             f"feature {feature!r}: the parameter {matched[0]!r} meets a value {times}; expected "
             "once. Name a parameter next to it, such as the bias of its layer or the next kernel."
         )
-    if met[0].site.name == "gather" and wish.side == "input":
+    joined = _joined_with(met[0], every)
+    if joined:
+        raise ValueError(
+            f"feature {feature!r}: {matched[0]!r} meets a value joined with {', '.join(joined)}, "
+            "so what it makes is a part of a larger result. Name a parameter next to it."
+        )
+    if met[0].kind == "lookup" and wish.side == "input":
         raise ValueError(
             f"feature {feature!r}: {matched[0]!r} is looked up, and its input are indices. Ask for "
             f"'{matched[0]}:output'."
@@ -165,12 +153,12 @@ def _found(feature: str, wish: _Wish, names: Sequence[str], uses: Mapping[str, l
     return met[0]
 
 
-def _value(use: _Use, wish: _Wish, operands: list[Any], results: list[Any]) -> jax.Array:
-    """What the use reads or makes, in the order of axes that `features` promises."""
-    product = product_of(use.site) if use.site.name in PRODUCTS else None
+def _value(meeting: Meeting, wish: _Wish, operands: list[Any], results: list[Any]) -> jax.Array:
+    """What the meeting reads or makes, in the order of axes that `features` promises."""
+    product, other = product_of(meeting.site), 1 - meeting.side
     if wish.side == "output":
-        return _output(product, use.operand, results[0])
-    return _input(product, use.other, operands[use.other])
+        return _output(product, meeting.side, results[0])
+    return _input(product, other, operands[other])
 
 
 def _output(product: Product | None, side: int, x: jax.Array) -> jax.Array:
@@ -196,11 +184,11 @@ def _input(product: Product | None, side: int, x: jax.Array) -> jax.Array:
     return x
 
 
-def _check_taken(found: Mapping[str, _Use], values: Mapping[str, Any]) -> None:
-    for feature, use in found.items():
+def _check_taken(found: Mapping[str, Meeting], values: Mapping[str, Any]) -> None:
+    for feature, meeting in found.items():
         if feature not in values:
-            around = ", ".join(site.name for site in above(use.site))
+            around = ", ".join(site.name for site in above(meeting.site))
             raise ValueError(
-                f"feature {feature!r}: its {use.site.name} is inside of {around}, where nothing "
-                "can be taken out. Name a parameter outside; write a while loop as a scan."
+                f"feature {feature!r}: its {meeting.site.name} is inside of {around}, where "
+                "nothing can be taken out. Name a parameter outside; write a while loop as a scan."
             )

@@ -28,6 +28,7 @@ from unitscale_jax.trace import (
     input_rows,
     layout_of,
     meetings,
+    observable,
     observe,
     over_batches,
     second_moments,
@@ -208,8 +209,9 @@ def _chosen(spec: SparsitySpec | Sequence[Pattern], params: Any) -> list[str]:
 def _observers(
     names: Sequence[str], what: What, mask: Any, fn: Callable[..., Any], params: Any, *inputs: Any
 ) -> Observers[Moments]:
-    met = meetings(stage(fn, params, *inputs), params).products
-    missing = [name for name in names if not met.get(name)]
+    found = meetings(stage(fn, params, *inputs), params)
+    met = {name: observable(found.get(name, [])) for name in names}
+    missing = [name for name in names if not met[name]]
     if missing:
         raise ValueError(
             f"{', '.join(missing)}: meets no product in this function, so there is nothing to "
@@ -218,9 +220,8 @@ def _observers(
         )
     leaves, out = trees.named_leaves(params), {}
     for name in names:
-        products = list(met[name].values())
-        layout = layout_of(name, np.shape(leaves[name]), products)
-        out[name] = _Moments(name=name, layout=layout, mask=mask, what=what), products
+        layout = layout_of(name, np.shape(leaves[name]), met[name])
+        out[name] = _Moments(name=name, layout=layout, mask=mask, what=what), met[name]
     return out
 
 

@@ -31,6 +31,7 @@ from unitscale_jax.trace import (
     meetings,
     producers,
     sites,
+    stacks_of,
 )
 
 Monomial: TypeAlias = tuple[str, ...]
@@ -207,8 +208,9 @@ def _held_stacks(graph: Graph) -> dict[Place, str]:
     call = Staged(closed, list(closed.in_avals), list(range(len(closed.in_avals))), list)
     return {
         place: str(graph.axes[path][axis][0][0])
-        for (place, path), axis in meetings(call, params).stacks.items()
-        if axis is not None and graph.axes[path][axis][0]
+        for path, met in meetings(call, params).items()
+        for place, axis in stacks_of(met).items()
+        if graph.axes[path][axis][0]
     }
 
 

@@ -23,6 +23,7 @@ from unitscale_jax.trace import (
     Site,
     captured,
     meetings,
+    observable,
     over_batches,
     sites,
     stage,
@@ -92,8 +93,8 @@ def _met(
     graph: Graph, fn: Callable[..., Any], params: Any, inputs: Sequence[Any]
 ) -> dict[Place, list[int]]:
     """Which sides of each product are no parameters."""
-    found = meetings(stage(fn, params, *inputs), params).products
-    held = {key for products in found.values() for key in products}
+    found = meetings(stage(fn, params, *inputs), params)
+    held = {(m.site.place, m.side) for met in found.values() for m in observable(met)}
     every = [s for s in sites(graph.traced.closed.jaxpr) if s.name in PRODUCTS]
     return {s.place: [k for k in (0, 1) if (s.place, k) not in held] for s in every}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from unitscale_jax.prune._patterns import NofM
 from unitscale_jax.prune._spec import SparsitySpec, selected
-from unitscale_jax.trace import PRODUCTS, Use, origins, stage, uses
+from unitscale_jax.trace import Meeting, meetings, stage
 
 
 def resolve(
@@ -47,7 +47,7 @@ def resolve(
     if not any(is_open(pattern) for pattern in chosen.values()):
         return spec
     staged = stage(fn, params, *inputs, **kwargs)
-    met = uses(staged, origins(staged, params))
+    met = meetings(staged, params)
     fill = lambda name, pattern: (
         replace(pattern, axis=_axis(name, met.get(name, []))) if is_open(pattern) else pattern
     )
@@ -60,18 +60,18 @@ def is_open(pattern: Any) -> bool:
     return isinstance(pattern, NofM) and pattern.axis is None
 
 
-def _axis(name: str, met: Sequence[Use]) -> int:
-    products = [use for use in met if use.site.name in PRODUCTS]
+def _axis(name: str, met: Sequence[Meeting]) -> int:
+    products = [meeting for meeting in met if meeting.kind == "product"]
     if not products:
         raise ValueError(
             f"{name} meets no product in this function, so no axis of it is summed over. Give "
             "NofM(axis=...), or leave it out: name the parameters to prune by patterns, "
             "{'**/kernel': NofM()}."
         )
-    direct = [use for use in products if use.whole] or products
-    axes = {use.channels: use for use in direct}
-    if len(axes) > 1 or not all(use.clear and use.channels for use in direct):
-        listed = "; ".join(f"{u.site.name} over {tuple(sorted(u.channels))}" for u in direct)
+    direct = [meeting for meeting in products if meeting.whole] or products
+    axes = {meeting.channels: meeting for meeting in direct}
+    if len(axes) > 1 or not all(meeting.clear and meeting.channels for meeting in direct):
+        listed = "; ".join(f"{m.site.name} over {tuple(sorted(m.channels))}" for m in direct)
         raise ValueError(
             f"{name} is used over axes that are not one set of its own ({listed}). Say which by "
             "NofM(axis=...)."

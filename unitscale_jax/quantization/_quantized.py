@@ -48,20 +48,20 @@ from unitscale_jax.quantization._views import logical, partitioned, view
 from unitscale_jax.trace import (
     PRODUCTS,
     DeviceSum,
+    Meeting,
     Place,
     Product,
     Rewriter,
     Site,
-    Use,
     addresses,
     device_sums,
+    meetings,
     noted,
     origins,
     product_of,
     provenance,
     stage,
     taking as notes_are_taken,
-    uses,
 )
 from unitscale_jax.typing import Key
 
@@ -134,7 +134,7 @@ def quantized(
         _check_key([*chosen, *_learned_specs(params)], key)
         specs = {name: spec for name, spec in chosen if spec.w.axes != ACTIVATIONS}
         sums = device_sums(staged.closed.jaxpr)
-        over = _split_over(uses(staged, known), sums) if sums and specs else {}
+        over = _split_over(meetings(staged, sources), sums) if sums and specs else {}
         operands = [
             _entered(origin.parameter, x, specs, stats, over)
             for origin, x in zip(known, operands, strict=True)
@@ -166,12 +166,12 @@ def _check_key(rules: Sequence[tuple[Any, DotSpec]], key: Key | None) -> None:
 
 
 def _split_over(
-    met: Mapping[str, Sequence[Use]], sums: Mapping[Place, DeviceSum]
+    met: Mapping[str, Sequence[Meeting]], sums: Mapping[Place, DeviceSum]
 ) -> dict[str, tuple[str, ...]]:
     """By parameter the manual mesh axes that all of its products are summed over."""
-    axes = {
-        name: {axes_of(sums.get(use.site.place)) for use in found} for name, found in met.items()
-    }
+    ends = lambda m: axes_of(sums.get(m.site.place))
+    uses = lambda found: [m for m in found if m.kind in ("product", "lookup")]
+    axes = {name: set(map(ends, uses(found))) for name, found in met.items()}
     return {name: next(iter(one)) for name, one in axes.items() if len(one) == 1}
 
 

@@ -13,16 +13,16 @@ from unitscale_jax.quantization._qtensor import has_codes, is_quantized
 from unitscale_jax.quantization._spec import DotSpec
 from unitscale_jax.quantization._views import logical
 from unitscale_jax.trace import (
+    Meeting,
     Origin,
     Staged,
-    Use,
     addresses,
+    meetings,
     origins,
     product_of,
     provenance,
     sites,
     stage,
-    uses,
 )
 
 
@@ -77,7 +77,7 @@ def resolved(rules: Rules, staged: Staged, params: Any, plain: Any) -> list[tupl
     known = trees.named_leaves(params, is_leaf=is_quantized)
     for name in found:
         check_dtype(name, known[name].dtype)
-    met = uses(staged, sources)
+    met = meetings(staged, plain)
     given = lambda name: known[name].axes if is_quantized(known[name]) else None
     out = [
         (name, _filled(name, spec, met.get(name, []), given(name))) for name, spec in found.items()
@@ -114,7 +114,10 @@ def activation_products(
     return found
 
 
-def _filled(name: str, spec: DotSpec, met: list[Use], given: tuple[int, ...] | None) -> DotSpec:
+def _filled(
+    name: str, spec: DotSpec, found: list[Meeting], given: tuple[int, ...] | None
+) -> DotSpec:
+    met = [meeting for meeting in found if meeting.kind in ("product", "lookup")]
     if not met:
         raise ValueError(
             f"a rule names {name}, which meets no product and no lookup in this function; "
@@ -122,13 +125,10 @@ def _filled(name: str, spec: DotSpec, met: list[Use], given: tuple[int, ...] | N
         )
     if spec.w.axes is not None or given is not None:
         return spec if spec.w.axes is not None else spec.with_axes(given)
-    direct = [use for use in met if use.whole] or met
-    kinds = {use.axes: use for use in direct}
-    unclear = [use for use in direct if not use.clear or not use.axes]
-    if len(kinds) > 1 or unclear:
-        listed = "; ".join(
-            f"{use.site.name} over {tuple(sorted(use.axes))}" for use in kinds.values()
-        )
+    direct = [meeting for meeting in met if meeting.whole] or met
+    kinds = {meeting.contracted: meeting.site.name for meeting in direct}
+    if len(kinds) > 1 or not all(meeting.clear and meeting.contracted for meeting in direct):
+        listed = "; ".join(f"{each} over {tuple(sorted(axes))}" for axes, each in kinds.items())
         raise ValueError(
             f"{name} is used over different axes ({listed}), and a scale must be constant over "
             "one set. Say which by QSpec(axes=...); the other use folds the scale into what it "

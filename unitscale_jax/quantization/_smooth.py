@@ -41,10 +41,11 @@ from unitscale_jax.quantization._stat import Stat, Stats
 from unitscale_jax.trace import (
     ClosedJaxpr,
     Dims,
-    Meetings,
+    Meeting,
     canonical,
     dims,
     meetings,
+    stacks_of,
     stage,
     trace,
     walk,
@@ -274,7 +275,7 @@ def _plan(
     stats: Mapping[str, Stat],
     closed: ClosedJaxpr,
     graph: Dims,
-    met: Meetings,
+    met: Mapping[str, Sequence[Meeting]],
 ) -> _Plan:
     """The fold of one weight, or why there is none."""
     axes = {path: graph.axes(path) for path in trees.names(params)}
@@ -286,8 +287,8 @@ def _plan(
         raise Rigid("two of its axes are one dimension")
     layers = {
         place: axes[name][axis][0]
-        for (place, path), axis in met.stacks.items()
-        if path == name and axis is not None and len(axes[name][axis]) == 1
+        for place, axis in stacks_of(met[name]).items()
+        if len(axes[name][axis]) == 1
     }
     flow = Degrees(graph, factors, {k: f[0] for k, f in layers.items() if len(f) == 1})
     leaves = trees.named_leaves(params)

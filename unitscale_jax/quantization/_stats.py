@@ -23,6 +23,7 @@ from unitscale_jax.trace import (
     Meeting,
     layout_of,
     meetings,
+    observable,
     observe,
     over_batches,
     stage,
@@ -193,7 +194,7 @@ def _wanted(
     sizes = {name: np.shape(leaf) for name, leaf in trees.named_leaves(params).items()}
     wanted = {}
     for name, spec in chosen:
-        met = list(found.products.get(name, {}).values())
+        met = observable(found.get(name, []))
         more = bool({"channels", "hessian"} & set(collect))
         if spec.w.axes == ACTIVATIONS or not met or not (more or spec.x):
             continue

@@ -18,19 +18,20 @@ from unitscale_jax.trace._device_sums import DeviceSum, device_sums
 from unitscale_jax.trace._dims import Dims, Group, Member, Refused, dims
 from unitscale_jax.trace._factors import Axes, Factor, expanded, mark, new_axes, unify
 from unitscale_jax.trace._function import Staged, Traced, stage, trace
-from unitscale_jax.trace._held import Held, Roles, Use, uses
 from unitscale_jax.trace._hlo import Collective, collectives
 from unitscale_jax.trace._manual import as_on_one_device
 from unitscale_jax.trace._meetings import (
+    Held,
     Layout,
     Meeting,
-    Meetings,
     above,
     batch_pairs,
     canonical,
     contraction,
     layout_of,
     meetings,
+    observable,
+    stacks_of,
     uncanonical,
 )
 from unitscale_jax.trace._notes import noted, notes_at, scope_without_notes, taking, taking_notes
@@ -108,7 +109,6 @@ __all__ = [
     "Layout",
     "Literal",
     "Meeting",
-    "Meetings",
     "Member",
     "Observer",
     "Observers",
@@ -121,14 +121,12 @@ __all__ = [
     "Refused",
     "Moving",
     "Rewriter",
-    "Roles",
     "Row",
     "Rule",
     "Rules",
     "Site",
     "Staged",
     "Traced",
-    "Use",
     "above",
     "addresses",
     "agree",
@@ -160,6 +158,7 @@ __all__ = [
     "new_axes",
     "noted",
     "notes_at",
+    "observable",
     "observe",
     "opaque",
     "origins",
@@ -178,13 +177,13 @@ __all__ = [
     "shape_of",
     "sites",
     "sliced",
+    "stacks_of",
     "stage",
     "taking",
     "taking_notes",
     "trace",
     "uncanonical",
     "unify",
-    "uses",
     "valid_rows",
     "varying",
     "varying_axes",

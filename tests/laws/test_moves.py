@@ -1,0 +1,243 @@
+"""Laws of moves: wherever a parameter was only moved, every technique still knows it.
+
+One table, `trace._primitives.MOVES`, says what a move is. A move of it that is inserted between a
+parameter and its use changes nothing of what rules, statistics, codes and gradients see.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import with_layout_constraint
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+import unitscale_jax as us
+from tests.support import zoo
+from unitscale_jax import trace
+from unitscale_jax.fwd_bwd import scale, straight_through
+from unitscale_jax.trace._primitives import MOVES
+
+W8 = us.DotSpec(w=us.QSpec(), x=us.QSpec())
+WEIGHTS = us.DotSpec(w=us.QSpec())
+W = {"w": jax.random.normal(jax.random.key(0), (4, 3))}
+X = jax.random.normal(jax.random.key(1), (6, 4))
+
+
+def pair(v):
+    return jnp.stack([v, v])
+
+
+def placed(v):
+    return NamedSharding(us.parallel.mesh(dp=8), P(*[None] * v.ndim))
+
+
+def resharded(v):
+    mesh = jax.make_mesh((1,), ("a",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.sharding.reshard(v, P(*[None] * v.ndim))
+
+
+INSERTED = {  # each makes the primitive of its name, and ends in the numbers it began with
+    "broadcast_in_dim": lambda v: jnp.broadcast_to(v, (2, *v.shape))[1],
+    "concatenate": lambda v: jnp.concatenate([v[None], v[None]])[1],
+    "convert_element_type": lambda v: v.astype(jnp.bfloat16).astype(v.dtype),
+    "copy": jnp.copy,
+    "device_put": jax.device_put,
+    "dynamic_slice": lambda v: jax.lax.dynamic_index_in_dim(pair(v), 1, keepdims=False),
+    "layout_constraint": lambda v: with_layout_constraint(
+        v, jax.experimental.layout.Layout(major_to_minor=tuple(range(v.ndim)))
+    ),
+    "name": lambda v: checkpoint_name(v, "kernel"),
+    "optimization_barrier": lambda v: jax.lax.optimization_barrier((jnp.ones(5), v))[1],
+    "reduce_precision": lambda v: jax.lax.reduce_precision(v, 8, 7),
+    "reshape": lambda v: v.reshape(1, *v.shape, 1).reshape(v.shape),
+    "reshard": resharded,
+    "rev": lambda v: jnp.flip(pair(v), 0)[0],
+    "sharding_constraint": lambda v: jax.lax.with_sharding_constraint(v, placed(v)),
+    "slice": lambda v: pair(v)[1:][0],
+    "split": lambda v: jnp.split(pair(v), 2)[1][0],
+    "squeeze": lambda v: v[None].squeeze(0),
+    "stack": lambda v: pair(v)[0],
+    "stop_gradient": jax.lax.stop_gradient,
+    "straight_through": lambda v: straight_through(v, v),
+    "tile": lambda v: jnp.tile(v[None], (2,) + (1,) * v.ndim)[1],
+    "transpose": lambda v: v.T.T,
+    "unit_scale": lambda v: scale(v, fwd=2.0, bwd=3.0),
+    "unit_scale_by": lambda v: scale(v, fwd=2.0 * jnp.ones(()), bwd=jnp.float32(3)),
+    "unstack": lambda v: jnp.unstack(pair(v))[1],
+}
+FACTORS = {"stop_gradient": (1, 0), "unit_scale": (2, 3), "unit_scale_by": (2, 3)}
+"""Of the value and of the cotangent, where they are not 1."""
+
+OF_ONE_LINE = {"copy_p", "mesh_cast", "with_memory_space_constraint"}
+"""Primitives that one of the supported lines of JAX lacks, or makes on a device alone."""
+
+MANUAL = {"pcast", "pvary"}
+"""Moves inside of `shard_map` alone; see `test_moves_of_manual_axes`."""
+
+
+def test_every_move_of_the_table_is_tried():
+    assert set(INSERTED) | OF_ONE_LINE | MANUAL == MOVES
+    for name, move in INSERTED.items():
+        made = trace.trace(move, W["w"]).closed.jaxpr
+        assert name in {site.name for site in trace.sites(made)}, name
+
+
+# ---------------------------------------------------------------------- every use of a parameter
+
+
+def heads(p, x):
+    return jnp.einsum("bd,dhk->bhk", x, p["w"])
+
+
+def layers(p, x):
+    step = lambda h, row: (jnp.tanh(h @ row), None)
+    return jax.lax.scan(step, x, p["w"])[0]
+
+
+def convolved(p, x):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", dimension_numbers=numbers)
+
+
+def experts(p, x):
+    return jax.lax.ragged_dot(x, p["w"], jnp.array([2, 3]))
+
+
+USES = {
+    "dense": (lambda p, x: x @ p["w"], (4, 3), (6, 4)),
+    "transposed": (lambda p, x: x @ p["w"].T, (3, 4), (6, 4)),
+    "left": (lambda p, x: p["w"] @ x, (3, 4), (4, 5)),
+    "heads": (heads, (4, 2, 3), (5, 4)),
+    "jitted": (lambda p, x: jax.jit(jnp.dot)(x, p["w"]), (4, 3), (6, 4)),
+    "remat": (lambda p, x: jax.checkpoint(jnp.dot)(x, p["w"]), (4, 3), (6, 4)),
+    "layers": (layers, (2, 4, 4), (6, 4)),
+    "lookup": (lambda p, x: p["w"][x.astype(int)], (5, 3), (2,)),
+    "tied": (lambda p, x: p["w"][x.astype(int)] @ p["w"].T, (5, 3), (2,)),
+    "convolution": (convolved, (2, 2, 3, 4), (2, 5, 5, 3)),
+    "experts": (experts, (2, 4, 3), (5, 4)),
+}
+
+
+@functools.cache
+def arguments(use):
+    _, of_w, of_x = USES[use]
+    w = jax.random.normal(jax.random.key(2), of_w)
+    return {"w": w}, jax.random.uniform(jax.random.key(3), of_x, minval=0.0, maxval=3.0)
+
+
+def inserted(fn, *names):
+    """The function whose parameters are moved, in this order, before they are used."""
+    floating = us.tree.is_floating
+    moves = [INSERTED[name] for name in names]
+    every = lambda v: functools.reduce(lambda v, move: move(v), moves, v) if floating(v) else v
+    return lambda params, *inputs: fn(jax.tree.map(every, params), *inputs)
+
+
+def account(fn, params, *inputs):
+    """What each parameter meets, and by which names rules address these equations."""
+    staged = trace.stage(fn, params, *inputs)
+    at = trace.provenance(staged.closed.jaxpr, trace.origins(staged, params))
+    met = trace.meetings(staged, params)
+    facts = lambda m: (
+        m.site.name,
+        m.kind,
+        m.side,
+        m.whole,
+        m.clear,
+        sorted(m.contracted),
+        sorted(m.channels),
+        tuple(axis for _, axis in m.stacks),
+        trace.addresses(m.site, at[m.site.place][:2]),
+    )
+    return {name: [facts(m) for m in found] for name, found in met.items()}
+
+
+def tried(name, use):
+    """Whether JAX has the use of a parameter whose sharding is explicit."""
+    return not (name == "reshard" and use == "experts")
+
+
+@pytest.mark.parametrize("name", INSERTED)
+def test_a_move_changes_nothing_of_what_a_parameter_meets(name):
+    for use, (fn, *_) in USES.items():
+        if tried(name, use):
+            params, x = arguments(use)
+            assert account(inserted(fn, name), params, x) == account(fn, params, x), use
+
+
+COMPOSED = sorted(INSERTED.keys() - {"reshard", "unit_scale", "unit_scale_by", "stop_gradient"})
+
+
+@settings(max_examples=30, deadline=None)
+@given(use=st.sampled_from(sorted(USES)), names=st.lists(st.sampled_from(COMPOSED), max_size=5))
+def test_moves_of_moves_change_nothing_either(use, names):
+    fn = USES[use][0]
+    params, x = arguments(use)
+    assert account(inserted(fn, *names), params, x) == account(fn, params, x)
+
+
+@pytest.mark.parametrize("name", zoo.COVER)
+def test_every_move_at_once_changes_nothing_of_a_model(name):
+    model = zoo.model(name)
+    moved_fn = inserted(model.apply, *COMPOSED)
+    before = account(model.apply, model.params, *model.inputs)
+    assert account(moved_fn, model.params, *model.inputs) == before
+
+
+# --------------------------------------------------------------------------- codes and gradients
+
+
+def quantizable(fn, params, x):
+    """Rules for the weights, by the axes of the unmoved function."""
+    return us.resolve({"w": W8}, fn, params, x)
+
+
+def products_of(report):
+    return [(row.name, row.operands, row.parameters) for row in report.products.rows]
+
+
+def compared(fn, names, params, x):
+    """(served, trained, its gradient) of the moved function, and the float gradient."""
+    moved_fn = inserted(fn, *names)
+    rules, codes = quantizable(fn, params, x), us.quantize(params, quantizable(fn, params, x))
+    toward = jnp.sin(jnp.arange(float(np.prod(jax.eval_shape(fn, params, x).shape))))
+    linear = lambda f: lambda p: jnp.vdot(toward, f(p, x).astype(jnp.float32).ravel())
+    weights = us.resolve({"w": WEIGHTS}, fn, params, x)  # floats meet codes: a linear function
+
+    @jax.jit
+    def run(params, codes):
+        trained = us.quantized(moved_fn, rules)(params, x)
+        grads = jax.grad(linear(us.quantized(moved_fn, weights)))(params)
+        return us.quantized(moved_fn)(codes, x), trained, grads["w"]
+
+    exact = jax.grad(linear(fn))(us.dequantize(codes))["w"]
+    return run(params, codes), exact, us.explain(us.quantized(moved_fn))(codes, x)
+
+
+def check_codes(use, *names):
+    fn = USES[use][0]
+    params, x = arguments(use)
+    (served, trained, grad), exact, report = compared(fn, names, params, x)
+    plain = us.explain(us.quantized(fn))(us.quantize(params, quantizable(fn, params, x)), x)
+    assert products_of(report) == products_of(plain)
+    np.testing.assert_array_equal(served, trained)
+    cotangent = np.float32(np.prod([FACTORS.get(name, (1, 1))[1] for name in names]))
+    if use != "layers":  # which is not linear in its weights
+        np.testing.assert_allclose(grad, cotangent * exact, rtol=2e-2, atol=2e-2)
+    assert "stop_gradient" not in names or not np.any(grad)
+
+
+@pytest.mark.parametrize("name", INSERTED)
+def test_codes_pass_a_move(name):
+    check_codes("heads", name)
+
+
+@pytest.mark.parametrize("use", [use for use in USES if use not in ("lookup", "tied")])
+def test_codes_pass_moves_wherever_they_are_used(use):
+    check_codes(use, "transpose", "unit_scale_by", "reshape", "straight_through", "tile")
+    check_codes(use, "unstack", "optimization_barrier", "stop_gradient")
