@@ -241,3 +241,226 @@ def test_codes_pass_a_move(name):
 def test_codes_pass_moves_wherever_they_are_used(use):
     check_codes(use, "transpose", "unit_scale_by", "reshape", "straight_through", "tile")
     check_codes(use, "unstack", "optimization_barrier", "stop_gradient")
+
+
+def test_moves_of_manual_axes():
+    mesh = us.parallel.mesh(dp=8)
+
+    def local(p, x):  # on JAX 0.12 the same primitive has one name, on others another
+        varying = jax.lax.pcast(p["w"], "dp", to="varying")
+        return x @ varying
+
+    fn = jax.shard_map(local, mesh=mesh, in_specs=(P(), P("dp")), out_specs=P("dp"))
+    x = jax.random.normal(jax.random.key(1), (8, 4))
+    rules = us.resolve({"w": W8}, fn, W, x)
+    codes = us.quantize(W, rules)
+    report = us.explain(us.quantized(fn))(codes, x)
+    assert MANUAL & {row.name for row in report.rows}
+    assert [row.operands for row in report.products.rows] == [("int8", "int8")]
+    served, trained = us.quantized(fn)(codes, x), us.quantized(fn, rules)(W, x)
+    np.testing.assert_array_equal(served, trained)
+
+
+def test_a_frozen_weight_receives_no_gradient_whatever_else_does():
+    def fn(p, x):
+        return jnp.tanh(x @ jax.lax.stop_gradient(p["w"])) @ p["out"]
+
+    params = W | {"out": jax.random.normal(jax.random.key(2), (3, 2))}
+    grads = jax.grad(lambda p: (us.quantized(fn, {"*": W8})(p, X) ** 2).sum())(params)
+    assert not np.any(grads["w"]) and np.all(grads["out"])
+
+
+def test_a_frozen_learned_weight_gives_its_scale_no_gradient():
+    fn = lambda p, x: x @ jax.lax.stop_gradient(p["w"])
+    params = us.learned(W, us.resolve({"w": WEIGHTS}, fn, W, X))
+    grads = jax.grad(lambda p: (us.quantized(fn)(p, X) ** 2).sum())(params)
+    assert not np.any(grads["w"].latent) and not np.any(grads["w"].scale)
+
+
+def test_the_range_of_an_activation_is_learned_beside_a_frozen_weight():
+    fn = lambda p, x: x @ jax.lax.stop_gradient(p["w"])
+    rules = us.resolve({"w": W8}, fn, W, X)
+    stats = us.calibrate(fn, W, [(X,)], rules)
+    params = us.learned(W, rules, stats=stats)
+    grads = jax.grad(lambda p: (us.quantized(fn)(p, X) ** 2).sum())(params)
+    assert np.any(grads["w"].x_scale) and not np.any(grads["w"].scale)
+
+
+@pytest.mark.parametrize("fwd", [0.0, -1.0, 0.1, 3.0])
+def test_a_factor_of_codes_is_that_of_their_values(fwd):
+    fn = lambda p, x: x @ scale(p["w"], fwd=fwd)
+    codes = us.quantize(W, us.resolve({"w": WEIGHTS}, fn, W, X))
+    expected = fn(us.dequantize(codes), X)
+    np.testing.assert_allclose(us.quantized(fn)(codes, X), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_factors_for_each_row_of_a_batch_are_folded_where_no_scale_is_shared():
+    def fn(p, x):
+        each = jax.vmap(lambda v, f: scale(v, fwd=f), in_axes=(None, 0))(p["w"], x[:, 0])
+        return jnp.einsum("bd,bdf->bf", x, each)
+
+    rules = us.resolve({"w": W8}, fn, W, X)
+    codes = us.quantize(W, rules)
+    report = us.explain(us.quantized(fn))(codes, X)
+    assert [row.operands for row in report.products.rows] == [("int8", "int8")]
+    served, trained = us.quantized(fn)(codes, X), us.quantized(fn, rules)(W, X)
+    np.testing.assert_array_equal(served, trained)
+    np.testing.assert_allclose(served, fn(W, X), atol=0.1)
+
+
+@pytest.mark.parametrize("bits", [3, 7, 10, 23])
+def test_codes_of_rounded_numbers_are_close_to_them(bits):
+    fn = lambda p, x: x @ jax.lax.reduce_precision(p["w"], 5, bits)
+    w = {"w": 1e-4 * W["w"]}  # its scale is below the least normal float16, its values are not
+    codes = us.quantize(w, us.resolve({"w": WEIGHTS}, fn, w, X))
+    exact = np.asarray(X @ w["w"])
+    np.testing.assert_allclose(
+        us.quantized(fn)(codes, X), exact, atol=(2.0**-bits + 0.02) * np.abs(exact).max()
+    )
+
+
+# ----------------------------------------------------------------------- what follows from axes
+
+FROZEN = lambda v: jax.lax.stop_gradient(scale(v, bwd=2.0))
+
+
+def test_gptq_wanda_and_sparsegpt_have_the_input_channels_of_a_moved_weight():
+    plain, moved_fn = (lambda p, x: x @ p["w"]), (lambda p, x: x @ FROZEN(p["w"]))
+    rules = us.resolve({"w": W8}, plain, W, X)
+    spec = us.prune.SparsitySpec(patterns={"w": us.prune.Unstructured()}, sparsity=0.5)
+
+    def found(fn):
+        stats = us.calibrate(fn, W, [(X,)], rules, collect=("channels", "hessian"))
+        codes, _ = us.gptq(W, stats, us.resolve({"w": W8}, fn, W, X))
+        moments = us.prune.calibrate(fn, W, [(X,)], spec, what="hessian")
+        pruned, masks, _ = us.prune.sparsegpt(W, moments, spec)
+        return stats["w"].layout, codes, pruned, masks, us.prune.wanda(W, moments)
+
+    for got, expected in zip(found(moved_fn), found(plain), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(got), jax.tree.leaves(expected))
+
+
+def test_groups_of_n_of_m_run_along_the_inputs_of_a_moved_weight():
+    fn = lambda p, x: x @ FROZEN(p["w"].T.T)
+    spec = us.prune.resolve(us.prune.SparsitySpec(patterns=us.prune.NofM(2, 4)), fn, W, X)
+    assert spec.patterns["w"].axis == -2
+
+
+MLP = {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 3))}
+
+
+HIDDEN = {  # moves of activations, which leave the hidden channels what they are
+    **{
+        name: INSERTED[name]
+        for name in sorted(INSERTED.keys() - {"layout_constraint", "rev", "reshard"})
+    },
+    "tile once": lambda v: jnp.tile(v, (1, 1)),
+    "tile twice": lambda v: jnp.tile(v, (2, 1)),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_channels_of_compaction_pass_a_move(name):
+    hidden = lambda p, x: jax.nn.relu(x @ p["a"])
+    plain = us.prune.groups(lambda p, x: hidden(p, x) @ p["b"], MLP, X)
+    moved_groups = us.prune.groups(lambda p, x: HIDDEN[name](hidden(p, x)) @ p["b"], MLP, X)
+    facts = lambda found: [(g.size, g.flags, str(g.members)) for g in found.groups]
+    assert facts(moved_groups) == facts(plain)
+    if not name.startswith("tile "):
+        kernels = us.prune.groups(lambda p, x: hidden(p, x) @ HIDDEN[name](p["b"]), MLP, X)
+        assert facts(kernels) == facts(plain)
+
+
+def test_copies_of_channels_are_removed_together():
+    fn = lambda p, x: jnp.tile(jax.nn.relu(x @ p["a"]), (1, 2)) @ jnp.tile(p["b"], (2, 1))
+    graph = us.prune.groups(fn, MLP, X)
+    (hidden,) = [group for group in graph.groups if group.size == 8]
+    assert "exact" in hidden.flags
+
+
+# --------------------------------------------------------------------------------- joined kernels
+
+JOINED = {"i": jax.random.normal(jax.random.key(4), (4, 3)), "o": jnp.ones((4, 3))}
+
+
+def joined(p, x):
+    return x @ jnp.concatenate([p["i"], p["o"]], axis=1)
+
+
+def stacked(p, x):
+    return jnp.einsum("bd,ndf->nbf", x, jnp.stack([p["i"], p["o"]]))
+
+
+@pytest.mark.parametrize("fn", [joined, stacked])
+def test_joined_kernels_are_named_and_ruled(fn):
+    rules = us.resolve({"*": W8}, fn, JOINED, X)
+    codes = us.quantize(JOINED, rules)
+    (row,) = us.explain(us.quantized(fn))(codes, X).products.rows
+    assert row.operands == ("int8", "int8") and row.parameters == ("i/codes", "o/codes")
+    (row,) = us.explain(fn)(JOINED, X).products.rows
+    assert row.parameters == ("i", "o")
+    np.testing.assert_array_equal(us.quantized(fn)(codes, X), us.quantized(fn, rules)(JOINED, X))
+    for name in JOINED:  # a rule that names either reaches the product
+        autocast = us.autocast(fn, "bfloat16", rules={name: "float32"})
+        (row,) = us.explain(autocast)(JOINED, X).products.rows
+        assert row.operands == ("float32", "float32") and "rule" in row.notes["autocast"]
+
+
+def test_what_joins_activations_is_no_kernel():
+    fn = lambda p, x: jnp.concatenate([p["token"], x]) @ p["w"]
+    params = W | {"token": jnp.ones((1, 4))}
+    met = trace.meetings(trace.stage(fn, params, X), params)
+    assert met.keys() == {"w"}
+
+
+# -------------------------------------------------------------------------------- both sides, x64
+
+
+def test_a_parameter_on_both_sides_of_a_product_meets_it_twice():
+    params, fn = {"w": jnp.ones((4, 4))}, lambda p, x: x @ (p["w"] @ p["w"])
+    met = trace.meetings(trace.stage(fn, params, X), params)["w"]
+    assert [(m.side, sorted(m.contracted)) for m in met] == [(0, [-1]), (1, [-2])]
+    with pytest.raises(ValueError, match=r"w is used over different axes \(.*-1.*-2"):
+        us.resolve({"w": W8}, fn, params, X)
+
+
+def agreed(found):
+    """The axes that all of a parameter's meetings agree in; None without."""
+    met = [m for m in found if m.kind in ("product", "lookup")]
+    direct = [m for m in met if m.whole] or met
+    axes = {m.contracted for m in direct}
+    return axes.pop() if len(axes) == 1 and all(m.clear and m.contracted for m in direct) else None
+
+
+@pytest.mark.parametrize("name", zoo.COVER)
+def test_axes_are_resolved_if_and_only_if_all_meetings_agree(name):
+    model = zoo.model(name)
+    staged = trace.stage(model.apply, model.params, *model.inputs)
+    axes = {k: agreed(v) for k, v in trace.meetings(staged, model.params).items()}
+    rules = {path: WEIGHTS for path, found in axes.items() if found is not None}
+    given = us.resolve(rules, model.apply, model.params, *model.inputs)
+    assert {path: frozenset(spec.w.axes) for path, spec in given} == {k: axes[k] for k in rules}
+    for path in [path for path in axes if path not in rules][:2]:
+        with pytest.raises(ValueError, match="used over different axes|meets no product"):
+            us.resolve({path: WEIGHTS}, model.apply, model.params, *model.inputs)
+
+
+def test_products_of_float64_exist_and_have_no_codes():
+    with jax.enable_x64(True):
+        params, x = us.tree.cast(W, jnp.float64), X.astype(jnp.float64)
+        fn = lambda p, x: x @ p["w"]
+        (met,) = trace.meetings(trace.stage(fn, params, x), params)["w"]
+        assert met.kind == "product" and met.contracted == {-2}
+        for attempt in (us.resolve, lambda rules, fn, *args: us.quantized(fn, rules)(*args)):
+            with pytest.raises(ValueError, match=r"w is float64, which has no codes.*float32"):
+                attempt({"w": W8}, fn, params, x)
+
+
+def test_a_factor_made_of_data_leaves_a_weight_its_name():
+    fn = lambda p, x: x @ scale(p["w"], bwd=jnp.abs(x).max())
+    (row,) = us.explain(fn)(W, X).products.rows
+    assert row.parameters == ("w",)
+    (row,) = us.explain(us.quantized(fn, {"w": W8}))(W, X).products.rows
+    assert row.operands == ("int8", "int8")
+    (row,) = us.explain(us.autocast(fn, "bfloat16", rules={"w": "float32"}))(W, X).products.rows
+    assert row.operands == ("float32", "float32")

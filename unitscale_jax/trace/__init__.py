@@ -19,20 +19,22 @@ from unitscale_jax.trace._dims import Dims, Group, Member, Refused, dims
 from unitscale_jax.trace._factors import Axes, Factor, expanded, mark, new_axes, unify
 from unitscale_jax.trace._function import Staged, Traced, stage, trace
 from unitscale_jax.trace._hlo import Collective, collectives
-from unitscale_jax.trace._manual import as_on_one_device
-from unitscale_jax.trace._meetings import (
-    Held,
+from unitscale_jax.trace._layouts import (
     Layout,
-    Meeting,
-    above,
     batch_pairs,
     canonical,
     contraction,
     layout_of,
+    uncanonical,
+)
+from unitscale_jax.trace._manual import as_on_one_device
+from unitscale_jax.trace._meetings import (
+    Held,
+    Meeting,
+    above,
     meetings,
     observable,
     stacks_of,
-    uncanonical,
 )
 from unitscale_jax.trace._notes import noted, notes_at, scope_without_notes, taking, taking_notes
 from unitscale_jax.trace._observe import Observer, Observers, observe, over_batches

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax.trace._capture import captured
-from unitscale_jax.trace._meetings import Layout, Meeting, above
+from unitscale_jax.trace._layouts import Layout
+from unitscale_jax.trace._meetings import Meeting, above
 from unitscale_jax.trace._walk import Place, Site
 
 

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unitscale_jax.trace._meetings import Layout, Meeting, Pairs, batch_pairs, contraction
+from unitscale_jax.trace._layouts import Layout, Pairs, batch_pairs, contraction
+from unitscale_jax.trace._meetings import Meeting
 from unitscale_jax.trace._product import Conv, Dot, Product, product_of
 
 
