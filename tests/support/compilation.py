@@ -24,7 +24,7 @@ _ANYHOW = {
     "tests": ["checkpoint", "prune", "support", "test_bridge.py", "test_checkpoint.py"],
     "tests/distill": ["test_cache.py", "test_distilled.py", "test_features.py", "test_losses.py"],
     "tests/examples": ["test_data.py", "test_minilm.py"],
-    "tests/laws": ["test_parallel_zoo.py"],
+    "tests/laws": ["test_pairs.py", "test_parallel_zoo.py"],
     "tests/parallel": [
         *["test_data.py", "test_experts.py", "test_gathered.py", "test_generation.py"],
         *["test_infer.py", "test_layout.py", "test_merge.py", "test_pipeline.py"],

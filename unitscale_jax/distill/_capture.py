@@ -10,14 +10,13 @@ a feature comes out stacked. What is not named is not kept, and what only an unu
 needs is not computed.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from unitscale_jax import rules, tree as trees
-from unitscale_jax.loss import check_function
+from unitscale_jax.loss import around
 from unitscale_jax.trace import (
     Conv,
     Dot,
@@ -65,10 +64,9 @@ def features(
         >>> y.shape, found["hidden"].shape
         ((3, 1), (3, 2))
     """
-    check_function(apply, "features")
     wanted = {feature: _parsed(feature, address) for feature, address in named.items()}
 
-    @functools.wraps(apply)
+    @around(apply, "features")
     def features_fn(params: Any, *inputs: Any, **options: Any) -> tuple[Any, dict[str, jax.Array]]:
         met = meetings(stage(apply, params, *inputs, **options), params)
         names = trees.names(params)
@@ -187,8 +185,9 @@ def _input(product: Product | None, side: int, x: jax.Array) -> jax.Array:
 def _check_taken(found: Mapping[str, Meeting], values: Mapping[str, Any]) -> None:
     for feature, meeting in found.items():
         if feature not in values:
-            around = ", ".join(site.name for site in above(meeting.site))
+            calls = ", ".join(site.name for site in above(meeting.site))
             raise ValueError(
-                f"feature {feature!r}: its {meeting.site.name} is inside of {around}, where "
-                "nothing can be taken out. Name a parameter outside; write a while loop as a scan."
+                f"feature {feature!r}: its {meeting.site.name} is inside of {calls}, where nothing "
+                "can be taken out. Name a parameter outside; write a while loop as a scan; take "
+                "features of a model before it is quantized, quantized(features(apply, ..), ..)."
             )

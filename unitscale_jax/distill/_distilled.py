@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from unitscale_jax import tree as trees
 from unitscale_jax.distill._losses import is_known, sum_dtype
-from unitscale_jax.loss import Mean, check_function, check_names
+from unitscale_jax.loss import Mean, around, check_names
 from unitscale_jax.typing import Apply, Batch, DType, Loss, Params
 
 Compare: TypeAlias = Callable[[Any, Any], Any]
@@ -63,13 +63,13 @@ def distilled(
         >>> float(terms["loss"].coef), terms["distill"].total.tolist()
         (0.75, [0.0, 0.0])
     """
-    check_function(loss, "distilled")
     if is_known(alpha) and not 0 <= float(alpha) <= 1:
         raise ValueError(f"alpha is {alpha}; expected a share from 0 to 1, that of the teacher.")
     named = _named(terms)
     used = {name: term for name, term in named.items() if not _off(term.weight)}
     used = {} if _off(alpha) else used
 
+    @around(loss, "distilled")
     def distilled_loss(params: Params, batch: Batch, /, **state_and_key: Any) -> Any:
         hard, outputs = _called(loss, params, batch, state_and_key)
         check_names(hard, used, "`terms`")

@@ -19,7 +19,7 @@ from unitscale_jax.loss._evaluate import (
 from unitscale_jax.loss._given import Given
 from unitscale_jax.loss._grad import (
     Grad,
-    check_function,
+    around,
     check_grad,
     check_params,
     scaled_objective,
@@ -39,7 +39,7 @@ __all__ = [
     "Part",
     "Reduction",
     "Terms",
-    "check_function",
+    "around",
     "check_grad",
     "check_names",
     "check_params",

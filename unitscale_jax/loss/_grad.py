@@ -96,7 +96,7 @@ def value_and_grad(loss: Loss) -> Grad:
         >>> float(terms["loss"].value), float(grads)
         (8.5, 9.0)
     """
-    check_function(loss, "value_and_grad")
+    around(loss, "value_and_grad")
 
     def grad(params: Params, batch: Batch, given: Given) -> tuple[Terms, Any, Params]:
         given = given._replace(key=keys_of_rows(given.key, row_count(batch)))
@@ -152,12 +152,30 @@ def to_accumulator(grads: jax.Array) -> jax.Array:
 
 _ORDER = "reduced(accumulated(value_and_grad(distilled(a loss of quantized(autocast(apply))))))"
 
+# Techniques that change what parameters hold, and those that belong inside them: the codes of
+# weights that `cast` has rounded are not those that `quantize` makes to serve; codes and masks hide
+# the channels that `compacted` takes out; and `features` takes nothing out of a product of codes.
+_INSIDE = {
+    "quantized": ("cast", "compacted", "features"),
+    "straight_through": ("quantized", "compacted"),
+}
 
-def check_function(fn: Any, technique: str) -> None:
-    """Raises `TypeError` unless `fn` is a function of parameters: a model or a loss, no `Grad`.
 
-    What rewrites a function would rewrite the backward pass that a `Grad` holds, and give other
-    numbers than the gradient of the rewritten function, without a word.
+def around(
+    fn: Callable[..., Any], technique: str, *, marks: bool = True
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`functools.wraps(fn)` for a technique, which checks that its order is right.
+
+    Args:
+        fn: A function of parameters: a model or a loss.
+        technique: What goes around it.
+        marks: Whether techniques further out are told; False where any of them may follow.
+
+    Raises:
+        TypeError: `fn` is no function, or a `Grad`: what rewrites a function would rewrite the
+            backward pass that a `Grad` holds, and give other numbers than the gradient of the
+            rewritten function.
+        ValueError: `technique` belongs inside one that `fn` has already.
     """
     if isinstance(fn, Grad):
         raise TypeError(
@@ -169,6 +187,20 @@ def check_function(fn: Any, technique: str) -> None:
             f"{technique} goes around a function whose first argument is the parameters, and got "
             f"{fn!r}, of type {type(fn).__name__}."
         )
+    inner = getattr(fn, "__techniques__", ())
+    for name in inner:
+        if technique in _INSIDE.get(name, ()):
+            raise ValueError(
+                f"{technique} cannot go around {name}, which changes what the parameters hold. "
+                f"Put {technique} inside: {name}({technique}(fn, ..), ..). The order is {_ORDER}."
+            )
+
+    def decorate(wrapper: Callable[..., Any]) -> Callable[..., Any]:
+        wrapper = functools.wraps(fn)(wrapper)
+        vars(wrapper)["__techniques__"] = (*inner, technique) if marks else inner
+        return wrapper
+
+    return decorate
 
 
 def check_grad(grad_fn: Any, technique: str) -> None:

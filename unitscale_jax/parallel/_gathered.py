@@ -19,7 +19,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from unitscale_jax import tree as trees
-from unitscale_jax.loss import check_function
+from unitscale_jax.loss import around
 from unitscale_jax.parallel._context import under
 from unitscale_jax.parallel._layout import Layout
 from unitscale_jax.parallel._specs import Held, held, spec_of
@@ -60,10 +60,9 @@ def gathered(fn: Callable[..., Any], layout: Layout, over: str = "dp") -> Callab
         >>> bool(jnp.allclose(grads["layers"], us.value_and_grad(loss)(params, x)[2]["layers"]))
         True
     """
-    check_function(fn, "gathered")
     laid = layout.over(over)
 
-    @functools.wraps(fn)
+    @around(fn, "gathered")
     def gathered_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
         shares = _shares(params, layout, laid, over)
         # Only their types matter; the compiler drops what computes them.

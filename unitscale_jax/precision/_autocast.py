@@ -8,7 +8,6 @@ Compose as `grad(autocast(fn))`: a cast's transpose is the cast back, and float3
 float32 gradients.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -18,7 +17,7 @@ import numpy as np
 
 from unitscale_jax import rules as named_rules
 from unitscale_jax.errors import expected
-from unitscale_jax.loss import check_function
+from unitscale_jax.loss import around
 from unitscale_jax.precision._classes import CLASSES, OPS, OpClass
 from unitscale_jax.precision._plan import FLOAT32, Decision, Known, Plan
 from unitscale_jax.trace import (
@@ -92,9 +91,8 @@ def autocast(
     decided = [(pattern, (FLOAT32, FLOAT32)) for pattern in keep_float32]
     decided += [(pattern, _products(to)) for pattern, to in named_rules.pairs_of(rules)]
     table = {**OPS, **_checked(ops or {})}
-    check_function(fn, "autocast")
 
-    @functools.wraps(fn)
+    @around(fn, "autocast")
     def autocast_fn(*args: Any, **kwargs: Any) -> Any:
         staged = stage(fn, *args, **kwargs)
         caster = _Autocast(Plan(low, decided, table))

@@ -6,14 +6,13 @@ The transpose of a cast is the cast back, so gradients arrive in the dtype of th
 float32 masters get float32 gradients of 16-bit arithmetic.
 """
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from unitscale_jax import rules, tree as trees
-from unitscale_jax.loss import check_function
+from unitscale_jax.loss import around
 from unitscale_jax.precision._policy import Policy
 from unitscale_jax.typing import Apply, DType, Params
 
@@ -54,10 +53,9 @@ def cast(apply: Apply, policy: Policy | DType) -> Apply:
         >>> jax.grad(lambda params: low(params, x).sum())(params)["w"].dtype
         dtype('float32')
     """
-    check_function(apply, "cast")
     policy = policy if isinstance(policy, Policy) else Policy(compute=policy)
 
-    @functools.wraps(apply)
+    @around(apply, "cast")
     def cast_fn(params: Params, *inputs: Any, **kwargs: Any) -> Any:
         dtypes = rules.resolve(policy.overrides, params, policy.compute)
         state = {name: kwargs.pop(name) for name in ("state",) if name in kwargs}

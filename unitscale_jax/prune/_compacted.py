@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
-from unitscale_jax.loss import check_function
+from unitscale_jax.loss import around
 from unitscale_jax.prune._cuts import Cuts
 from unitscale_jax.prune._groups import Plan
 from unitscale_jax.trace import (
@@ -65,9 +65,8 @@ def compacted(fn: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
         >>> bool((small == mlp(us.prune.mask(params, plan), x)).all())
         True
     """
-    check_function(fn, "compacted")
 
-    @functools.wraps(fn)
+    @around(fn, "compacted")
     def compacted_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
         dense = _dense(params, plan)
         staged = stage(fn, dense, *args, **kwargs)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import rules as named_rules, tree as trees
-from unitscale_jax.loss import check_function
+from unitscale_jax.loss import around
 from unitscale_jax.prune._masks import paired
 from unitscale_jax.typing import Apply, Params
 
@@ -160,9 +160,8 @@ def packed(apply: Apply) -> Apply:
         >>> packed(apply)(pack({"w": w}, {"w": mask}), jnp.ones(2)).tolist()
         [1.0, 4.0]
     """
-    check_function(apply, "packed")
 
-    @functools.wraps(apply)
+    @around(apply, "packed")
     def packed_apply(params: Packed, *inputs: Any, **kwargs: Any) -> Any:
         return apply(unpack(params), *inputs, **kwargs)
 

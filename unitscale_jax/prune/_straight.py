@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from unitscale_jax import fwd_bwd, tree as trees
-from unitscale_jax.loss import check_function
+from unitscale_jax.loss import around
 from unitscale_jax.prune._scores import magnitude
 from unitscale_jax.prune._spec import SparsitySpec, make_masks
 from unitscale_jax.typing import Apply, Params
@@ -48,9 +48,8 @@ def straight_through(apply: Apply, spec: SparsitySpec) -> Apply:
         >>> value.item(), grads["w"].tolist()
         (3.0, [1.0, 1.0])
     """
-    check_function(apply, "straight_through")
 
-    @functools.wraps(apply)
+    @around(apply, "straight_through")
     def straight_through_fn(params: Params, *inputs: Any, **kwargs: Any) -> Any:
         masks = magnitude_masks(params, spec)
         return apply(jax.tree.map(_through, masks, params), *inputs, **kwargs)

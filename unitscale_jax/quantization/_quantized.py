@@ -6,7 +6,6 @@ bit for bit. The equations of `fn` are evaluated again with a `QTensor` wherever
 products multiply codes, movements move them, and what has no rule gets the array back.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from unitscale_jax import rules as named_rules, tree as trees
 from unitscale_jax.fwd_bwd import straight_through
-from unitscale_jax.loss import check_function
+from unitscale_jax.loss import around
 from unitscale_jax.quantization._cache import appended
 from unitscale_jax.quantization._contract import Verdict, activation, axes_of, multiply
 from unitscale_jax.quantization._gradient import draw
@@ -118,9 +117,8 @@ def quantized(
         >>> [round(g, 3) for g in grads["w"][:, 1].tolist()]  # x, at the values of its codes
         [0.992, 2.008, -3.0]
     """
-    check_function(fn, "quantized")
 
-    @functools.wraps(fn)
+    @around(fn, "quantized", marks=rules is not None)
     def quantized_fn(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = entered((args, kwargs))
         plain, plain_kwargs = logical((args, kwargs))
