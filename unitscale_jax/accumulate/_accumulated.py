@@ -32,7 +32,7 @@ from unitscale_jax.loss import (
     split,
     weight_slice,
 )
-from unitscale_jax.trace import Traced, agree, trace, varying, varying_axes, zeros
+from unitscale_jax.trace import Traced, agree, as_arrays, trace, varying, varying_axes, zeros
 from unitscale_jax.typing import Axes, Batch, Loss, Params, State
 
 
@@ -101,7 +101,7 @@ def accumulated(
         weigh = _weigher(grad_fn.loss, params, stacked, given, axes)
         buffers = _inplace.buffers(params) if inplace else None
         part_fn = _part_fn(grad_fn, given.scale, buffers)
-        traced = trace(part_fn, params, first(stacked), state, weigh(None))
+        traced = trace(part_fn, *as_arrays((params, first(stacked), state, weigh(None))))
         per_part, uneven = -(-rows // parts), stacked.valid is not None and mask is None
         kinds = (
             reduction_of(traced.result[0], (), per_part, uneven=uneven),

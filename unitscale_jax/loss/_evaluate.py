@@ -10,7 +10,7 @@ from unitscale_jax import tree as trees
 from unitscale_jax.loss._given import NOTHING, Given
 from unitscale_jax.loss._mean import Denominators, Mean, Terms, weight_sum
 from unitscale_jax.loss._rows import row_count
-from unitscale_jax.trace import Traced, reach, sliced, trace
+from unitscale_jax.trace import Traced, as_arrays, reach, sliced, trace
 from unitscale_jax.typing import Batch, Loss, Params
 
 RESERVED = frozenset({"dropped"})
@@ -113,7 +113,7 @@ def weight_slice(
     `weights_of` does.
     """
     only_terms = lambda params, batch, given: evaluate(loss, params, batch, given)[0]
-    traced = trace(only_terms, params, batch, given)
+    traced = trace(only_terms, *as_arrays((params, batch, given)))
     _check_independent(traced, params, batch)
     is_weight = [name.endswith("/weight") for name in trees.names(_unflattened(traced))]
     slice_fn = sliced(traced, is_weight)

@@ -9,7 +9,7 @@ mesh axis in all its members together. Names are no guide to it: in Linen's
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,20 +26,26 @@ from unitscale_jax.trace import Factor, Site, dims, trace
 def infer(
     fn: Callable[..., Any],
     params: Any,
+    /,
     *args: Any,
     mesh: Mesh | AbstractMesh,
     axis: str = "tp",
+    kwargs: Mapping[str, Any] | None = None,
+    **named: Any,
 ) -> "Inferred":
     """Finds the tensor-parallel layout of a function's parameters.
 
     Args:
-        fn: A function of `(params, *args)`: a model or a loss; nothing is run. Not a decoding step
-            with a cache, whose heads are an input: the layout of the model serves it as well.
+        fn: A function of `(params, *args, **named)`: a model or a loss; nothing is run. Not a
+            decoding step with a cache, whose heads are an input: the layout of the model serves it
+            as well.
         params: Its parameters, arrays or abstract ones; not quantized ones, which follow the
             layout of what they stand for (`Layout.specs_of`).
-        args: Inputs like those it will get, with sizes above 1.
+        args: Inputs like those it will get, with sizes above 1; what is no array is static.
         mesh: Of `mesh`; an abstract one will do to look at a layout.
         axis: The mesh axis. On a mesh without it everything is whole.
+        kwargs: Keywords of the function that have the name of an option here.
+        named: Its other keywords.
 
     Returns:
         A `Layout` that says of every parameter why it is where it is, and which sums over devices
@@ -82,7 +88,7 @@ def infer(
                 f"{name} is a {type(leaf).__name__}. Infer the layout of the arrays it was made "
                 "from; `specs_of` lays out what goes with them."
             )
-    traced = trace(fn, params, *args)
+    traced = trace(fn, params, *args, **named, **(kwargs or {}))
     graph = Graph(traced, dims(traced), leaves)
     chosen, against = divided(graph, mesh.shape.get(axis, 1), axis)
     found = {name: _placed(graph, name, chosen, against, axis) for name in leaves}

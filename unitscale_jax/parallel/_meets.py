@@ -89,7 +89,7 @@ def meets(traced: Traced, dims: Dims, open_to: Iterable[Factor]) -> Meets:
         dims: Its dimensions.
         open_to: Those of which it matters whether they are streams.
     """
-    params, *inputs = jax.tree.unflatten(traced.inputs, traced.closed.in_avals)
+    params, *inputs = traced.arguments
     flow = _Walk(dims, frozenset(open_to))
     start = [Seen(frozenset({name}), fresh=frozenset({name})) for name in trees.names(params)]
     start += [Seen(active=True) for _ in jax.tree.leaves(inputs)]

@@ -32,7 +32,7 @@ from unitscale_jax.parallel._orders import Plan, serving, training
 from unitscale_jax.parallel._schedule import Name, Schedule
 from unitscale_jax.parallel._stages import Stages, taken_apart
 from unitscale_jax.parallel._ticks import Inputs, Stage
-from unitscale_jax.trace import agree, sliced, trace, zeros
+from unitscale_jax.trace import agree, as_arrays, sliced, trace, zeros
 from unitscale_jax.typing import Batch, Key, Params, State
 
 
@@ -101,7 +101,7 @@ class Run:
         self._check_rows(params, batch, Given(*args[2:]), self._parts_of(batch))
         found = self._outputs(totals, *args)
         outlines = jax.eval_shape(self._named_whole, *args)
-        fixed = trace(lambda *args: _beside(self._named_whole(*args)), *args)
+        fixed = trace(lambda *args: _beside(self._named_whole(*args)), *as_arrays(args))
         values = sliced(fixed, [True] * fixed.outputs.num_leaves)(*args)
         beside = jax.tree.unflatten(fixed.outputs, values)
         joined = lambda n, m: _joined(found[n], m, beside.get(n), rows)

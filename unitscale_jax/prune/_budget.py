@@ -138,7 +138,7 @@ class Bytes(Budget):
 
     def price(self, graph: Graph) -> Polynomial:
         """Sizes of all parameters, by the bytes of an element."""
-        params, *_ = jax.tree.unflatten(graph.traced.inputs, graph.traced.closed.in_avals)
+        params, *_ = graph.traced.arguments
         dtypes = {path: leaf.dtype for path, leaf in trees.named_leaves(params).items()}
         each = {d: _bytes_of_one(d) for d in set(dtypes.values())}
         return added(_elements(axes) * each[dtypes[path]] for path, axes in graph.axes.items())
@@ -204,8 +204,8 @@ def scans_of(graph: Graph) -> list[tuple[Site, str]]:
 def _held_stacks(graph: Graph) -> dict[Place, str]:
     """The first dimension of the axis of a parameter that a scan runs along."""
     closed = graph.traced.closed
-    params, *_ = jax.tree.unflatten(graph.traced.inputs, closed.in_avals)
-    call = Staged(closed, list(closed.in_avals), list(range(len(closed.in_avals))), list)
+    params, *_ = graph.traced.arguments
+    call = Staged(closed, list(closed.in_avals), range(len(closed.in_avals)), list)
     return {
         place: str(graph.axes[path][axis][0][0])
         for path, met in meetings(call, params).items()

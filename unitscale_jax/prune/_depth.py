@@ -79,15 +79,15 @@ def layer_scores(
             "`without`, and scored by `loss_increase`."
         )
 
-    def measured(params: Any, *inputs: Any) -> tuple[Any, dict[str, Any]]:
-        mask = None if valid is None else jnp.asarray(valid(*inputs))
-        ends = _ends(groups(fn, params, *inputs))
+    def measured(params: Any, *inputs: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        mask = None if valid is None else jnp.asarray(valid(*inputs, **kwargs))
+        ends = _ends(groups(fn, params, *inputs, **kwargs))
         at = {place for end in ends for place, _ in (end.reads, end.makes)}
 
         def pick(site: Site, operands: list[Any], results: list[Any]) -> Any:
             return (operands, results) if site.place in at else None
 
-        result, captures = captured(fn, pick)(params, *inputs)
+        result, captures = captured(fn, pick)(params, *inputs, **kwargs)
         found = {capture.place: capture for capture in captures}
         return result, {end.group: _cosines(end, found, mask) for end in ends}
 

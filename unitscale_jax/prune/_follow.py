@@ -18,7 +18,7 @@ from unitscale_jax import tree as trees
 from unitscale_jax.prune._compact import compact
 from unitscale_jax.prune._cuts import Cuts
 from unitscale_jax.prune._groups import Plan
-from unitscale_jax.trace import Axes, coupled, new_axes, trace, unify
+from unitscale_jax.trace import Axes, as_arrays, coupled, new_axes, trace, unify
 
 
 class Followed(NamedTuple):
@@ -98,7 +98,7 @@ def _state_axes(
     def update(params: Any, grads: Any, state: Any) -> tuple[Any, Any]:
         return tx.update(grads, state, params, **extra)
 
-    closed = trace(update, params, params, state).closed
+    closed = trace(update, *as_arrays((params, params, state))).closed
     cuts = Cuts(plan, heed_marks=False)  # the update runs on the smaller arrays as it is
     of_params = [cuts.axes(path) for path in trees.names(params)]
     of_state = [new_axes(np.shape(leaf)) for leaf in jax.tree.leaves(state)]

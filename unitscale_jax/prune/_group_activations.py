@@ -21,6 +21,7 @@ from unitscale_jax.trace import (
     PRODUCTS,
     Place,
     Site,
+    Staged,
     captured,
     meetings,
     observable,
@@ -71,12 +72,12 @@ def activation(
     """
     names = chosen(graph, only)
 
-    def measured(params: Any, *inputs: Any) -> tuple[Any, dict[str, jax.Array]]:
-        mask = None if valid is None else jnp.asarray(valid(*inputs))
-        here = groups(fn, params, *inputs)
-        seen = _met(here, fn, params, inputs)
+    def measured(params: Any, *inputs: Any, **kwargs: Any) -> tuple[Any, dict[str, jax.Array]]:
+        mask = None if valid is None else jnp.asarray(valid(*inputs, **kwargs))
+        here = groups(fn, params, *inputs, **kwargs)
+        seen = _met(here, stage(fn, params, *inputs, **kwargs), params)
         pick = lambda site, operands, _: _squares(here, names, seen, mask, site, operands)
-        result, captures = captured(fn, pick)(params, *inputs)
+        result, captures = captured(fn, pick)(params, *inputs, **kwargs)
         return result, _added(c.value for c in captures)
 
     squares, _ = over_batches(measured, params, batches, _float64, np.add)
@@ -89,11 +90,9 @@ def activation(
     return {name: _unit_mean(np.sqrt(squares[name])) for name in names}
 
 
-def _met(
-    graph: Graph, fn: Callable[..., Any], params: Any, inputs: Sequence[Any]
-) -> dict[Place, list[int]]:
+def _met(graph: Graph, staged: Staged, params: Any) -> dict[Place, list[int]]:
     """Which sides of each product are no parameters."""
-    found = meetings(stage(fn, params, *inputs), params)
+    found = meetings(staged, params)
     held = {(m.site.place, m.side) for met in found.values() for m in observable(met)}
     every = [s for s in sites(graph.traced.closed.jaxpr) if s.name in PRODUCTS]
     return {s.place: [k for k in (0, 1) if (s.place, k) not in held] for s in every}

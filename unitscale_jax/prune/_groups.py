@@ -27,14 +27,16 @@ Axis: TypeAlias = tuple[Term, ...]
 """A sum of products, one term after the other; an axis of size 1 is one empty product."""
 
 
-def groups(fn: Callable[..., Any], params: Any, *args: Any) -> "Graph":
+def groups(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) -> "Graph":
     """Finds which channels of which parameters go together.
 
     Args:
-        fn: A function of `(params, *args)`; nothing is run.
+        fn: A function of `(params, *args, **kwargs)`; nothing is run.
         params: Its parameters: arrays or abstract ones, all collections that are to be sliced
             together (batch statistics among them) in one tree.
-        args: Inputs like those it will get, with sizes above 1, for an axis of size 1 says nothing.
+        args: Inputs like those it will get, with sizes above 1, for an axis of size 1 says nothing;
+            what is no array is static.
+        kwargs: Keywords it will get, likewise.
 
     Returns:
         The groups, and what cannot be removed and why. It prints as a table.
@@ -45,7 +47,7 @@ def groups(fn: Callable[..., Any], params: Any, *args: Any) -> "Graph":
         >>> [(group.name, group.size) for group in groups(mlp, params, jnp.ones((2, 8))).groups]
         [('down:0', 16)]
     """
-    traced = trace(fn, params, *args)
+    traced = trace(fn, params, *args, **kwargs)
     shapes = {path: np.shape(leaf) for path, leaf in trees.named_leaves(params).items()}
     return Graph(dims(traced), traced, shapes)
 

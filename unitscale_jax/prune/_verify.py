@@ -9,7 +9,7 @@ constants wherever it computes them from a size; comparing both lists of equatio
 """
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +21,17 @@ from unitscale_jax import tree as trees
 from unitscale_jax.prune._compact import compact, mask
 from unitscale_jax.prune._compacted import compacted
 from unitscale_jax.prune._groups import Plan
-from unitscale_jax.trace import ClosedJaxpr, Jaxpr, Literal, bodies, dtype_of, sites, trace
+from unitscale_jax.trace import (
+    Arguments,
+    ClosedJaxpr,
+    Jaxpr,
+    Literal,
+    as_arrays,
+    bodies,
+    dtype_of,
+    sites,
+    trace,
+)
 
 
 class Verified(NamedTuple):
@@ -56,20 +66,25 @@ def verify(
     fn: Callable[..., Any],
     plan: Plan,
     params: Any,
+    /,
     *args: Any,
     gradients: bool = True,
     tolerance: float | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    **named: Any,
 ) -> Verified:
     """Compares the compact function with the masked one.
 
     Args:
-        fn: The function of `(params, *args)` that the plan was made for.
+        fn: The function of `(params, *args, **named)` that the plan was made for.
         plan: What is kept.
         params: Dense parameters, masked or not.
-        args: Its other inputs.
+        args: Its other inputs; what is no array is static.
         gradients: Whether to compare gradients too; not for a loop that has no reverse mode.
         tolerance: What is allowed, relative to the largest number of each leaf; None takes 300
             roundings of the least precise float that the function computes in.
+        kwargs: Keywords of the function that have the name of an option here.
+        named: Its other keywords.
 
     Raises:
         ValueError: They differ by more, or are not finite; the message names the leaf.
@@ -82,15 +97,17 @@ def verify(
         >>> verify(mlp, plan, params, x).outputs
         0.0
     """
-    allowed = _tolerance(fn, params, *args) if tolerance is None else tolerance
+    given = Arguments.of(args, {**named, **(kwargs or {})})
+    allowed = _tolerance(fn, params, given) if tolerance is None else tolerance
 
-    def evaluated(fn: Callable[..., Any], params: Any, *args: Any) -> tuple[Any, Any]:
-        return fn(params, *args), _gradient(fn, params, *args) if gradients else None
+    def evaluated(fn: Callable[..., Any], params: Any, arrays: Any) -> tuple[Any, Any]:
+        call = _with(fn, given.filled(arrays))
+        return call(params), _gradient(call, params) if gradients else None
 
     both = jax.jit(
-        lambda p, q, *args: (evaluated(fn, p, *args), evaluated(compacted(fn, plan), q, *args))
+        lambda p, q, arrays: (evaluated(fn, p, arrays), evaluated(compacted(fn, plan), q, arrays))
     )
-    masked, small = both(mask(params, plan), compact(params, plan), *args)
+    masked, small = both(mask(params, plan), compact(params, plan), given.arrays)
     (old, slope), (new, slope_too) = masked, small
     apart = _apart("output", old, new, allowed, plan)
     if not gradients:
@@ -104,30 +121,40 @@ def verify_rebuild(
     plan: Plan,
     rebuilt_fn: Callable[..., Any],
     params: Any,
+    /,
     *args: Any,
     tolerance: float | None = None,
     accept_moved: bool = False,
+    kwargs: Mapping[str, Any] | None = None,
+    **named: Any,
 ) -> Rebuilt:
     """Compares the compact function with one that was built for the smaller sizes.
 
     Args:
         fn: The dense function.
         plan: What is kept.
-        rebuilt_fn: A function of `(compact(params, plan), *args)`.
+        rebuilt_fn: A function of `(compact(params, plan), *args, **named)`.
         params: Dense parameters.
-        args: Other inputs.
+        args: Other inputs; what is no array is static.
         tolerance: As in `verify`.
         accept_moved: True returns the report even if values differ, provided that constants that
             moved explain it: a new width in a norm is right for a model that is trained on.
+        kwargs: As in `verify`.
+        named: Likewise.
 
     Raises:
         ValueError: Values differ by more than the tolerance; the message says what moved.
     """
     small_fn, small = compacted(fn, plan), compact(params, plan)
-    moved = tuple(_moved(trace(small_fn, small, *args).closed, trace(rebuilt_fn, small, *args)))
-    both = jax.jit(lambda q, *args: (small_fn(q, *args), rebuilt_fn(q, *args)))
-    allowed = _tolerance(fn, params, *args) if tolerance is None else tolerance
-    old, new = both(small, *args)
+    given = Arguments.of(args, {**named, **(kwargs or {})})
+    traced = [_traced(f, small, given) for f in (small_fn, rebuilt_fn)]
+    moved = tuple(_moved(*traced))
+    allowed = _tolerance(fn, params, given) if tolerance is None else tolerance
+
+    def both(small: Any, arrays: Any) -> Any:
+        return [_with(f, given.filled(arrays))(small) for f in (small_fn, rebuilt_fn)]
+
+    old, new = jax.jit(both)(small, given.arrays)
     if moved and accept_moved:
         return Rebuilt(_apart("output", old, new, np.inf, plan), moved)
     try:
@@ -143,12 +170,23 @@ def verify_rebuild(
 # ------------------------------------------------------------------------------ how far apart
 
 
-def _gradient(fn: Callable[..., Any], params: Any, *args: Any) -> Any:
+def _with(fn: Callable[..., Any], given: tuple[Any, Any]) -> Callable[[Any], Any]:
+    """`fn` as a function of its parameters alone, whose results are arrays."""
+    args, kwargs = given
+    return lambda params: as_arrays(fn(params, *args, **kwargs), None)
+
+
+def _traced(fn: Callable[..., Any], params: Any, given: Arguments) -> ClosedJaxpr:
+    args, kwargs = given.filled(given.arrays)
+    return trace(fn, params, *args, **kwargs).closed
+
+
+def _gradient(fn: Callable[[Any], Any], params: Any) -> Any:
     """The gradient of a random projection of all floating results."""
     floats, rest = trees.partition(params, lambda _, leaf: trees.is_floating(leaf))
 
     def projected(floats: Any) -> jax.Array:
-        leaves = jax.tree.leaves(fn(trees.combine(floats, rest), *args))
+        leaves = jax.tree.leaves(fn(trees.combine(floats, rest)))
         out = [y.astype(trees.wide(y.dtype)) for y in leaves if trees.is_floating(y)]
         keys = jax.random.split(jax.random.key(0), max(1, len(out)))
         draw = lambda y, key: jax.random.normal(key, y.shape, y.dtype)
@@ -194,9 +232,9 @@ def _checked(what: str, a: Any, b: Any, allowed: float, plan: Plan) -> float:
     return apart
 
 
-def _tolerance(fn: Callable[..., Any], *args: Any) -> float:
+def _tolerance(fn: Callable[..., Any], params: Any, given: Arguments) -> float:
     """300 roundings of the least precise float in the equations."""
-    closed = trace(fn, *args).closed
+    closed = _traced(fn, params, given)
     dtypes = {dtype_of(var) for var in closed.jaxpr.invars}
     dtypes |= {dtype for site in sites(closed.jaxpr) for dtype in site.results}
     floats = [d for d in dtypes if d is not None and jnp.issubdtype(d, jnp.floating)]
@@ -208,9 +246,9 @@ def _tolerance(fn: Callable[..., Any], *args: Any) -> float:
 _ASIDE = frozenset({"convert_element_type"})
 
 
-def _moved(old: ClosedJaxpr, new: Any) -> Iterator[str]:
+def _moved(old: ClosedJaxpr, new: ClosedJaxpr) -> Iterator[str]:
     """Constants that differ between two lists of equations, and equations without counterpart."""
-    before, after = list(_operations(old.jaxpr)), list(_operations(new.closed.jaxpr))
+    before, after = list(_operations(old.jaxpr)), list(_operations(new.jaxpr))
     names = [[name for name, _ in operations] for operations in (before, after)]
     matcher = difflib.SequenceMatcher(None, *names, autojunk=False)
     for tag, i, j, k, n in matcher.get_opcodes():
@@ -222,7 +260,7 @@ def _moved(old: ClosedJaxpr, new: Any) -> Iterator[str]:
             for a, b in zip(old_numbers, new_numbers, strict=False):
                 if np.ndim(a) == np.ndim(b) == 0 and a != b and not (a != a and b != b):
                     yield f"{name} {a} -> {b}"
-    for a, b in zip(old.consts, new.closed.consts, strict=False):
+    for a, b in zip(old.consts, new.consts, strict=False):
         if np.shape(a) != np.shape(b):
             yield f"constant of shape {np.shape(a)} -> {np.shape(b)}"
 

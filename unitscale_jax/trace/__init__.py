@@ -17,7 +17,7 @@ from unitscale_jax.trace._derivatives import Moving
 from unitscale_jax.trace._device_sums import DeviceSum, device_sums
 from unitscale_jax.trace._dims import Dims, Group, Member, Refused, dims
 from unitscale_jax.trace._factors import Axes, Factor, expanded, mark, new_axes, unify
-from unitscale_jax.trace._function import Staged, Traced, stage, trace
+from unitscale_jax.trace._function import Arguments, Staged, Traced, as_arrays, stage, trace
 from unitscale_jax.trace._hlo import Collective, collectives
 from unitscale_jax.trace._layouts import (
     Layout,
@@ -93,6 +93,7 @@ from unitscale_jax.trace._walk import (
 __all__ = [
     "ACTIVATION",
     "PRODUCTS",
+    "Arguments",
     "Axes",
     "Capture",
     "ClosedJaxpr",
@@ -132,6 +133,7 @@ __all__ = [
     "above",
     "addresses",
     "agree",
+    "as_arrays",
     "as_on_one_device",
     "batch_pairs",
     "bodies",

@@ -121,7 +121,7 @@ class Cost:
         return tuple(loops.values())
 
 
-def cost(fn: Callable[..., Any], *args: Any) -> Cost:
+def cost(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Cost:
     """Counts the operations of a function and the bytes they move, without running it.
 
     FLOPs and transcendentals equal XLA's own count of the program before it is optimized
@@ -136,7 +136,8 @@ def cost(fn: Callable[..., Any], *args: Any) -> Cost:
 
     Args:
         fn: A function of pytrees, or one traced before.
-        *args: Its arguments, arrays or `jax.ShapeDtypeStruct`; none for one traced before.
+        *args: Its arguments, as of `trace`; none for one traced before.
+        **kwargs: Its keywords, likewise.
 
     Returns:
         The rows and their totals.
@@ -151,11 +152,11 @@ def cost(fn: Callable[..., Any], *args: Any) -> Cost:
         [('dot_general', 4096, 3), ('tanh', 0, 3)]
     """
     if isinstance(fn, Traced):
-        if args:
-            raise TypeError(f"a traced function has its arguments; got {len(args)} more. Drop them")
+        if more := len(args) + len(kwargs):
+            raise TypeError(f"a traced function has its arguments; got {more} more. Drop them")
         traced = fn
     else:
-        traced = trace(fn, *args)
+        traced = trace(fn, *args, **kwargs)
     jaxpr = traced.closed.jaxpr
     return Cost(tuple(_rows(jaxpr, [True] * len(jaxpr.outvars))))
 

@@ -149,7 +149,7 @@ def dims(traced: Traced) -> Dims:
            8  refused: output   down:1
            8  refused: input    up:0
     """
-    params, *inputs = jax.tree.unflatten(traced.inputs, traced.closed.in_avals)
+    params, *inputs = traced.arguments
     axes = {path: new_axes(leaf.shape) for path, leaf in tree.named_leaves(params).items()}
     given = [new_axes(leaf.shape, "input") for leaf in jax.tree.leaves(inputs)]
     closed = traced.closed

@@ -1,12 +1,46 @@
 """A function as an equation list: traced once, then asked about and evaluated, whole or in part."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from unitscale_jax.trace._compat import ClosedJaxpr, as_function
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Arguments of a call, by position and by keyword; those that are no arrays are static.
+
+    Example:
+        >>> call = Arguments.of((jnp.ones(2), "relu"), {"train": True, "mask": None})
+        >>> call.positions, call.filled(["an array"])
+        ((0,), (('an array', 'relu'), {'mask': None, 'train': True}))
+    """
+
+    leaves: Sequence[Any]
+    positions: Sequence[int]
+    structure: jax.tree_util.PyTreeDef
+
+    @classmethod
+    def of(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> "Arguments":
+        """Those of `fn(*args, **kwargs)`."""
+        leaves, structure = jax.tree.flatten((tuple(args), dict(kwargs)))
+        return cls(leaves, tuple(k for k, x in enumerate(leaves) if is_array(x)), structure)
+
+    @property
+    def arrays(self) -> list[Any]:
+        """The arrays among the leaves, in order."""
+        return [self.leaves[k] for k in self.positions]
+
+    def filled(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """`(args, kwargs)` with other arrays, and with the same static values."""
+        leaves = list(self.leaves)
+        for k, x in zip(self.positions, arrays, strict=True):
+            leaves[k] = x
+        return jax.tree.unflatten(self.structure, leaves)
 
 
 @dataclass(frozen=True)
@@ -15,25 +49,36 @@ class Traced:
 
     Attributes:
         closed: The equations and the constants they close over.
-        inputs: Structure of the arguments, as a tuple.
+        inputs: Structure of the arguments, a tuple of those by position and, if there are any, of
+            the dict of those by keyword.
         outputs: Structure of the result.
+        positions: Which leaves of the arguments are arrays; all others are static.
     """
 
     closed: ClosedJaxpr
     inputs: jax.tree_util.PyTreeDef
     outputs: jax.tree_util.PyTreeDef
+    positions: Sequence[int]
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates the equations; the function itself is not called again."""
-        out = as_function(self.closed)(*self.flat(*args))
+        out = as_function(self.closed)(*self.flat(*args, **kwargs))
         return jax.tree.unflatten(self.outputs, out)
 
-    def flat(self, *args: Any) -> list[Any]:
-        """The leaves of arguments, whose structure must be the traced one."""
-        leaves, structure = jax.tree.flatten(args)
+    def flat(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """The arrays of arguments, whose structure must be the traced one."""
+        leaves, structure = jax.tree.flatten(_in_a_row(args, kwargs))
         if structure != self.inputs:
             raise TypeError(f"traced with arguments of {self.inputs}, called with {structure}")
-        return leaves
+        return [leaves[k] for k in self.positions]
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Abstract values of the arguments, in their structure, and `None` for what is static."""
+        leaves: list[Any] = [None] * self.inputs.num_leaves
+        for k, aval in zip(self.positions, self.closed.in_avals, strict=True):
+            leaves[k] = aval
+        return jax.tree.unflatten(self.inputs, leaves)
 
     @property
     def result(self) -> Any:
@@ -41,16 +86,50 @@ class Traced:
         return jax.tree.unflatten(self.outputs, self.closed.out_avals)
 
 
-def trace(fn: Callable[..., Any], *args: Any) -> Traced:
-    """Traces `fn` at the shapes and dtypes of `args`, without running it.
+def trace(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Traced:
+    """Traces `fn` at the shapes and dtypes of its arguments, without running it.
+
+    Args:
+        fn: A function of pytrees.
+        *args: Its arguments: arrays, `jax.ShapeDtypeStruct`, and static values (strings, flags,
+            numbers, `None`). Numbers in the first one, the parameters, count as arrays.
+        **kwargs: Its keywords, likewise.
+
+    Returns:
+        The equations, as a function of the arrays among the arguments. Of a result they are what
+        is an array or a number; in place of anything else stands `None`.
 
     Example:
-        >>> doubled = trace(lambda x: {"y": 2 * x["x"]}, {"x": jnp.ones(3)})
-        >>> doubled({"x": jnp.arange(3.0)})["y"].tolist()
+        >>> doubled = trace(lambda x, train: {"y": 2 * x["x"]}, {"x": jnp.ones(3)}, train=False)
+        >>> doubled({"x": jnp.arange(3.0)}, train=False)["y"].tolist()
         [0.0, 2.0, 4.0]
     """
-    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
-    return Traced(closed, jax.tree.structure(args), jax.tree.structure(shapes))
+    args = (*as_arrays(args[:1]), *args[1:])
+    outputs: list[jax.tree_util.PyTreeDef] = []
+
+    def arrays_fn(*args: Any, **kwargs: Any) -> Any:
+        result = as_arrays(fn(*args, **kwargs), None)
+        outputs[:] = [jax.tree.structure(result)]
+        return result
+
+    call = stage(arrays_fn, *args, **kwargs)
+    inputs = jax.tree.structure(_in_a_row(args, kwargs))
+    return Traced(call.closed, inputs, outputs[0], call.positions)
+
+
+def _in_a_row(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (*args, dict(kwargs)) if kwargs else tuple(args)
+
+
+def as_arrays(tree: Any, *otherwise: Any) -> Any:
+    """Numbers of a tree as arrays, as `jit` takes them; anything else stays, or is `otherwise`."""
+
+    def as_array(leaf: Any) -> Any:
+        if isinstance(leaf, bool | int | float | complex):
+            return jnp.asarray(leaf)
+        return leaf if is_array(leaf) or not otherwise else otherwise[0]
+
+    return jax.tree.map(as_array, tree)
 
 
 @dataclass(frozen=True)
@@ -66,17 +145,18 @@ class Staged:
 
     closed: ClosedJaxpr
     operands: list[Any]
-    positions: list[int]
+    positions: Sequence[int]
     finish: Callable[[Sequence[Any]], Any]
 
     @property
     def traced(self) -> Traced:
         """The call as a function of its operands that returns a list."""
         inputs = jax.tree.structure(tuple(self.operands))
-        return Traced(self.closed, inputs, jax.tree.structure(list(self.closed.out_avals)))
+        outputs = jax.tree.structure(list(self.closed.out_avals))
+        return Traced(self.closed, inputs, outputs, range(len(self.operands)))
 
 
-def stage(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Staged:
+def stage(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Staged:
     """Traces one call; what is not an array, going in or coming out, stays as it is.
 
     Example:
@@ -84,28 +164,23 @@ def stage(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Staged:
         >>> call.finish(call.operands)[1], len(call.operands)
         ('doubled', 1)
     """
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    positions = [k for k, leaf in enumerate(leaves) if is_array(leaf)]
+    given = Arguments.of(args, kwargs)
     fixed: list[Any] = []  # the result's outline, with what is not an array in its place
 
     def flat_fn(*arrays: Any) -> list[Any]:
-        filled = list(leaves)
-        for k, x in zip(positions, arrays, strict=True):
-            filled[k] = x
-        inner_args, inner_kwargs = jax.tree.unflatten(structure, filled)
+        inner_args, inner_kwargs = given.filled(arrays)
         out, out_structure = jax.tree.flatten(fn(*inner_args, **inner_kwargs))
         fixed[:] = [out_structure, [None if is_array(x) else (x,) for x in out]]
         return [x for x in out if is_array(x)]
 
-    operands = [leaves[k] for k in positions]
-    closed = jax.make_jaxpr(flat_fn)(*operands)
+    closed = jax.make_jaxpr(flat_fn)(*given.arrays)
 
     def finish(results: Sequence[Any]) -> Any:
         out_structure, outline = fixed
         arrays = iter(results)
         return out_structure.unflatten(next(arrays) if x is None else x[0] for x in outline)
 
-    return Staged(closed, operands, positions, finish)
+    return Staged(closed, given.arrays, given.positions, finish)
 
 
 def is_array(leaf: Any) -> bool:

@@ -22,12 +22,12 @@ NOTHING: Reach = frozenset()
 def reach(traced: Traced) -> Any:
     """For each output leaf the positions of the input leaves that it depends on.
 
-    Positions count the leaves of all arguments together. A value reaches through `stop_gradient`
+    Positions count the arrays of all arguments together. A value reaches through `stop_gradient`
     and through integer and boolean operations: this is dependence, not differentiability.
 
     Example:
         >>> from unitscale_jax.trace import trace
-        >>> reach(trace(lambda x, y: {"sum": x + y, "first": 2 * x}, 1.0, 2.0))
+        >>> reach(trace(lambda x, y: {"sum": x + y, "first": 2 * x}, 1.0, jnp.ones(())))
         {'first': frozenset({0}), 'sum': frozenset({0, 1})}
     """
     jaxpr = traced.closed.jaxpr
@@ -72,9 +72,9 @@ def sliced(traced: Traced, wanted: Sequence[bool]) -> Callable[..., list[Any]]:
         [2.0]
     """
 
-    def sliced_fn(*args: Any) -> list[Any]:
+    def sliced_fn(*args: Any, **kwargs: Any) -> list[Any]:
         closed = traced.closed
-        out = _evaluate(closed.jaxpr, closed.consts, traced.flat(*args), wanted)
+        out = _evaluate(closed.jaxpr, closed.consts, traced.flat(*args, **kwargs), wanted)
         return [leaf for leaf, want in zip(out, wanted, strict=True) if want]
 
     return sliced_fn
