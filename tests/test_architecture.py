@@ -8,7 +8,7 @@ from importlib.util import resolve_name
 import unitscale_jax
 
 ROOT = pathlib.Path(unitscale_jax.__file__).parent
-FLOOR = ["typing", "errors", "tree", "rules", "formats", "fwd_bwd", "trace", "loss"]  # in order
+FLOOR = ["typing", "errors", "tree", "rules", "formats", "fwd_bwd", "trace", "loss", "optimizer"]
 SLICES = [
     "accumulate",
     "precision",

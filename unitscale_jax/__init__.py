@@ -6,17 +6,16 @@ Every technique maps one of these stations to the same station, so composing is 
 """
 
 from unitscale_jax import distill, formats, fwd_bwd, parallel, prune, rules, testing, tree
-from unitscale_jax.accumulate import MultiStepsState, accumulated, multi_steps
+from unitscale_jax.accumulate import accumulated, multi_steps
 from unitscale_jax.bridge import Bridged, from_linen, from_nnx
 from unitscale_jax.checkpoint import Checkpoints, export_compressed_tensors, load, save
 from unitscale_jax.compose import chain
 from unitscale_jax.distill import distilled
 from unitscale_jax.loss import Grad, Mean, loss_value, row_keys, value_and_grad
+from unitscale_jax.optimizer import LossScaleState, LowPrecisionState, MultiStepsState
 from unitscale_jax.precision import (
     DynamicScale,
     Float16Report,
-    LossScaleState,
-    LowPrecisionState,
     Policy,
     StaticScale,
     autocast,
@@ -26,6 +25,9 @@ from unitscale_jax.precision import (
     low_precision_weights,
     overflowing,
     to_float16,
+    unless_skipped,
+    unscaled,
+    updated,
 )
 from unitscale_jax.quantization import (
     EMA,
@@ -132,5 +134,8 @@ __all__ = [
     "testing",
     "to_float16",
     "tree",
+    "unless_skipped",
+    "unscaled",
+    "updated",
     "value_and_grad",
 ]

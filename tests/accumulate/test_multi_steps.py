@@ -140,11 +140,12 @@ def test_the_loss_that_a_plateau_sees_is_the_mean_of_the_window(relaxed_promotio
     assert state.inner[1].best_value == 3
 
 
-def test_state_is_no_larger_than_that_of_optax_but_for_three_scalars():
+def test_state_is_no_larger_than_that_of_optax_but_for_scalars():
+    """Five numbers more, and a flag for each array and for the part."""
     params = {"w": jnp.zeros((64, 64)), "b": jnp.zeros(64)}
     ours = us.multi_steps(optax.adam(1e-3), 4).init(params)
     theirs = optax.MultiSteps(optax.adam(1e-3), 4).init(params)
-    assert us.tree.nbytes(ours) <= us.tree.nbytes(theirs) + 12
+    assert us.tree.nbytes(ours) <= us.tree.nbytes(theirs) + 5 * 4 + len(params) + 1
 
 
 def test_an_update_needs_less_memory_and_work_than_that_of_optax(relaxed_promotion):

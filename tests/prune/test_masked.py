@@ -57,7 +57,6 @@ INNER = {
         {"a": optax.adam(0.1), "b": optax.sgd(0.1, momentum=0.9)},
         {"layer": {"kernel": "a", "bias": "b"}},
     ),
-    "us.multi_steps": us.multi_steps(optax.adamw(0.1), 2),
     "us.loss_scaled": us.loss_scaled(optax.adam(0.1), us.StaticScale(1.0)),
 }
 EVERY_INNER = pytest.mark.parametrize("inner", INNER.values(), ids=INNER)

@@ -7,37 +7,27 @@ denominators, or when all parts are at hand, use `accumulated`, which also reduc
 once.
 """
 
+import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from unitscale_jax import tree as trees
-from unitscale_jax.loss import check_params, inverse, to_accumulator
-
-
-class MultiStepsState(NamedTuple):
-    """State of `multi_steps`.
-
-    Attributes:
-        part: Parts taken of the current window, int32.
-        step: Updates emitted, int32.
-        weight: Sum of weights of the window, float32.
-        total: Weighted sum of the window's gradients, float32 or wider, shaped as the parameters.
-        value: Weighted sum of the window's `value`s, float32.
-        dropped: Parts left out for not being finite, ever, int32.
-        inner: State of the inner transform.
-    """
-
-    part: jax.Array
-    step: jax.Array
-    weight: jax.Array
-    total: Any
-    value: jax.Array
-    dropped: jax.Array
-    inner: optax.OptState
+from unitscale_jax.errors import expected, wrong_shape
+from unitscale_jax.loss import Mean, check_params, inverse, to_accumulator
+from unitscale_jax.optimizer import (
+    LossScaleState,
+    MultiStepsState,
+    applied,
+    check_gradients,
+    find_state,
+    flaws,
+    step_or_skip,
+)
+from unitscale_jax.typing import Params
 
 
 def multi_steps(
@@ -45,19 +35,32 @@ def multi_steps(
 ) -> optax.GradientTransformationExtraArgs:
     """Feeds `inner` the mean gradient of every `parts` steps, and nothing in between.
 
-    It is called as `update(grads, state, params, weight=1.0, flush=False, value=None, **extra)`:
-    `weight` is what this part weighs (its tokens), `flush=True` ends the window now (at the end of
-    the data), and the window's weighted mean of `value` reaches `inner`, for rules that watch the
-    loss. A part whose gradients, weight or value are not finite is left out and counted, but uses
-    its place in the window.
+    It is called as `update(grads, state, params, weight=1.0, flush=False, value=None, dropped=0,
+    **extra)`: `weight` is what this part weighs (its tokens), `flush=True` ends the window now (at
+    the end of the data), and the window's weighted mean of `value`, given with every part or with
+    none, reaches `inner`, for rules that watch the loss. A part whose gradients, weight or value
+    are not finite, or of which `dropped` (as in `loss_scaled`) leaves nothing, is left out and
+    counted, on all devices alike, but uses its place in the window.
+
+    Order of wrappers, innermost first: chain -> low_precision_weights -> masked -> multi_steps ->
+    loss_scaled -> sharded. `multi_steps(loss_scaled(..))` works, too: the same updates bit for bit
+    wherever nothing overflows. There an overflow costs a part its place in the window, and lowers
+    the scale when the window ends; `loss_scaled(multi_steps(..))` skips the part and lowers the
+    scale at once, and the window waits for another.
 
     Args:
         inner: Any optax transform; it runs on the emitting step only, and gets float32 gradients.
         parts: Number of parts, or a schedule that maps the number of updates so far to it.
 
     Returns:
-        An optax transform. On steps that do not emit, updates are zero and the inner state is
-        untouched, bit for bit.
+        An optax transform. On steps that do not emit, updates are -0.0 and the inner state is
+        untouched, so that no bit of parameters changes. State: `MultiStepsState`.
+
+    Raises:
+        ValueError: Here, `parts` is no positive int and no function of one argument. In `update`,
+            a schedule returns no integer; a gradient is not that of a parameter; `weight` is no
+            scalar, or negative.
+        TypeError: In `update`, `inner` changes the shape or dtype of its own state.
 
     Example:
         >>> tx = us.multi_steps(optax.sgd(0.1), 2)
@@ -65,14 +68,13 @@ def multi_steps(
         >>> for grad in (1.0, 3.0):
         ...     update, state = tx.update(jnp.float32(grad), state)
         ...     print(f"{float(update):.1f}")
-        0.0
+        -0.0
         -0.2
     """
-    if not callable(parts) and (isinstance(parts, bool) or parts < 1):
-        raise ValueError(f"`parts` is {parts!r}; expected a positive int, or a schedule of them.")
+    _check_parts(parts)
     inner = optax.with_extra_args_support(inner)
 
-    def init_fn(params: optax.Params) -> MultiStepsState:
+    def init_fn(params: Params) -> MultiStepsState:
         check_params(params)
         zero = lambda dtype: jnp.zeros((), dtype)
         return MultiStepsState(
@@ -81,55 +83,80 @@ def multi_steps(
             weight=zero(jnp.float32),
             total=jax.tree.map(lambda p: to_accumulator(jnp.zeros_like(p)), params),
             value=zero(jnp.float32),
+            value_weight=zero(jnp.float32),
             dropped=zero(jnp.int32),
+            lost=zero(jnp.int32),
+            bad=jax.tree.map(lambda _: zero(bool), params),
+            applied=jnp.array(True),
             inner=inner.init(params),
         )
 
     def update_fn(
-        updates: optax.Updates,
+        updates: Params,
         state: Any,
-        params: Any = None,
+        params: Params | None = None,
+        *,
+        weight: Any = 1.0,
+        flush: Any = False,
+        value: Any = None,
+        dropped: Mean | jax.Array | int = 0,
         **extra: Any,
-    ) -> tuple[optax.Updates, MultiStepsState]:
-        weight, flush = extra.pop("weight", 1.0), extra.pop("flush", False)
-        value = extra.pop("value", None)
-        state = _take(state, updates, jnp.asarray(weight, jnp.float32), value)
-        target = parts(state.step) if callable(parts) else parts
+    ) -> tuple[Params, MultiStepsState]:
+        _check_weight(weight)
+        check_gradients(updates, state.total)
+        state = _take(state, updates, jnp.asarray(weight, jnp.float32), value, dropped)
+        target = _checked_target(parts(state.step)) if callable(parts) else parts
         ready = (state.part >= target) | jnp.asarray(flush)
         emit = ready & (state.weight > 0)
-        share = inverse(state.weight)
         if value is not None:
-            extra["value"] = state.value * share
+            extra["value"] = state.value * inverse(state.value_weight)
+        if find_state(state.inner, LossScaleState):
+            # The scale inside has to fall for what never reached it, and most of all if that is
+            # the whole window: it would rise with each window that is clean, until none is.
+            emit |= ready & (state.lost > 0)
+            extra["dropped"] = Mean(
+                state.lost, jnp.where(state.weight > 0, state.lost + 1, state.lost)
+            )
 
-        def emitted() -> tuple[optax.Updates, optax.OptState]:
-            mean = jax.tree.map(lambda t: t * share.astype(t.dtype), state.total)
-            return inner.update(mean, state.inner, params, **extra)
+        def step(total: Params, inner_state: Any) -> tuple[Params, Any]:
+            share = inverse(state.weight)
+            mean = jax.tree.map(lambda t: t * share.astype(t.dtype), total)
+            return inner.update(mean, inner_state, params, **extra)
 
-        def quiet() -> tuple[optax.Updates, optax.OptState]:
-            shapes = jax.eval_shape(emitted)[0]
-            return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), state.inner
-
-        updates, inner_state = jax.lax.cond(emit, emitted, quiet)
-        return updates, _restarted(state, ready, emit)._replace(inner=inner_state)
+        updates, inner_state = step_or_skip(emit, step, state.total, state.inner)
+        return updates, _restarted(state, ready, emit)._replace(
+            applied=_judged(state.applied, emit, inner_state), inner=inner_state
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _take(
-    state: MultiStepsState, grads: optax.Updates, weight: jax.Array, value: Any
+    state: MultiStepsState, grads: Params, weight: jax.Array, value: Any, dropped: Any
 ) -> MultiStepsState:
     """Adds one part to the window, or counts it as dropped."""
-    value = jnp.zeros((), jnp.float32) if value is None else jnp.asarray(value, jnp.float32)
-    ok = trees.is_finite((grads, weight, value))
+    begins = state.part == 0
+    fresh = jax.tree.map(lambda flag: flag & ~begins, state.bad)
+    counts = jnp.where(weight < 0, jnp.nan, weight)  # a traced weight is known too late to refuse
+    beside = (counts,) if value is None else (counts, jnp.asarray(value, jnp.float32))
+    found = flaws(grads, fresh, dropped, *beside)
+    weight = jnp.where(found.all, 0, weight)
     add = lambda total, x: (
-        total + jnp.where(ok, weight.astype(total.dtype) * x.astype(total.dtype), 0)
+        total + jnp.where(found.all, 0, weight.astype(total.dtype) * x.astype(total.dtype))
     )
-    return state._replace(
+    state = state._replace(
         part=state.part + 1,
-        weight=state.weight + jnp.where(ok, weight, 0),
-        total=jax.tree.map(add, state.total, grads),
-        value=add(state.value, value),
-        dropped=state.dropped + jnp.where(ok, 0, 1),
+        weight=state.weight + weight,
+        total=jax.tree.map(add, state.total, jax.tree.map(jnp.asarray, grads)),
+        dropped=state.dropped + found.all.astype(jnp.int32),
+        lost=state.lost + found.some.astype(jnp.int32),
+        bad=jax.tree.map(jnp.logical_or, fresh, found.bad),
+        applied=~found.all,
+    )
+    if value is None:
+        return state
+    return state._replace(
+        value=add(state.value, beside[-1]), value_weight=state.value_weight + weight
     )
 
 
@@ -137,8 +164,55 @@ def _restarted(state: MultiStepsState, ready: jax.Array, emit: jax.Array) -> Mul
     zero_if_ready = lambda x: jnp.where(ready, jnp.zeros((), x.dtype), x)
     return state._replace(
         part=zero_if_ready(state.part),
-        step=state.step + emit.astype(jnp.int32),
+        step=state.step + (emit & (state.weight > 0)).astype(jnp.int32),
         weight=zero_if_ready(state.weight),
         total=jax.tree.map(zero_if_ready, state.total),
         value=zero_if_ready(state.value),
+        value_weight=zero_if_ready(state.value_weight),
+        lost=zero_if_ready(state.lost),
     )
+
+
+def _judged(good: jax.Array, emit: jax.Array, inner_state: Any) -> jax.Array:
+    """Whether the part counts, and if it ended its window, whether that was a step."""
+    taken = applied(inner_state)
+    return good if taken is None else good & (taken | ~emit)
+
+
+def _check_parts(parts: Any) -> None:
+    if callable(parts):
+        try:
+            inspect.signature(parts).bind(0)
+        except TypeError:
+            raise ValueError(
+                f"{expected('`parts`', parts, _PARTS)} It is called with the number of updates."
+            ) from None
+        except ValueError:  # some builtin, which has no signature
+            return
+    elif isinstance(parts, bool) or not isinstance(parts, int | np.integer) or parts < 1:
+        raise ValueError(expected("`parts`", parts, _PARTS))
+
+
+_PARTS = "a positive int, or a schedule of them that takes one argument"
+
+
+def _checked_target(parts: Any) -> jax.Array:
+    target = jnp.asarray(parts)
+    if target.shape or not jnp.issubdtype(target.dtype, jnp.integer):
+        raise ValueError(
+            f"{expected('what the schedule `parts` returned', target, 'an integer scalar')} Round "
+            "it: lambda step: schedule(step).astype(jnp.int32)."
+        )
+    return target
+
+
+def _check_weight(weight: Any) -> None:
+    if jnp.shape(weight):
+        raise ValueError(
+            f"{wrong_shape('`weight`', jnp.shape(weight), ())} Pass the sum over the part's rows."
+        )
+    if not isinstance(weight, jax.core.Tracer) and weight < 0:
+        raise ValueError(
+            f"{expected('`weight`', weight, 'what the part weighs, at least 0')} A part that does "
+            "not count has the weight 0."
+        )

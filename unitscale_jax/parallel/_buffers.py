@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from unitscale_jax.trace import varying, varying_axes, zeros
+from unitscale_jax import tree as trees
+from unitscale_jax.trace import agree, varying, zeros
 from unitscale_jax.typing import Array
 
 
@@ -52,16 +53,11 @@ def select(skip: bool, where: Array, do: Callable[[], Any], idle: Callable[[], A
         do: Of no arguments; its results may differ over fewer mesh axes than those of `idle`.
         idle: Of no arguments.
     """
-    axes = [sorted(varying_axes(x)) for x in jax.tree.leaves(jax.eval_shape(idle))]
-
-    def typed() -> Any:
-        leaves, structure = jax.tree.flatten(do())
-        pairs = zip(leaves, axes, strict=True)
-        return structure.unflatten([varying(leaf, over) for leaf, over in pairs])
-
+    types = jax.eval_shape(idle)
+    typed = lambda: agree(do(), types)
     if skip:
         return lax.cond(where, typed, idle)
-    return jax.tree.map(lambda a, b: jnp.where(where, a, b), typed(), idle())
+    return trees.select(jnp.asarray(where), typed(), idle())
 
 
 def residuals(pull: Any, known: Any) -> tuple[list[jax.Array], Callable[[list, Any], Any]]:

@@ -6,25 +6,36 @@ Float16 has no number between 0 and 2^-24, so small gradients vanish in the back
 multiplied by S moves them up, float32 takes them down again. Powers of two make both exact.
 Bfloat16 has float32's range and needs none of this (Micikevicius et al., arXiv 1710.03740).
 
+`us.updated(grad_fn, optimizer)` carries the factor from the one to the other; by hand it is
+
     scale = current_scale(opt_state)
     terms, aux, grads = grad_fn(params, batch, scale=scale)    # grads carry the factor
+    norm = optax.global_norm(unscaled(grads, opt_state))       # the state that gave the factor
     updates, opt_state = optimizer.update(grads, opt_state, params)
+    batch_stats = unless_skipped(opt_state, aux["state"], batch_stats)
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
+from jax.tree_util import DictKey, SequenceKey
 
 from unitscale_jax import tree as trees
 from unitscale_jax.loss import Mean
-from unitscale_jax.precision._scale import DynamicScale, LossScaleState, StaticScale
-from unitscale_jax.trace import varying, varying_axes
+from unitscale_jax.optimizer import (
+    LossScaleState,
+    applied,
+    find_state,
+    flaws,
+    step_or_skip,
+    verdicts,
+    without_scale,
+)
+from unitscale_jax.precision._scale import DynamicScale, StaticScale
 from unitscale_jax.typing import Axes, Params
 
 Scale: TypeAlias = StaticScale | DynamicScale
@@ -35,7 +46,8 @@ def loss_scaled(
 ) -> optax.GradientTransformationExtraArgs:
     """Unscales gradients, skips a step that overflowed, and adapts the scale.
 
-    Place it outermost, so that clipping sees true gradients.
+    Order of wrappers, innermost first: chain -> low_precision_weights -> masked -> multi_steps ->
+    loss_scaled -> sharded. So clipping sees true gradients, and so do scores of pruning.
 
     Args:
         inner: The optimizer. It sees unscaled gradients, and only finite ones.
@@ -51,7 +63,8 @@ def loss_scaled(
         no part was left, the step is skipped. `extra` goes to `inner`. State: `LossScaleState`.
 
     Raises:
-        ValueError: In `update`, gradients vary over a manual axis that `axes` lacks.
+        ValueError: In `update`, gradients vary over a manual axis that `axes` lacks, or are not
+            those of the parameters.
         TypeError: In `update`, `inner` changes the shape or dtype of its own state.
 
     Gradients at scale 2^k are bit-equal to those at scale 1 when nothing over- or underflows. A
@@ -70,7 +83,7 @@ def loss_scaled(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Params) -> Any:
-        return spec.start(len(jax.tree.leaves(params)), inner.init(params))
+        return spec.start(params, inner.init(params))
 
     def update_fn(
         updates: Params,
@@ -81,18 +94,21 @@ def loss_scaled(
         **extra: Any,
     ) -> tuple[Params, Any]:
         # One reduction carries both: a device that dropped a part lowers the scale of them all.
-        flags = _anywhere(jnp.concatenate([_overflows(updates), _lost(dropped)]), axes)
-        bad, nothing_left = flags[:-2], flags[-1]
-        finite = ~jnp.any(bad) & ~nothing_left
+        found = flaws(updates, state.bad, dropped, axes=axes)
 
         def step(grads: Params, inner_state: Any) -> tuple[Params, Any]:
             # Unscaling in here, not before the branch, spares a copy of the gradients.
-            return inner.update(_unscaled(grads, state.scale), inner_state, params, **extra)
+            return inner.update(without_scale(grads, state.scale), inner_state, params, **extra)
 
-        updates, inner_state = _step_or_skip(finite, step, updates, state.inner)
-        state = spec.after(state, ~jnp.any(flags))
-        skipped = jnp.where(finite, state.skipped, state.skipped + 1)
-        return updates, dataclasses.replace(state, bad=bad, skipped=skipped, inner=inner_state)
+        updates, inner_state = step_or_skip(~found.all, step, updates, state.inner)
+        inner_applied = applied(inner_state)
+        fields = {
+            "bad": found.bad,
+            "skipped": state.skipped + found.all.astype(jnp.int32),
+            "applied": ~found.all if inner_applied is None else ~found.all & inner_applied,
+            "inner": inner_state,
+        }
+        return updates, dataclasses.replace(spec.after(state, ~found.some), **fields)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -104,14 +120,80 @@ def current_scale(opt_state: Any) -> jax.Array:
         A float32 scalar.
 
     Raises:
-        ValueError: `opt_state` holds no loss scale, or several.
+        ValueError: `opt_state` holds no loss scale, or several; or it stands behind another
+            transform, as in `chain(clip, loss_scaled(optimizer))`, which sees scaled gradients.
 
     Example:
         >>> optimizer = optax.chain(loss_scaled(optax.sgd(0.1), StaticScale(1024)))
         >>> current_scale(optimizer.init(jnp.ones(3))).item()
         1024.0
     """
-    return _state_in(opt_state).scale
+    found = find_state(opt_state, LossScaleState)
+    if len(found) > 1:
+        raise ValueError(
+            f"opt_state holds {len(found)} loss scales, and gradients carry one factor. Wrap the "
+            "whole optimizer once, loss_scaled outermost."
+        )
+    if not found:
+        kinds = {type(node).__name__ for _, node in find_state(opt_state, object)}
+        kinds -= {type(leaf).__name__ for leaf in jax.tree.leaves(opt_state)}
+        raise ValueError(
+            f"opt_state holds no LossScaleState, only {', '.join(sorted(kinds)) or 'leaves'}. Wrap "
+            "the optimizer: loss_scaled(optimizer, StaticScale(1))."
+        )
+    path, state = found[0]
+    _check_first(opt_state, path)
+    return state.scale
+
+
+def unscaled(grads: Params, opt_state: Any) -> Params:
+    """Gradients without the factor that they carry: to log their norm, or to look at them.
+
+    Args:
+        grads: Gradients that carry `current_scale(opt_state)`.
+        opt_state: The state before the update, which gave the factor.
+
+    Returns:
+        The gradients in their dtypes. `update` takes those with the factor, not these.
+
+    Raises:
+        ValueError: As `current_scale`.
+
+    Law: bit-equal to the gradients without a scale, where nothing over- or underflows.
+
+    Example:
+        >>> state = loss_scaled(optax.sgd(0.1), StaticScale(1024)).init(jnp.ones(2))
+        >>> unscaled(current_scale(state) * jnp.array([1.5, -3.0]), state).tolist()
+        [1.5, -3.0]
+    """
+    return without_scale(grads, current_scale(opt_state))
+
+
+def unless_skipped(opt_state: Any, new: Any, old: Any) -> Any:
+    """What goes with a step and is no parameter, such as batch statistics: old if it was skipped.
+
+    Args:
+        opt_state: The state after the update. A step is skipped by `loss_scaled`, and a part left
+            out by `multi_steps`; an optimizer without them skips none.
+        new: A tree as the step made it, which an overflow may have filled with NaN.
+        old: The tree before the step.
+
+    Returns:
+        `new` if the last step was applied, else `old`, bit for bit.
+
+    Raises:
+        ValueError: `new` and `old` differ in structure, or a leaf in shape or dtype.
+
+    Example:
+        >>> optimizer = loss_scaled(optax.sgd(0.1), DynamicScale())
+        >>> state = optimizer.init(jnp.ones(2))
+        >>> _, state = optimizer.update(jnp.array([1.0, jnp.inf]), state)
+        >>> unless_skipped(state, jnp.float32(jnp.inf), jnp.float32(0.5)).item()
+        0.5
+    """
+    _check_same(new, old)
+    good = applied(opt_state)
+    return new if good is None else trees.select(good, new, old)
 
 
 def overflowing(opt_state: Any, params: Params) -> list[str]:
@@ -122,7 +204,8 @@ def overflowing(opt_state: Any, params: Params) -> list[str]:
         params: The parameters, of which only the structure matters.
 
     Raises:
-        ValueError: `opt_state` holds no loss scale or several, or is not the state of `params`.
+        ValueError: `opt_state` holds nothing that skips a step, or several; or is not the state of
+            `params`.
 
     Example:
         >>> params = {"head": {"bias": jnp.ones(2), "kernel": jnp.ones(2)}}
@@ -131,115 +214,56 @@ def overflowing(opt_state: Any, params: Params) -> list[str]:
         >>> overflowing(optimizer.update(grads, optimizer.init(params))[1], params)
         ['head/kernel']
     """
-    bad, names = np.asarray(_state_in(opt_state).bad), trees.names(params)
-    if bad.shape != (len(names),):
+    found, names = verdicts(opt_state), trees.names(params)
+    if len(found) != 1:
         raise ValueError(
-            f"params has {len(names)} leaves, but the loss scale watches {bad.shape} of them. Pass "
-            "the parameters that the optimizer was initialized with, and one replica's state."
+            f"opt_state holds {len(found)} states that say which gradients were not finite, and 1 "
+            "is expected. Wrap the optimizer once: loss_scaled(optimizer, DynamicScale())."
         )
-    return [name for name, is_bad in zip(names, bad, strict=True) if is_bad]
-
-
-def _state_in(opt_state: Any) -> LossScaleState:
-    nodes: list[Any] = []
-    # `is_leaf` is asked about every node on the way down, which makes it a visitor.
-    jax.tree.flatten(opt_state, is_leaf=lambda node: bool(nodes.append(node)))
-    found = [node for node in nodes if isinstance(node, LossScaleState)]
-    if len(found) > 1:
+    bad = trees.named_leaves(found[0].bad)
+    if list(bad) != names:
         raise ValueError(
-            f"opt_state holds {len(found)} loss scales, and gradients carry one factor. Wrap the "
-            "whole optimizer once, loss_scaled outermost."
+            f"params has {len(names)} leaves, but the loss scale watches {len(bad)} others. Pass "
+            "the parameters that the optimizer was initialized with."
         )
-    if not found:
-        kinds = {type(node).__name__ for node in nodes if not jax.tree_util.all_leaves([node])}
+    return [name for name, flags in bad.items() if np.any(flags)]
+
+
+def _check_same(new: Any, old: Any) -> None:
+    kinds = lambda tree: {
+        name: f"{jnp.result_type(x)}{list(jnp.shape(x))}"
+        for name, x in zip(trees.names(tree), jax.tree.leaves(tree), strict=True)
+    }
+    after, before = kinds(new), kinds(old)
+    odd = [n for n in (*before, *after) if before.get(n) != after.get(n)]
+    if odd or jax.tree.structure(new) != jax.tree.structure(old):
+        name = odd[0] if odd else "the whole"
         raise ValueError(
-            f"opt_state holds no LossScaleState, only {', '.join(sorted(kinds)) or 'leaves'}. Wrap "
-            "the optimizer: loss_scaled(optimizer, StaticScale(1))."
+            f"of the state after a step {name!r} is {after.get(name)}, and before it was "
+            f"{before.get(name)}; if the step is skipped, the one takes the place of the other. "
+            "Return a state with the structure, shapes and dtypes it had, in the same containers."
         )
-    return found[0]
 
 
-def _overflows(grads: Params) -> jax.Array:
-    """Which leaves hold a number that is not finite, as `bool[leaves]`.
-
-    Inf - inf is NaN and NaN stays, so the sum over parts is checked once for all of them.
-    """
-    no = jnp.array(False)
-    is_bad = lambda g: ~jnp.all(jnp.isfinite(g)) if _is_inexact(g) else no
-    flags = [is_bad(g) for g in jax.tree.leaves(grads)]
-    return jnp.stack(flags) if flags else jnp.zeros(0, bool)
-
-
-def _lost(dropped: Mean | jax.Array | int) -> jax.Array:
-    """Whether accumulation dropped some part, and whether it dropped every one; `bool[2]`."""
-    if isinstance(dropped, Mean):
-        return jnp.stack([dropped.total > 0, dropped.total >= dropped.weight])
-    return jnp.stack([jnp.asarray(dropped) > 0, jnp.array(False)])
-
-
-def _unscaled(grads: Params, scale: jax.Array) -> Params:
-    def unscale(g: jax.Array) -> jax.Array:
-        if not _is_inexact(g):
-            return g
-        # In float32 at least: 1/S may be below float16's range where g/S is not.
-        wide = trees.wide(g.dtype)
-        return (g.astype(wide) * inverse.astype(wide)).astype(g.dtype)
-
-    inverse = 1 / scale  # exact, since both are powers of two
-    return jax.tree.map(unscale, grads)
-
-
-def _is_inexact(g: jax.Array) -> bool:
-    return jnp.issubdtype(g.dtype, jnp.inexact)
-
-
-def _anywhere(flags: jax.Array, axes: Axes) -> jax.Array:
-    """Flags that are set on any device along `axes`."""
-    forgotten = sorted(varying_axes(flags) - set(axes))
-    if forgotten:
-        raise ValueError(
-            f"gradients vary over the manual axes {forgotten}, which axes={tuple(axes)} lacks: "
-            f"devices would disagree about the scale. Pass axes={(*axes, *forgotten)}."
-        )
-    if not axes:
-        return flags
-    # A sum takes only values that vary over all of its axes.
-    return lax.psum(varying(flags.astype(jnp.int32), axes), tuple(axes)) > 0
-
-
-def _step_or_skip(finite: jax.Array, step: Callable, grads: Params, state: Any) -> tuple:
-    """Runs `step(grads, state)`, or gives zero updates and the same state."""
-    updates, new_state = jax.eval_shape(step, grads, state)
-    _check_state(state, new_state)
-    # Branches have to agree in the manual axes that they vary over, so each takes the union.
-    both = lambda a, b: varying_axes(a) | varying_axes(b)
-    union = jax.tree.map(both, (updates, state), (updates, new_state))
-
-    def run(grads: Params, state: Any) -> tuple:
-        return jax.tree.map(varying, step(grads, state), union)
-
-    def skip(grads: Params, state: Any) -> tuple:
-        del grads
-        # Minus zero, because x + -0.0 is x for every x, whereas -0.0 + 0.0 is 0.0.
-        zeros = jax.tree.map(lambda u: jnp.full(u.shape, -0.0, u.dtype), updates)
-        return jax.tree.map(varying, (zeros, state), union)
-
-    return lax.cond(finite, run, skip, grads, state)
-
-
-def _check_state(old: Any, new: Any) -> None:
-    if jax.tree.structure(old) != jax.tree.structure(new):
-        raise TypeError(
-            "the inner transform changes the structure of its state from "
-            f"{jax.tree.structure(old)} to {jax.tree.structure(new)}; a step that can be skipped "
-            "needs both to be the same. Initialize with the parameters you update."
-        )
-    before, after = jax.tree.leaves(old), jax.tree.leaves(new)
-    for name, x, y in zip(trees.names(old), before, after, strict=True):
-        if (jnp.shape(x), jnp.result_type(x)) != (y.shape, y.dtype):
-            raise TypeError(
-                f"the inner transform changes its state {name!r} from {jnp.result_type(x)}"
-                f"{jnp.shape(x)} to {y.dtype}{y.shape}; a step that can be skipped needs both to "
-                "be the same. If parameters are 16 bits wide and gradients float32, wrap it: "
-                "loss_scaled(low_precision_weights(inner, ...), ...)."
+def _check_first(opt_state: Any, path: tuple) -> None:
+    """Raises `ValueError` if another transform of a chain sees gradients before a loss scale."""
+    node = opt_state
+    for k, key in enumerate(path):
+        ahead = isinstance(key, SequenceKey) and key.idx > 0
+        # The states of `optax.partition` and `optax.named_chain` are dicts of tuples.
+        beside = isinstance(key, DictKey) and len(node) > 1
+        if ahead or (beside and all(isinstance(x, tuple | LossScaleState) for x in node.values())):
+            place = jax.tree_util.keystr(path[: k + 1])
+            raise ValueError(
+                f"the loss scale stands at opt_state{place}, so another transform sees gradients "
+                "that carry its factor: a norm clipped there is that of scaled gradients. Wrap the "
+                "whole chain: loss_scaled(optax.chain(clip, optimizer), spec); and pass the state "
+                "of the optimizer alone."
             )
+        node = _child(node, key)
+
+
+def _child(node: Any, key: Any) -> Any:
+    if isinstance(key, SequenceKey):
+        return node[key.idx]
+    return node[key.key] if isinstance(key, DictKey) else getattr(node, key.name)

@@ -8,7 +8,6 @@ update under 2^-9, for ever. (Zamirai et al., Revisiting BFloat16 Training, arXi
 et al., Stochastic Rounding for LLM Training, arXiv 2502.20566.)
 """
 
-import dataclasses
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -17,25 +16,17 @@ import optax
 from jax import lax
 
 from unitscale_jax import formats, tree as trees
+from unitscale_jax.optimizer import (
+    LossScaleState,
+    LowPrecisionState,
+    MaskedState,
+    MultiStepsState,
+    refuse_inside,
+)
 from unitscale_jax.typing import Key, Params
 
 Rounding: TypeAlias = Literal["stochastic", "kahan"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LowPrecisionState:
-    """What rounding carries from step to step.
-
-    Attributes:
-        step: int32 scalar, how many updates were made; the random bits derive from it.
-        owed: Kahan's tree of bfloat16, what the weights are short of; `None` if stochastic.
-        inner: State of the wrapped transform, initialized on float32 parameters.
-    """
-
-    step: jax.Array
-    owed: Params | None
-    inner: Any
+_WHY = "it would round, and pay what Kahan's sum owes, where the other takes no step."
 
 
 def low_precision_weights(
@@ -46,7 +37,8 @@ def low_precision_weights(
 ) -> optax.GradientTransformationExtraArgs:
     """Updates bfloat16 parameters as if small updates were not rounded away.
 
-    Place it around the whole optimizer, under nothing but `loss_scaled`.
+    Order of wrappers, innermost first: chain -> low_precision_weights -> masked -> multi_steps ->
+    loss_scaled -> sharded.
 
     Args:
         inner: The optimizer. It sees float32 parameters and float32 gradients.
@@ -60,8 +52,9 @@ def low_precision_weights(
         to bfloat16 takes JAX's standard dtype promotion.) State: `LowPrecisionState`.
 
     Raises:
-        ValueError: The rounding is unknown, or stochastic without a key; in `init` and `update`, a
-            parameter is not bfloat16 or parameters are missing.
+        ValueError: The rounding is unknown, or stochastic without a key; in `init`, `inner` holds
+            a wrapper that belongs around it; in `init` and `update`, a parameter is not bfloat16 or
+            parameters are missing.
         TypeError: The key is not a typed key.
 
     The random bits of a leaf are those of its whole shape whatever its sharding under `jit`, so
@@ -84,8 +77,10 @@ def low_precision_weights(
     def init_fn(params: Params) -> Any:
         _check_params(params)
         owed = jax.tree.map(jnp.zeros_like, params) if rounding == "kahan" else None
-        step = jnp.zeros((), jnp.int32)
-        return LowPrecisionState(step=step, owed=owed, inner=inner.init(_widened(params)))
+        step, state = jnp.zeros((), jnp.int32), inner.init(_widened(params))
+        for kind in (LossScaleState, MultiStepsState, MaskedState):
+            refuse_inside(state, kind, "low_precision_weights", _WHY)
+        return LowPrecisionState(step=step, owed=owed, inner=state)
 
     def update_fn(
         updates: Params, state: Any, params: Params | None = None, **extra: Any

@@ -14,31 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LossScaleState:
-    """Where a loss scale stands.
-
-    Attributes:
-        scale: float32 scalar, the factor that the next gradients carry.
-        good: int32 scalar, finite steps since the scale last moved or a step overflowed.
-        credits: int32 scalar, overflows that are still forgiven without lowering the scale.
-        stuck: Boolean scalar, whether the last step overflowed at the lowest scale. The step does
-            not stop by itself: what to do about it is up to the loop.
-        bad: `bool[leaves]`, which gradients were not finite in the last step; `overflowing` names
-            them.
-        skipped: int32 scalar, how many steps were skipped so far.
-        inner: State of the wrapped transform.
-    """
-
-    scale: jax.Array
-    good: jax.Array
-    credits: jax.Array
-    stuck: jax.Array
-    bad: jax.Array
-    skipped: jax.Array
-    inner: Any
+from unitscale_jax.optimizer import LossScaleState
+from unitscale_jax.typing import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +38,9 @@ class StaticScale:
         """Checks the scale."""
         _check_power("StaticScale.scale", self.scale)
 
-    def start(self, leaves: int, inner: Any) -> LossScaleState:
-        """The first state, over that many gradients and the first state of what is inside."""
-        return _start(self.scale, 0, leaves, inner)
+    def start(self, params: Params, inner: Any) -> LossScaleState:
+        """The first state, of these parameters and the first state of what is inside."""
+        return _start(self.scale, 0, params, inner)
 
     def after(self, state: LossScaleState, finite: jax.Array) -> LossScaleState:
         """Where the scale stands after a step, which was finite or overflowed."""
@@ -124,9 +101,9 @@ would round. Use 512 or 1024.
                 "count steps, the deciding one included, so the least is 1."
             )
 
-    def start(self, leaves: int, inner: Any) -> LossScaleState:
-        """The first state, over that many gradients and the first state of what is inside."""
-        return _start(self.init, self.hysteresis - 1, leaves, inner)
+    def start(self, params: Params, inner: Any) -> LossScaleState:
+        """The first state, of these parameters and the first state of what is inside."""
+        return _start(self.init, self.hysteresis - 1, params, inner)
 
     def after(self, state: LossScaleState, finite: jax.Array) -> LossScaleState:
         """Where the scale stands after a step, which was finite or overflowed."""
@@ -145,14 +122,15 @@ would round. Use 512 or 1024.
         )
 
 
-def _start(scale: float, credits: int, leaves: int, inner: Any) -> LossScaleState:
+def _start(scale: float, credits: int, params: Params, inner: Any) -> LossScaleState:
     return LossScaleState(
         scale=jnp.asarray(scale, jnp.float32),
         good=jnp.zeros((), jnp.int32),
         credits=jnp.asarray(credits, jnp.int32),
         stuck=jnp.array(False),
-        bad=jnp.zeros(leaves, bool),
+        bad=jax.tree.map(lambda _: jnp.zeros((), bool), params),
         skipped=jnp.zeros((), jnp.int32),
+        applied=jnp.array(True),
         inner=inner,
     )
 

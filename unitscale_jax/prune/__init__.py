@@ -1,5 +1,6 @@
 """Pruning: masks, and compaction into a really smaller model."""
 
+from unitscale_jax.optimizer import MaskedState as MaskedState
 from unitscale_jax.prune._ablation import (
     layer_losses as layer_losses,
     loss_increase as loss_increase,
@@ -31,11 +32,7 @@ from unitscale_jax.prune._groups import (
     groups as groups,
     plan_of as plan_of,
 )
-from unitscale_jax.prune._masked import (
-    MaskedState as MaskedState,
-    masked as masked,
-    masks_of as masks_of,
-)
+from unitscale_jax.prune._masked import masked as masked, masks_of as masks_of
 from unitscale_jax.prune._masks import prune as prune, with_masks as with_masks
 from unitscale_jax.prune._movement import (
     Scored as Scored,

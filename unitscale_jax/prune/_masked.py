@@ -10,7 +10,7 @@ is nothing to remember after a step. Gradual pruning: https://arxiv.org/abs/1710
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,29 +18,22 @@ import numpy as np
 import optax
 
 from unitscale_jax import tree as trees
+from unitscale_jax.optimizer import (
+    LossScaleState,
+    MaskedState,
+    MultiStepsState,
+    find_state,
+    no_update,
+    none_left,
+    refuse_inside,
+    step_or_skip,
+    without_scale,
+)
 from unitscale_jax.prune._schedules import OneShot, Schedule
 from unitscale_jax.prune._scores import Score, magnitude
 from unitscale_jax.prune._spec import SparsitySpec, counts, masks_from, selected
-from unitscale_jax.trace import varying_axes
+from unitscale_jax.trace import reach, trace, varying_axes
 from unitscale_jax.typing import Params
-
-
-class MaskedState(NamedTuple):
-    """State of `masked`, `rigl` and `set_`.
-
-    Attributes:
-        masks: A pytree like the parameters of bool arrays; the scalar True where nothing is pruned.
-        done: Scheduled updates of masks that are made, int32.
-        count: Steps taken, int32.
-        score: State of the score.
-        inner: State of the inner transform.
-    """
-
-    masks: Any
-    done: jax.Array
-    count: jax.Array
-    score: Any
-    inner: optax.OptState
 
 
 def masked(
@@ -53,9 +46,10 @@ def masked(
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes parameters while an optimizer trains the others.
 
-    Place it outermost: a factor applied to its updates breaks the zeros. `multi_steps` and
-    `loss_scaled`, which pass updates on as they are, may be around it; steps then are steps of the
-    optimizer, not parts. Arrays may be sharded any way under `jit`.
+    Order of wrappers, innermost first: chain -> low_precision_weights -> masked -> multi_steps ->
+    loss_scaled -> sharded. A factor applied to its updates would break the zeros; what is around it
+    passes updates on as they are, so that steps are steps of the optimizer, not parts. Arrays may
+    be sharded any way under `jit`.
 
     Args:
         tx: Any optax transform.
@@ -74,8 +68,9 @@ def masked(
 
     Raises:
         ValueError: At `init`, the spec or the schedule does not fit the parameters; sticky masks
-            and sparsities that fall. In `update`, no parameters; gradients that vary over a manual
-            axis of a `shard_map`.
+            and sparsities that fall; a wrapper inside that belongs around it: `multi_steps`, other
+            masks, or `loss_scaled` where the score adds up gradients. In `update`, no parameters;
+            gradients that vary over a manual axis of a `shard_map`.
 
     Laws: after every `optax.apply_updates` what masks leave out is zero, and so are its moments;
     masks have as many ones as scheduled; the last scheduled step has the sparsity of the spec, also
@@ -103,7 +98,7 @@ def masked(
         table = _table(spec, schedule, params, sticky)
         return masks_from(spec, scores, {name: rows[number - 1] for name, rows in table.items()})
 
-    return evolving(tx, schedule.steps, score, start, renew)
+    return evolving(tx, schedule.steps, score, start, renew, name="masked")
 
 
 def masks_of(state: Any) -> Any:
@@ -123,16 +118,13 @@ def masks_of(state: Any) -> Any:
         >>> masks_of(us.multi_steps(tx, 2).init({"w": jnp.ones((1, 2))}))["w"].tolist()
         [[True, True]]
     """
-    nodes: list[Any] = []
-    # `is_leaf` is asked about every node on the way down, which makes it a visitor.
-    jax.tree.flatten(state, is_leaf=lambda node: bool(nodes.append(node)))
-    found = [node for node in nodes if isinstance(node, MaskedState)]
+    found = find_state(state, MaskedState)
     if len(found) != 1:
         raise ValueError(
             f"the state holds {len(found)} MaskedStates, and 1 is expected. Wrap the optimizer in "
             "us.prune.masked once, with one spec for all parameters, and pass the whole state."
         )
-    return found[0].masks
+    return found[0][1].masks
 
 
 # ------------------------------------------------------------------- the step, for any method
@@ -145,6 +137,7 @@ def evolving(
     start: Callable[[Params], Any],
     renew: Callable[[MaskedState, Params, Params, jax.Array], Any],
     *,
+    name: str,
     rests: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """The transform of masks that begin as `start` says and change as `renew` does.
@@ -156,6 +149,7 @@ def evolving(
         start: `start(params) -> masks`.
         renew: `renew(state, grads, params, number) -> masks`; number counts updates from 1, and
             grads and params have scalars for what is not pruned.
+        name: That of the wrapper, for its errors.
         rests: Whether `tx` takes no step when masks change.
     """
     inner, table = optax.with_extra_args_support(tx), np.asarray(steps, np.int32)
@@ -163,27 +157,41 @@ def evolving(
     def init_fn(params: Params) -> MaskedState:
         # No two leaves share a buffer, so that a state can be donated.
         masks = jax.tree.map(lambda m: m if np.ndim(m) else jnp.ones((), bool), start(params))
-        score_state, zero = score.init(ranked(masks, params)), lambda: jnp.zeros((), jnp.int32)
-        return MaskedState(masks, zero(), zero(), score_state, inner.init(params))
+        seen, inner_state = ranked(masks, params), inner.init(params)
+        score_state, zero = score.init(seen), lambda: jnp.zeros((), jnp.int32)
+        _check_inside(inner_state, name, rests or _adds_up(score, score_state, seen))
+        return MaskedState(masks, zero(), zero(), score_state, inner_state)
 
     def update_fn(
         updates: Params, state: Any, params: Params | None = None, **extra: Any
     ) -> tuple[Params, MaskedState]:
         _check_params(params)
-        finite, scheduled = _is_finite(updates), jnp.sum(table <= state.count, dtype=jnp.int32)
-        seen = ranked(state.masks, updates), ranked(state.masks, params)
-        score_state = trees.select(finite, score.update(state.score, *seen), state.score)
-        state = state._replace(count=state.count + 1, score=score_state)
-        due = finite & (state.done < scheduled)
-        masks, before = _renewed(due, lambda: renew(state, *seen, scheduled), state)
+        grads, scale = updates, [s.scale for _, s in find_state(state.inner, LossScaleState)]
+        # The factor of a loss scale inside is none of a score's business.
+        true = without_scale(grads, scale[0]) if scale else grads
+        good = _is_finite(grads) & ~none_left(extra.get("dropped", 0))
+        seen = ranked(state.masks, true), ranked(state.masks, params)
+        scheduled = jnp.sum(table <= state.count, dtype=jnp.int32)
+        score_state = trees.select(good, score.update(state.score, *seen), state.score)
+        new = state._replace(count=state.count + 1, score=score_state)
+        due = good & (state.done < scheduled)
+        masks, before = _renewed(due, lambda: renew(new, *seen, scheduled), new)
 
-        def step() -> tuple[Params, Any]:
-            return inner.update(zeroed(masks, updates), before, zeroed(masks, params), **extra)
+        def step(grads: Params, inner_state: Any) -> tuple[Params, Any]:
+            return inner.update(grads, inner_state, zeroed(masks, params), **extra)
 
-        updates, after = _rest_or_step(due, step, before) if rests else step()
-        done = jnp.where(due, scheduled, state.done)
+        kept = zeroed(masks, grads)
+        # What overflowed has to reach the scale, also where it is pruned.
+        kept = trees.select(good, kept, grads) if scale else kept
+        updates, after = step_or_skip(~due, step, kept, before) if rests else step(kept, before)
         updates = jax.tree.map(_erased, masks, updates, params)
-        return updates, state._replace(masks=masks, done=done, inner=after)
+        done = jnp.where(due, scheduled, state.done)
+        new = new._replace(masks=masks, done=done, inner=after)
+        if not scale:
+            return updates, new
+        # A step that the scale skips is none, as in the other order: masks and counts stand still.
+        still = jax.tree.map(no_update, updates), state._replace(inner=after)
+        return trees.select(good, (updates, new), still)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -271,17 +279,6 @@ def _cleared_leaf(known: dict[tuple, jax.Array], path: tuple, x: Any) -> Any:
     return jnp.where(mask, x, 0) if trees.is_floating(x) else x
 
 
-def _rest_or_step(resting: jax.Array, step: Callable[[], tuple], inner: Any) -> tuple:
-    """Zero updates and the same state, or a step."""
-    updates, after = jax.eval_shape(step)
-    # Minus zero, because x + -0.0 is x for every x.
-    still = lambda: (
-        jax.tree.map(lambda u: jnp.full(u.shape, -0.0).astype(u.dtype), updates),
-        jax.tree.map(lambda s, x: jnp.asarray(x).astype(s.dtype), after, inner),
-    )
-    return jax.lax.cond(resting, still, step)
-
-
 def _erased(mask: jax.Array, update: Any, w: Any) -> Any:
     """The update where the mask is True, elsewhere what takes a weight to zero."""
     if not np.ndim(mask):
@@ -289,6 +286,27 @@ def _erased(mask: jax.Array, update: Any, w: Any) -> Any:
     # In the wider dtype: w minus bfloat16(w) is not zero for a float32 w.
     dtype = jnp.promote_types(update.dtype, w.dtype)
     return jnp.where(mask, update.astype(dtype), -w.astype(dtype))
+
+
+def _adds_up(score: Score, state: Any, params: Params) -> bool:
+    """Whether what a score remembers depends on gradients."""
+    sizes = [len(jax.tree.leaves(tree)) for tree in (state, params)]
+    of_grads = set(range(sizes[0], sum(sizes)))
+    sources = jax.tree.leaves(
+        reach(trace(score.update, state, params, params)),
+        is_leaf=lambda x: isinstance(x, frozenset),
+    )
+    return any(source & of_grads for source in sources)
+
+
+def _check_inside(inner_state: Any, name: str, needs_gradients: bool) -> None:
+    why = "its steps would be parts, whose gradients are not yet those of a step."
+    refuse_inside(inner_state, MultiStepsState, name, why)
+    once = "Wrap the optimizer once, with one spec for all parameters."
+    refuse_inside(inner_state, MaskedState, name, "two specs would undo one another.", once)
+    if needs_gradients:
+        why = "gradients in here carry the factor of the loss scale, which changes between steps."
+        refuse_inside(inner_state, LossScaleState, name, why)
 
 
 def _is_finite(grads: Params) -> jax.Array:

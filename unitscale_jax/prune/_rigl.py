@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from unitscale_jax.prune._masked import MaskedState, evolving, full, ranked, sunk
+from unitscale_jax.optimizer import MaskedState
+from unitscale_jax.prune._masked import evolving, full, ranked, sunk
 from unitscale_jax.prune._patterns import Balanced, NofM
 from unitscale_jax.prune._schedules import Schedule
 from unitscale_jax.prune._scores import Score, magnitude, random
@@ -43,6 +44,9 @@ def rigl(
     Where a weight is pruned the gradient is taken too: nothing of the model is left out, so a step
     costs what a dense one does. At an update of masks the optimizer takes no step.
 
+    Order of wrappers, innermost first: chain -> low_precision_weights -> rigl -> multi_steps ->
+    loss_scaled -> sharded.
+
     Args:
         tx: Any optax transform.
         spec: What to prune, and to which sparsity, from the first step on.
@@ -60,7 +64,8 @@ def rigl(
 
     Raises:
         ValueError: `drop` is not in [0, 1], or `end` not positive. At `init`, the spec does not fit
-            the parameters; a pattern is `NofM`, which is not ranked.
+            the parameters; a pattern is `NofM`, which is not ranked; `tx` holds `multi_steps`,
+            `loss_scaled` or other masks, of which the first two belong around it.
 
     Law: masks have the same number of ones always, exactly.
 
@@ -75,7 +80,7 @@ def rigl(
         [1, 1, 1, 0, 0, 1, 0, 0]
     """
     of_gradient = lambda number, grads, _: magnitude().value((), None, grads, number)
-    return _moving(tx, spec, schedule, of_gradient, score, drop, end)
+    return _moving("rigl", tx, spec, schedule, of_gradient, score, drop, end)
 
 
 def set_(
@@ -88,6 +93,9 @@ def set_(
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains a fixed number of weights, and tries others at random.
+
+    Order of wrappers, innermost first: chain -> low_precision_weights -> set_ -> multi_steps ->
+    loss_scaled -> sharded.
 
     Args:
         tx: Any optax transform.
@@ -114,10 +122,11 @@ def set_(
     """
     draw = random(seed)
     at_random = lambda number, grads, params: draw.value((), grads, params, number)
-    return _moving(tx, spec, schedule, at_random, draw, drop, end)
+    return _moving("set_", tx, spec, schedule, at_random, draw, drop, end)
 
 
 def _moving(
+    name: str,
     tx: optax.GradientTransformation,
     spec: SparsitySpec,
     schedule: Schedule,
@@ -148,7 +157,7 @@ def _moving(
         return jax.tree.map(jnp.logical_or, stay, grow)
 
     # The first masks' score is asked once, at `init`: nothing of it is kept up to date.
-    return evolving(tx, schedule.steps, magnitude(), start, renew, rests=True)
+    return evolving(tx, schedule.steps, magnitude(), start, renew, name=name, rests=True)
 
 
 def moving_share(t: int, drop: float, end: int) -> float:

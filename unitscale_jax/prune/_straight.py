@@ -18,6 +18,7 @@ import optax
 
 from unitscale_jax import fwd_bwd, tree as trees
 from unitscale_jax.loss import around
+from unitscale_jax.optimizer import LossScaleState, MaskedState, refuse_inside
 from unitscale_jax.prune._scores import magnitude
 from unitscale_jax.prune._spec import SparsitySpec, make_masks
 from unitscale_jax.typing import Apply, Params
@@ -72,7 +73,8 @@ def sr_ste(
         that of `tx`.
 
     Raises:
-        ValueError: `decay` is negative. In `update`, no parameters, or the spec does not fit them.
+        ValueError: `decay` is negative. At `init`, `tx` holds a loss scale or masks. In `update`,
+            no parameters, or the spec does not fit them.
 
     Example:
         >>> spec = us.prune.SparsitySpec(patterns={"w": us.prune.Unstructured()}, sparsity=0.5)
@@ -85,6 +87,14 @@ def sr_ste(
         raise ValueError(f"decay is {decay}; it is how fast pruned weights go to zero, at least 0.")
     inner = optax.with_extra_args_support(tx)
 
+    def init_fn(params: Params) -> Any:
+        state = inner.init(params)
+        why = "the decay of a weight would be added to a gradient that carries a factor."
+        refuse_inside(state, LossScaleState, "sr_ste", why)
+        once = "Take straight_through with sr_ste, or masked."
+        refuse_inside(state, MaskedState, "sr_ste", "it decays weights that masks erase.", once)
+        return state
+
     def update_fn(
         updates: Params, state: Any, params: Params | None = None, **extra: Any
     ) -> tuple[Params, Any]:
@@ -96,7 +106,7 @@ def sr_ste(
         updates = jax.tree.map(pull, magnitude_masks(params, spec), updates, params)
         return inner.update(updates, state, params, **extra)
 
-    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def magnitude_masks(params: Params, spec: SparsitySpec) -> Any:

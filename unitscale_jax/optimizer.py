@@ -1,0 +1,396 @@
+"""What every wrapper of an optimizer is made of: states that know each other, and a step or none.
+
+    chain -> low_precision_weights -> masked, rigl, set_ -> multi_steps -> loss_scaled -> sharded
+
+is the order of wrappers, the innermost first. Each wrapper answers the same questions at each call:
+whether its gradients are good, on all devices alike (`flaws`), what happens if they are not
+(`step_or_skip`), and which other wrappers are inside of it (`find_state`, `refuse_inside`).
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unitscale_jax import tree as trees
+from unitscale_jax.errors import wrong_shape
+from unitscale_jax.loss import Mean
+from unitscale_jax.trace import varying, varying_axes
+from unitscale_jax.typing import Axes, Params
+
+# ----------------------------------------------------------------------- states, inside to outside
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LowPrecisionState:
+    """What rounding carries from step to step.
+
+    Attributes:
+        step: int32 scalar, how many updates were made; the random bits derive from it.
+        owed: Kahan's tree of bfloat16, what the weights are short of; `None` if stochastic.
+        inner: State of the wrapped transform, initialized on float32 parameters.
+    """
+
+    step: jax.Array
+    owed: Params | None
+    inner: Any
+
+
+class MaskedState(NamedTuple):
+    """State of `masked`, `rigl` and `set_`.
+
+    Attributes:
+        masks: A pytree like the parameters of bool arrays; the scalar True where nothing is pruned.
+        done: Scheduled updates of masks that are made, int32.
+        count: Steps taken, int32.
+        score: State of the score.
+        inner: State of the inner transform.
+    """
+
+    masks: Any
+    done: jax.Array
+    count: jax.Array
+    score: Any
+    inner: Any
+
+
+class MultiStepsState(NamedTuple):
+    """State of `multi_steps`.
+
+    Attributes:
+        part: Parts taken of the current window, int32.
+        step: Updates emitted, int32.
+        weight: Sum of weights of the window, float32.
+        total: Weighted sum of the window's gradients, float32 or wider, shaped as the parameters.
+        value: Weighted sum of the window's `value`s, float32.
+        value_weight: Sum of weights of the parts that had a `value`, float32.
+        dropped: Parts left out for not being finite, ever, int32.
+        lost: Parts of the window that were left out, or of which something was, int32.
+        bad: A pytree like the parameters of bool scalars: which gradients were not finite in some
+            part of the window; after its last part still those of the window that ended.
+        applied: Boolean scalar, whether the last part counts, and if it ended a window, whether the
+            inner transform took that step.
+        inner: State of the inner transform.
+    """
+
+    part: jax.Array
+    step: jax.Array
+    weight: jax.Array
+    total: Any
+    value: jax.Array
+    value_weight: jax.Array
+    dropped: jax.Array
+    lost: jax.Array
+    bad: Any
+    applied: jax.Array
+    inner: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossScaleState:
+    """Where a loss scale stands.
+
+    Attributes:
+        scale: float32 scalar, the factor that the next gradients carry.
+        good: int32 scalar, finite steps since the scale last moved or a step overflowed.
+        credits: int32 scalar, overflows that are still forgiven without lowering the scale.
+        stuck: Boolean scalar, whether the last step overflowed at the lowest scale. The step does
+            not stop by itself: what to do about it is up to the loop.
+        bad: A pytree like the parameters of bool scalars, which gradients were not finite in the
+            last step; `overflowing` names them. Stacked with the parameters, it says which layer.
+        skipped: int32 scalar, how many steps were skipped so far.
+        applied: Boolean scalar, whether the last step was not skipped.
+        inner: State of the wrapped transform.
+    """
+
+    scale: jax.Array
+    good: jax.Array
+    credits: jax.Array
+    stuck: jax.Array
+    bad: Any
+    skipped: jax.Array
+    applied: jax.Array
+    inner: Any
+
+
+# ------------------------------------------------------------------------------- finding states
+
+
+def find_state(tree: Any, kind: type | tuple[type, ...]) -> list[tuple[tuple, Any]]:
+    """Finds the states of some kind, wherever they are in a tree.
+
+    Args:
+        tree: The state of an optimizer, or anything that holds it.
+        kind: A class of states, or several.
+
+    Returns:
+        `[(path, state), ...]`, in the order of the tree, one inside of another after it. A path has
+        the keys of `jax.tree_util`.
+
+    Example:
+        >>> tx = optax.chain(optax.clip(1.0), us.multi_steps(optax.sgd(0.1), 2))
+        >>> [(path, state.part.item()) for path, state in find_state(tx.init(1.0), MultiStepsState)]
+        [((SequenceKey(idx=1),), 0)]
+    """
+    found: list[tuple[tuple, Any]] = []
+
+    def visit(path: tuple, node: Any) -> bool:
+        if isinstance(node, kind):
+            found.append((tuple(path), node))
+        return False
+
+    # `is_leaf` is asked about every node on the way down, which makes it a visitor.
+    jax.tree_util.tree_flatten_with_path(tree, is_leaf=visit, is_leaf_takes_path=True)
+    return found
+
+
+def verdicts(tree: Any) -> list[Any]:
+    """The outermost states that say whether the last step was applied, and what was bad in it."""
+    found = find_state(tree, (LossScaleState, MultiStepsState))
+    paths = [path for path, _ in found]
+    inside = lambda path: any(path[: len(p)] == p for p in paths if len(p) < len(path))
+    return [state for path, state in found if not inside(path)]
+
+
+def applied(opt_state: Any) -> jax.Array | None:
+    """Whether the last step was taken; None if nothing in the state ever skips one."""
+    flags = [state.applied for state in verdicts(opt_state)]
+    return jnp.all(jnp.stack(flags), axis=0) if flags else None
+
+
+def refuse_inside(
+    state: Any, kind: type, wrapper: str, why: str, instead: str | None = None
+) -> None:
+    """Raises `ValueError` if a wrapper was placed around one that belongs around it.
+
+    Args:
+        state: The state of what the wrapper was placed around.
+        kind: The class of states that may not be in there.
+        wrapper: The name of the wrapper.
+        why: What would go wrong, as a sentence.
+        instead: The way out, if it is not to swap the two.
+    """
+    if not find_state(state, kind):
+        return
+    other = _WRAPPERS[kind]
+    instead = instead or f"Place {other} around it, {other}({wrapper}(..))."
+    raise ValueError(
+        f"{wrapper}({other}(..)) is not possible: {why} {instead} The order of wrappers, innermost "
+        f"first, is {ORDER}."
+    )
+
+
+ORDER = "chain -> low_precision_weights -> masked -> multi_steps -> loss_scaled -> sharded"
+_WRAPPERS = {
+    LowPrecisionState: "low_precision_weights",
+    MaskedState: "masked",
+    MultiStepsState: "multi_steps",
+    LossScaleState: "loss_scaled",
+}
+
+# ------------------------------------------------------------------------------ a step, or none
+
+
+def step_or_skip(
+    when: jax.Array, step: Callable[[Any, Any], tuple[Any, Any]], updates: Any, state: Any
+) -> tuple[Any, Any]:
+    """Takes a step, or leaves every bit of parameters and state as it is.
+
+    Args:
+        when: Whether to take it, a boolean scalar.
+        step: `(updates, state) -> (updates, state)`, such as the update of an optax transform.
+        updates: What `step` gets, such as gradients.
+        state: The state before.
+
+    Returns:
+        `step(updates, state)`, or updates of -0.0 and the same state. Inside `shard_map` both
+        differ over every mesh axis that `when` or the results of `step` differ over.
+
+    Raises:
+        TypeError: `step` changes the structure of the state, or the shape or dtype of a leaf.
+
+    Example:
+        >>> tx, params = optax.sgd(1.0, momentum=0.9), jnp.float32(-0.0)
+        >>> updates, state = step_or_skip(jnp.array(False), tx.update, params + 3, tx.init(params))
+        >>> optax.apply_updates(params, updates).item()
+        -0.0
+    """
+    new_updates, new_state = jax.eval_shape(step, updates, state)
+    _check_state(state, new_state)
+    # Branches have to agree in the manual axes that they vary over. JAX does not add those of the
+    # predicate by itself.
+    own = varying_axes(when)
+    over = lambda *xs: sorted(own.union(*map(varying_axes, xs)))
+    axes = jax.tree.map(over, (new_updates, state), (new_updates, new_state))
+    typed = lambda tree: jax.tree.map(varying, tree, axes)
+
+    def skip(updates: Any, state: Any) -> tuple[Any, Any]:
+        del updates
+        return typed((jax.tree.map(no_update, new_updates), state))
+
+    return jax.lax.cond(when, lambda *args: typed(step(*args)), skip, updates, state)
+
+
+def no_update(update: Any) -> jax.Array:
+    """Minus zero, because x + -0.0 is x for every x, whereas -0.0 + 0.0 is 0.0."""
+    return jnp.full(update.shape, -0.0).astype(update.dtype)
+
+
+def _check_state(old: Any, new: Any) -> None:
+    if jax.tree.structure(old) != jax.tree.structure(new):
+        raise TypeError(
+            "the inner transform changes the structure of its state from "
+            f"{jax.tree.structure(old)} to {jax.tree.structure(new)}; a step that can be skipped "
+            "needs both to be the same. Initialize with the parameters you update."
+        )
+    before, after = jax.tree.leaves(old), jax.tree.leaves(new)
+    for name, x, y in zip(trees.names(old), before, after, strict=True):
+        if (jnp.shape(x), jnp.result_type(x)) != (y.shape, y.dtype):
+            raise TypeError(
+                f"the inner transform changes its state {name!r} from {jnp.result_type(x)}"
+                f"{jnp.shape(x)} to {y.dtype}{y.shape}; a step that can be skipped needs both to "
+                "be the same. If parameters are 16 bits wide and gradients float32, wrap it: "
+                "loss_scaled(low_precision_weights(inner, ...), ...)."
+            )
+
+
+# ------------------------------------------------------------------------- what gradients are like
+
+
+class Flaws(NamedTuple):
+    """What is wrong with the gradients of a step, the same on all devices.
+
+    Attributes:
+        bad: Flags in the structure of the gradients: which of them are not finite.
+        some: Whether anything is not finite, or was left out before.
+        all: Whether there is nothing to step by: some gradient is not finite, or no part is left.
+    """
+
+    bad: Any
+    some: jax.Array
+    all: jax.Array
+
+
+def flaws(grads: Params, flags: Any, dropped: Any, *beside: Any, axes: Axes | None = None) -> Flaws:
+    """Looks for what is not finite, with one reduction over devices.
+
+    Args:
+        grads: The gradients.
+        flags: Flags as they were before: a scalar for each gradient, or one for each layer of a
+            stack of them. Those that come have their shapes.
+        dropped: The term "dropped" of an accumulation that leaves bad parts out, or a count.
+        beside: Trees of numbers without which there is no step either, such as a weight.
+        axes: Manual mesh axes that devices have to agree along; None: those that the gradients
+            differ over. Without the checks of `shard_map` nothing says what differs between
+            devices, so then it is all manual axes.
+
+    Raises:
+        ValueError: The gradients have another structure than the flags, or vary over a manual axis
+            that `axes` lacks.
+    """
+    check_gradients(grads, flags, shapes=False)
+    bad = jax.tree.map(_is_bad, flags, grads)
+    some, useless = _is_any(dropped), none_left(dropped) | ~trees.is_finite(beside)
+    vector = jnp.concatenate([jnp.ravel(x) for x in (*jax.tree.leaves(bad), some, useless)])
+    *found, some, useless = _split(_anywhere(vector, axes), [*jax.tree.leaves(bad), some, useless])
+    useless = functools.reduce(jnp.logical_or, map(jnp.any, found), useless)
+    return Flaws(jax.tree.unflatten(jax.tree.structure(bad), found), some | useless, useless)
+
+
+def none_left(dropped: Any) -> jax.Array:
+    """Whether accumulation dropped every part; a count does not say of how many."""
+    if not isinstance(dropped, Mean):
+        return jnp.array(False)
+    return jnp.asarray(dropped.total) >= jnp.asarray(dropped.weight)
+
+
+def check_gradients(grads: Any, like: Any, *, shapes: bool = True) -> None:
+    """Raises `ValueError` naming the first gradient that is not that of a parameter.
+
+    Args:
+        grads: The gradients.
+        like: A tree in the structure of the parameters.
+        shapes: Whether its leaves have their shapes, too.
+    """
+    got, want = trees.named_leaves(grads), trees.named_leaves(like)
+    for name in [*want, *got]:
+        if (name in got) != (name in want):
+            here, there = ("gradients", "parameters")[:: 1 if name in got else -1]
+            raise ValueError(
+                f"{name or 'the tree'!r} is among the {here} and not among the {there}. Pass "
+                "gradients of the parameters that the optimizer was initialized with."
+            )
+        if shapes and jnp.shape(got[name]) != jnp.shape(want[name]):
+            what = f"the gradient of {name or 'the parameters'!r}"
+            raise ValueError(
+                f"{wrong_shape(what, jnp.shape(got[name]), jnp.shape(want[name]))} Pass gradients "
+                "of the parameters that the optimizer was initialized with."
+            )
+    if jax.tree.structure(grads) != jax.tree.structure(like):
+        raise ValueError(
+            f"gradients have the structure {jax.tree.structure(grads)}, and the parameters "
+            f"{jax.tree.structure(like)}. Pass both in the same containers."
+        )
+
+
+def without_scale(grads: Params, scale: jax.Array) -> Params:
+    """Gradients without the factor that they carry, in their dtypes."""
+
+    def unscale(g: jax.Array) -> jax.Array:
+        if not _is_inexact(g):
+            return g
+        # In float32 at least: 1/S may be below float16's range where g/S is not.
+        wide = trees.wide(g.dtype)
+        return (g.astype(wide) * inverse.astype(wide)).astype(g.dtype)
+
+    inverse = 1 / scale  # exact, since both are powers of two
+    return jax.tree.map(unscale, grads)
+
+
+def _is_bad(flag: jax.Array, g: jax.Array) -> jax.Array:
+    """Inf - inf is NaN and NaN stays, so the sum over parts is checked once for all of them."""
+    if not _is_inexact(g):
+        return jnp.zeros_like(flag)
+    inside = tuple(range(jnp.ndim(flag), jnp.ndim(g)))
+    return ~jnp.all(jnp.isfinite(g), axis=inside)
+
+
+def _is_inexact(g: jax.Array) -> bool:
+    return jnp.issubdtype(jnp.result_type(g), jnp.inexact)
+
+
+def _is_any(dropped: Any) -> jax.Array:
+    return jnp.asarray(dropped.total if isinstance(dropped, Mean) else dropped) > 0
+
+
+def _anywhere(flags: jax.Array, axes: Axes | None) -> jax.Array:
+    """Flags that are set on any device along `axes`."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    own = varying_axes(flags)
+    if axes is not None and own - set(axes):
+        forgotten = sorted(own - set(axes))
+        raise ValueError(
+            f"gradients vary over the manual axes {forgotten}, which axes={tuple(axes)} lacks: "
+            f"devices would disagree about the scale. Pass axes={(*axes, *forgotten)}."
+        )
+    over = sorted(own) if axes is None else [*axes]
+    # Without the checks of `shard_map` not even the index of a device varies, by its type.
+    if not any(varying_axes(jax.lax.axis_index(axis)) for axis in manual):
+        over = [*dict.fromkeys((*over, *manual))]
+    # A sum takes only values that vary over all of its axes.
+    whole = lambda x: jax.lax.psum(varying(x.astype(jnp.int32), over), tuple(over)) > 0
+    return whole(flags) if over else flags
+
+
+def _split(vector: jax.Array, like: list[Any]) -> list[jax.Array]:
+    """The arrays that were joined to one."""
+    ends = list(itertools.accumulate(int(np.prod(jnp.shape(x))) for x in like))
+    pieces = zip([0, *ends], ends, like, strict=False)
+    return [jnp.reshape(vector[i:k], jnp.shape(x)) for i, k, x in pieces]
