@@ -16,7 +16,6 @@ same files.
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import json
@@ -218,6 +217,7 @@ def make_optimizer(settings: argparse.Namespace) -> optax.GradientTransformation
 
 def make_step(grad_fn, optimizer, settings: argparse.Namespace):
     """One step; its batch is a function of key and position, so a resumed run repeats it."""
+    update = us.updated(grad_fn, optimizer)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, opt_state, text, key, position):
@@ -225,9 +225,8 @@ def make_step(grad_fn, optimizer, settings: argparse.Namespace):
         starts = jax.random.randint(jax.random.fold_in(key, position), shape, 0, last)
         rows = text[starts + jnp.arange(settings.length + 1)].astype(jnp.int32)
         batch = {"text": rows[:, :-1], "next": rows[:, 1:]}  # (rows, length) each
-        terms, _, grads = grad_fn(params, batch, scale=us.current_scale(opt_state))
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, terms["loss"].value / math.log(2)
+        params, opt_state, terms, _ = update(params, opt_state, batch)
+        return params, opt_state, terms["loss"].value / math.log(2)
 
     return step
 
@@ -296,10 +295,7 @@ def mesh_of(settings: argparse.Namespace):
 
 def stored(run):
     """A run as a checkpoint holds it: blocks by name, so that any mesh can go on with it."""
-    run = us.parallel.unstack(run)
-    # Which gradients overflowed, one flag for each array, says nothing of the next step.
-    flags = jnp.zeros(len(jax.tree.leaves(run["params"])), bool)
-    return run | {"opt_state": dataclasses.replace(run["opt_state"], bad=flags)}
+    return us.parallel.unstack(run)
 
 
 def restored(settings: argparse.Namespace, checkpoints: us.Checkpoints, run):
@@ -307,7 +303,6 @@ def restored(settings: argparse.Namespace, checkpoints: us.Checkpoints, run):
     saved = checkpoints.restore(stored(run))[1]
     if settings.mesh and settings.mesh["pipe"] > 1:
         saved = us.parallel.stack(saved, "**/blocks/*", settings.mesh["pipe"])
-    saved["opt_state"] = dataclasses.replace(saved["opt_state"], bad=run["opt_state"].bad)
     if not settings.mesh:
         return saved
     place = lambda x, like: jax.device_put(x, like.sharding) if isinstance(x, jax.Array) else x

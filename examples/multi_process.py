@@ -110,12 +110,12 @@ def train(size, mesh, folder=None, say=print, after_step=lambda _: None):
     layout = us.parallel.infer(apply, params, text, mesh=mesh)
     optimizer = us.parallel.sharded(optax.adamw(3e-3), layout)
     grad_fn = us.parallel.reduced(us.value_and_grad(make_loss(apply)), "dp", layout=layout)
+    train_step = us.updated(grad_fn, optimizer)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def update(params, opt_state, batch):
-        terms, _, grads = grad_fn(params, batch)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, us.loss_value(terms)
+        params, opt_state, terms, _ = train_step(params, opt_state, batch)
+        return params, opt_state, us.loss_value(terms)
 
     with jax.set_mesh(mesh), us.parallel.watchdog(LIMIT / 2) as step_is_done:
         params = us.parallel.shard(params, layout)

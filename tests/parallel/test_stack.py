@@ -2,6 +2,7 @@
 
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,6 +81,20 @@ def test_the_state_of_an_optimizer_is_stacked_as_its_parameters(relaxed_promotio
     plain = optimizer.update(params, optimizer.init(params), params)[1]
     assert_same(unstack(state), plain)
     assert_same(stack(plain, "**/layer_*", 2), state)
+
+
+def test_flags_of_a_loss_scale_are_stacked_as_its_parameters():
+    """A scalar for a stack goes to each of its layers; one for each layer says which it was."""
+    params = {"head": jnp.ones(3), "layers": [jnp.ones(2), jnp.ones(2)]}
+    tx = us.loss_scaled(optax.sgd(0.1), us.DynamicScale())
+    stacked = us.parallel.stack(params, "layers/*", 2)
+    grads = jax.tree.map(jnp.zeros_like, stacked)
+    state = us.parallel.unstack(tx.update(grads, tx.init(stacked))[1])
+    chex.assert_trees_all_equal(state.bad, tx.init(params).bad)
+    state = us.parallel.stack(state, "**/layers/*", 2)
+    grads["layers"].layers = grads["layers"].layers.at[0, 1].set(jnp.inf)
+    state = us.parallel.unstack(jax.jit(tx.update)(grads, state)[1])
+    assert us.overflowing(state, params) == ["layers/1"]
 
 
 def test_a_scanned_stack_becomes_stages_along_the_axis_of_its_layers():

@@ -48,17 +48,16 @@ class Stages:
         return Stages(layers, others, self._word, self._keys, self._kind)
 
     def unstacked(self) -> Any:
-        """The container as it was."""
-        layers = jax.tree.map(lambda x: jnp.reshape(x, (-1, *jnp.shape(x)[3:])), self.layers)
+        """The container as it was; a scalar, such as a flag of the stack, goes to every layer."""
+        is_stack = lambda x: jnp.ndim(x) >= 3
+        joined = lambda x: jnp.reshape(x, (-1, *jnp.shape(x)[3:])) if is_stack(x) else x
+        layers = jax.tree.map(joined, self.layers)
         if isinstance(self._keys, int):
-            axis = self._keys
-            return self._kind(
-                {
-                    **self.others,
-                    self._word: jax.tree.map(lambda x: jnp.moveaxis(x, 0, axis), layers),
-                }
-            )
-        one = lambda i: jax.tree.map(lambda x: x[i], layers)
+            back = lambda x, old: jnp.moveaxis(x, 0, self._keys) if is_stack(old) else x
+            whole = jax.tree.map(back, layers, self.layers)
+            return self._kind({**self.others, self._word: whole})
+        pick = lambda i: lambda x, old: x[i] if is_stack(old) else x
+        one = lambda i: jax.tree.map(pick(i), layers, self.layers)
         return self._kind({**self.others, **{key: one(i) for i, key in enumerate(self._keys)}})
 
     def tree_flatten_with_keys(self) -> tuple[Sequence[tuple[DictKey, Any]], Any]:
