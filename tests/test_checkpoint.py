@@ -3,7 +3,6 @@
 import functools
 import itertools
 import json
-import multiprocessing
 import os
 import pathlib
 import random
@@ -21,6 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import unitscale_jax as us
 from tests.support import runs
+from tests.support.runs import in_process, wait_for
 from unitscale_jax.checkpoint import Checkpoints, _arrays, _files
 
 NARROW = ["bool", "int2", "uint2", "int4", "uint4", "float4_e2m1fn"]  # stored a byte per number
@@ -554,24 +554,9 @@ def test_stopped_in_any_change_of_the_directory_one_can_restore(step, tmp_path, 
         assert (saved, float(tree["mlp"]["bias"][0])) in {(1, 1.0), (step, 7.0)}
         assert flaws(checkpoints) == {None}
         checkpoints.save(3, model(3))  # and what was left over is no obstacle
-        assert [path.name for path in checkpoints.directory.iterdir()] == ["step_00000003"]
+        left = {path.name for path in checkpoints.directory.iterdir()}
+        assert left == {"step_00000003", "lock"}
     assert next(calls) >= 4
-
-
-def in_process(target, *args):
-    """A process of its own, for the cost of a fork: the server has the imports done."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([runs.__name__])
-    process = context.Process(target=target, args=args, daemon=True)
-    process.start()
-    return process
-
-
-def wait_for(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the process did nothing"
-        time.sleep(0.005)
 
 
 def test_killed_at_random_moments_never_loses_a_completed_save(tmp_path):

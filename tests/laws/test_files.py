@@ -3,19 +3,28 @@
 Programs of single faults stand below the law that they are cases of.
 """
 
+import errno
 import json
+import os
+import random
+import re
+import shutil
+import warnings
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from hypothesis import given, settings, strategies as st
 from safetensors.numpy import load_file
 
 import unitscale_jax as us
-from tests.support import zoo
+from tests.support import runs, zoo
+from tests.support.runs import in_process, wait_for
+from unitscale_jax.checkpoint import _arrays, _files
 
 
 @pytest.fixture
@@ -94,7 +103,7 @@ containers = lambda below: (
 )
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(tree=st.recursive(leaves | st.none(), containers, max_leaves=8))
 def test_dicts_lists_tuples_and_their_keys_come_back_as_they_were(tree, tmp_path_factory):
     file = tmp_path_factory.mktemp("any") / "tree.safetensors"
@@ -256,3 +265,351 @@ def test_any_bit_of_a_file_that_is_flipped_is_refused(file):
             assert b'"sha256"' not in file.read_bytes()
             assert_identical(came, loaded)
             assert_identical(came, codes)
+
+
+# --- checkpoints: restore after save is the identity, or an error (H1, H4)
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    return us.Checkpoints(tmp_path / "run")
+
+
+WIDE = {
+    "int64": np.array([2**40 + 1, -1]),
+    "uint64": np.array([2**63 + 1], np.uint64),
+    "float64": np.full(3, 1 / 3),
+    "complex128": np.array([1 / 3 + 2j / 3]),
+    "empty": np.zeros((0, 2)),
+    "scalar": np.float64(1 / 3),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_64_bits_come_back_with_all_their_digits(name, checkpoints):
+    array = WIDE[name]
+    checkpoints.save(1, {"a": array})
+    for like in (array, jax.ShapeDtypeStruct(array.shape, array.dtype)):
+        came = checkpoints.restore({"a": like})[1]["a"]
+        assert (came.shape, came.dtype, bits(came)) == (array.shape, array.dtype, bits(array))
+    with jax.enable_x64(True):
+        came = checkpoints.restore({"a": jax.ShapeDtypeStruct(array.shape, array.dtype)})[1]["a"]
+        assert isinstance(came, jax.Array) and bits(came) == bits(array)
+
+
+def test_64_bits_do_not_go_to_devices_that_have_32(checkpoints):
+    checkpoints.save(1, {"a": np.arange(8)})
+    over = jax.sharding.NamedSharding(us.parallel.mesh(dp=8), jax.sharding.PartitionSpec("dp"))
+    like = {"a": jax.ShapeDtypeStruct((8,), np.int64, sharding=over)}
+    with pytest.raises(ValueError, match="a cannot be restored .* int64, of which JAX makes int32"):
+        checkpoints.restore(like)
+
+
+@pytest.mark.parametrize("number", [7, -(2**40), 0.1, 0.5, float("inf"), True, 3.4e39, -0.0])
+def test_python_numbers_keep_their_digits_where_the_tree_is_abstract(number, checkpoints):
+    run = lambda: {"n": type(number)(1)}
+    checkpoints.save(1, {"n": number})
+    for like in (run(), jax.eval_shape(run)):
+        came = checkpoints.restore(like)[1]["n"]
+        came = came.item() if hasattr(came, "dtype") else came
+        assert type(came) is type(number) and repr(came) == repr(number)
+
+
+def states():
+    w = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
+    optimizers = {
+        n: getattr(optax, n)(0.1) for n in ("adam", "adabelief", "lion", "sgd", "rmsprop")
+    }
+    return {name: optimizer.init(w) for name, optimizer in optimizers.items()} | {
+        "list": [w, w],
+        "tuple": (w, w),
+        "keys": {0: w, 1: w},
+        "words": {"0": w, "1": w},
+        "nothing more": {"0": w, "1": w, "2": None},
+        "an empty one": {"0": w, "1": w, "2": {}},
+        "int8": us.quantize(w, {"w": us.DotSpec(w=us.QSpec(axes=(-2,)))}),
+        "int8 x int8": us.quantize(w, {"w": us.DotSpec(w=us.QSpec(axes=(-2,)), x=us.QSpec())}),
+    }
+
+
+@pytest.mark.parametrize("saved", states())
+def test_a_tree_of_other_containers_is_an_error_that_names_both(saved, checkpoints):
+    trees = states()
+    checkpoints.save(1, trees[saved])
+    for name, like in trees.items():
+        same = jax.tree.structure(like) == jax.tree.structure(trees[saved])
+        try:
+            assert_identical(checkpoints.restore(like)[1], trees[saved])
+            assert same
+        except ValueError as error:
+            assert not same and "is of another model" in str(error), (name, error)
+
+
+def test_the_state_of_another_optimizer_is_an_error_that_names_both(checkpoints):
+    params = {"w": jnp.ones((4, 3))}
+    checkpoints.save(1, {"opt": optax.adam(0.1).init(params)})
+    message = "'opt/0' is expected to be a ScaleByBeliefState .*has a ScaleByAdamState"
+    with pytest.raises(ValueError, match=message):
+        checkpoints.restore({"opt": optax.adabelief(0.1).init(params)})
+
+
+def resealed(path, text):
+    """A checkpoint with another manifest, and digests to match."""
+    (path / "manifest.json").write_bytes(text)
+    (path / "SHA256SUMS").write_bytes(_files._listing(_files._digests(path)))
+
+
+def test_a_checkpoint_from_before_outlines_is_restored(checkpoints):
+    params = {"w": jnp.ones((4, 3))}
+    checkpoints.save(1, optax.adam(0.1).init(params))
+    path = checkpoints.directory / "step_00000001"
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["outline"]
+    resealed(path, json.dumps(manifest).encode())
+    assert_identical(
+        checkpoints.restore(optax.adam(0.1).init(params))[1], optax.adam(0.1).init(params)
+    )
+
+
+# --- a flaw of any kind is passed over for the older checkpoint (H2)
+
+
+def a_run(n):
+    return {
+        "w": np.full((2, 3), n, np.float32),
+        "j": jnp.full(5, n, jnp.bfloat16),
+        "c": jnp.arange(4).astype(jnp.uint4),
+        "key": jax.random.key(n),
+        "n": n,
+        "lr": 0.1,
+    }
+
+
+@pytest.fixture(scope="module")
+def two_saved(tmp_path_factory):
+    checkpoints = us.Checkpoints(tmp_path_factory.mktemp("run"))
+    for step in (1, 2):
+        checkpoints.save(step, a_run(step))
+    return checkpoints.directory
+
+
+NEWER = "step_00000002"
+
+
+def mutated(rng, data):
+    """A file with some of its bytes changed, cut, added, or some of its text exchanged."""
+    data, place = bytearray(data), rng.randrange(len(data) or 1)
+    match rng.randrange(5):
+        case 0:
+            data[place : place + 1] = bytes([rng.randrange(256)])
+        case 1:
+            del data[place : place + rng.randrange(1, 9)]
+        case 2:
+            data[place:place] = rng.randbytes(rng.randrange(1, 9))
+        case 3:
+            data[place:place] = data[:place][-rng.randrange(1, 40) :]
+        case 4:
+            data = data[:place]
+    return bytes(data)
+
+
+def exchanged(rng, value):
+    """JSON with something else in one of its places."""
+    others = [None, 3, -1, 2**70, 0.5, "x", "float32", "Python int", [], [[]], {}, True]
+    if isinstance(value, dict | list) and value and rng.random() < 0.85:
+        key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        copy = value.copy()
+        copy[key] = exchanged(rng, value[key])
+        if rng.random() < 0.1:
+            del copy[key]
+        return copy
+    return rng.choice(others)
+
+
+def assert_restores_one_of_both(directory):
+    like = a_run(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            step, tree = us.Checkpoints(directory).restore(like)
+        except ValueError as error:
+            assert "every checkpoint in" in str(error) or "is of another model" in str(error)
+            return
+    assert jax.tree.structure(tree) == jax.tree.structure(like)
+    for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True):
+        assert (np.shape(a), type(a)) == (np.shape(b), type(b))
+        assert getattr(a, "dtype", None) == getattr(b, "dtype", None)
+    if step == 1:
+        assert (tree["n"], bits(tree["w"])) == (1, bits(a_run(1)["w"]))
+
+
+def test_any_change_of_any_file_with_digests_made_anew_ends_in_a_checkpoint_or_flaws(
+    two_saved, tmp_path
+):
+    rng, directory = random.Random(0), tmp_path / "run"
+    names = sorted(p.relative_to(two_saved / NEWER) for p in (two_saved / NEWER).rglob("*"))
+    names = [name for name in names if (two_saved / NEWER / name).is_file()]
+    for _ in range(60):
+        shutil.copytree(two_saved, directory)
+        path = directory / NEWER / rng.choice(names)
+        path.write_bytes(mutated(rng, path.read_bytes()))
+        if path.name != "SHA256SUMS":
+            (directory / NEWER / "SHA256SUMS").write_bytes(
+                _files._listing(_files._digests(directory / NEWER))
+            )
+        assert_restores_one_of_both(directory)
+        shutil.rmtree(directory)
+
+
+def test_any_change_of_a_manifest_is_a_flaw_or_another_model(two_saved, tmp_path):
+    rng, directory = random.Random(1), tmp_path / "run"
+    shutil.copytree(two_saved, directory)
+    path = directory / NEWER / "manifest.json"
+    text = path.read_text()
+    for _ in range(200):
+        changed = exchanged(rng, json.loads(text))
+        resealed(path.parent, json.dumps(changed).encode())
+        flaw = _files.flaw(path.parent, 2)
+        assert flaw is None or isinstance(flaw, str)
+        if flaw is None:
+            assert_restores_one_of_both(directory)
+
+
+MANIFESTS = {
+    "cut": (b"{", "JSONDecodeError"),
+    "a list": (b"[]", "names no format"),
+    "no format": (b'{"step": 3}', "names no format"),
+    "no leaves": (b'{"format": 3, "step": 2}', "no step or no leaves"),
+    "a word": (b'{"format": 3, "step": 2, "leaves": [3]}', "describes no leaf"),
+    "deep": (b"[" * 100000, "RecursionError"),
+    "no text": (b'"\xff"', "UnicodeDecodeError"),
+    "nothing": (b"", "JSONDecodeError"),
+}
+
+
+@pytest.mark.parametrize("case", MANIFESTS)
+def test_a_manifest_that_cannot_be_is_a_flaw_that_says_so(case, two_saved, tmp_path):
+    text, message = MANIFESTS[case]
+    shutil.copytree(two_saved, tmp_path / "run")
+    resealed(tmp_path / "run" / NEWER, text)
+    with pytest.warns(UserWarning, match=f"restored step_00000001.*{NEWER}: .*{message}"):
+        assert us.Checkpoints(tmp_path / "run").restore(a_run(0))[0] == 1
+
+
+def test_what_was_cleared_while_it_was_written_is_not_finished(checkpoints, monkeypatch):
+    checkpoints.save(1, a_run(1))
+    finish = _arrays.finish
+
+    def raced(path):
+        finish(path)
+        (path / "_METADATA").unlink()
+        shutil.rmtree(path / "ocdbt.process_0")
+
+    monkeypatch.setattr(_arrays, "finish", raced)
+    with pytest.raises(OSError, match="is not what process 0 wrote"):
+        checkpoints.save(2, a_run(2))
+    assert checkpoints.steps() == [1]
+
+
+@pytest.mark.parametrize("gone", ["all", "arrays", "_METADATA", "manifest.ocdbt"])
+def test_what_is_removed_while_it_is_read_is_passed_over(gone, checkpoints, monkeypatch):
+    for step in (1, 2):
+        checkpoints.save(step, a_run(step))
+    flaw = _files.flaw
+
+    def removed_after(path, step):
+        found = flaw(path, step)
+        if path.name == NEWER:
+            place = {"all": path, "arrays": path / "arrays"}.get(gone, path / "arrays" / gone)
+            (shutil.rmtree if place.is_dir() else os.remove)(place)
+        return found
+
+    monkeypatch.setattr(_files, "flaw", removed_after)
+    with pytest.warns(UserWarning, match=f"restored step_00000001.*{NEWER}"):
+        assert checkpoints.restore(a_run(0))[0] == 1
+
+
+def test_memory_that_is_lacking_is_no_flaw(checkpoints, monkeypatch):
+    checkpoints.save(1, a_run(1))
+
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(_arrays, "read", full)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        checkpoints.restore(a_run(0))
+
+
+# --- one writer at a time
+
+
+def test_a_second_writer_is_told_who_is_saving(checkpoints, monkeypatch):
+    checkpoints.save(1, a_run(1))
+    told, write = [], _files.write
+
+    def meanwhile(path, manifest):
+        with pytest.raises(RuntimeError, match=rf"process {os.getpid()} on host .* is saving here"):
+            us.Checkpoints(checkpoints.directory).save(5, a_run(5))
+        told.append(path.name)
+        write(path, manifest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_files, "write", meanwhile)
+        checkpoints.save(2, a_run(2))
+    assert len(told) == 1 and str(os.getpid()) in told[0]
+    assert checkpoints.steps() == [1, 2]
+    checkpoints.save(3, a_run(3))  # the lock is free again
+
+
+def test_two_processes_that_save_the_same_steps_leave_whole_checkpoints(tmp_path):
+    """Each save ends well, or says that the other one is saving or has saved a later step."""
+    both = [in_process(runs.save_each, tmp_path / "run", tmp_path / f"log_{k}", 12) for k in (0, 1)]
+    seen = 0
+    while any(process.is_alive() for process in both):
+        try:
+            step, tree = us.Checkpoints(tmp_path / "run").restore(runs.tree_of(0))
+        except FileNotFoundError:
+            continue
+        assert tree["step"] == step and (tree["w"] == step).all()
+        seen += 1
+    assert seen and [process.exitcode for process in both] == [0, 0]
+    for k in (0, 1):
+        for line in (tmp_path / f"log_{k}").read_text().splitlines():
+            assert re.match(
+                r"saved|RuntimeError: process \d+ on host|ValueError: .*later step", line
+            )
+
+
+def test_a_killed_writer_leaves_no_lock(tmp_path):
+    log = tmp_path / "log"
+    log.touch()
+    process = in_process(runs.save_for_ever, tmp_path / "run", log)
+    wait_for(lambda: log.stat().st_size)
+    process.kill()
+    process.join()
+    us.Checkpoints(tmp_path / "run").save(10**6, runs.tree_of(10**6))
+    assert not [*(tmp_path / "run").glob("unfinished_*")]
+
+
+# --- a disk that is full
+
+
+def test_a_disk_that_is_full_is_an_error_before_anything_is_written(checkpoints, monkeypatch):
+    checkpoints.save(1, a_run(1))
+    usage = shutil.disk_usage(checkpoints.directory)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
+    with pytest.raises(OSError, match="no space left: arrays take") as raised:
+        checkpoints.save(2, a_run(2))
+    assert raised.value.errno == errno.ENOSPC
+    assert {path.name for path in checkpoints.directory.iterdir()} == {"lock", "step_00000001"}
+
+
+def test_a_disk_that_fills_up_meanwhile_is_the_same_error(checkpoints, monkeypatch):
+    def full(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing: Failed writing: d/1: No space left")
+
+    handler = type("Handler", (), {"save": full})
+    monkeypatch.setattr(_arrays, "_handler", handler)
+    with pytest.raises(OSError, match="no space left: RESOURCE_EXHAUSTED"):
+        checkpoints.save(2, a_run(2))
+    assert {path.name for path in checkpoints.directory.iterdir()} == {"lock"}

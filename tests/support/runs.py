@@ -5,6 +5,8 @@ threads running does not survive a fork.
 """
 
 import itertools
+import multiprocessing
+import time
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +16,44 @@ import optax
 from unitscale_jax.checkpoint import Checkpoints
 
 
+def in_process(target, *args):
+    """A process of its own, for the cost of a fork: the server has the imports done."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=target, args=args, daemon=True)
+    process.start()
+    return process
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the process did nothing"
+        time.sleep(0.005)
+
+
+def tree_of(step):
+    return {"w": np.full((64, 64), step, np.float32), "step": step}
+
+
+def save_each(directory, log, steps):
+    """Saves each step; writes down what came of it."""
+    checkpoints = Checkpoints(directory, keep=2)
+    for step in range(steps):
+        try:
+            checkpoints.save(step, tree_of(step))
+            outcome = "saved"
+        except Exception as error:
+            outcome = f"{type(error).__name__}: {error}"
+        with open(log, "a") as opened:
+            opened.write(f"{outcome}\n")
+
+
 def save_for_ever(directory, log):
     checkpoints = Checkpoints(directory, keep=2)
     done = max(checkpoints.steps(), default=-1)
     for step in itertools.count(done + 1):
-        checkpoints.save(step, {"w": np.full((64, 64), step, np.float32), "step": step})
+        checkpoints.save(step, tree_of(step))
         with open(log, "a") as opened:
             opened.write(f"{step}\n")
 

@@ -5,8 +5,13 @@ checkpointer around them, which would wait at barriers to which a process that f
 here the steps lie inside of `agreed` and `together`, which hand an error of one to all.
 """
 
+import asyncio
+import contextlib
+import errno
+import logging
 import pathlib
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import type_handlers
 
+from unitscale_jax.errors import wrong_shape
 from unitscale_jax.parallel._agree import count, rank
 
 REFUSED = ("float6_e2m3fn", "float6_e3m2fn", "int1", "uint1", "float128", "complex256")
@@ -29,10 +35,13 @@ def write(folder: pathlib.Path, arrays: Mapping[str, Any]) -> dict[str, int]:
 
     Raises:
         ValueError: Process 0 has no part of an array that others have.
+        OSError: There is no space left.
     """
     given = {_key(name): _known(x) for name, x in arrays.items() if x.size and _gives(name, x)}
+    _check_space(folder, sum(map(_bytes, given.values())))
     if given:
-        _handler().save(epath.Path(folder), args=ocp.args.PyTreeSave(given))
+        with _waiting():
+            _handler().save(epath.Path(folder), args=ocp.args.PyTreeSave(given))
     written = [path for path in folder.glob(f"ocdbt.process_{rank()}/**/*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in written}
 
@@ -40,7 +49,88 @@ def write(folder: pathlib.Path, arrays: Mapping[str, Any]) -> dict[str, int]:
 def finish(folder: pathlib.Path) -> None:
     """Makes one checkpoint of what all processes wrote; process 0 alone calls this."""
     if any(folder.iterdir()):
-        _handler().finalize(epath.Path(folder))
+        with _waiting():
+            _handler().finalize(epath.Path(folder))
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """An event loop that ends when all of its tasks have; of errors, the first is raised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_exception_handler(lambda *_: None)
+
+    def close(self) -> None:
+        """Waits for what is left."""
+        if left := () if self.is_closed() else asyncio.all_tasks(self):
+            self.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        super().close()
+
+    def call_soon_threadsafe(
+        self, callback: Any, *args: Any, context: Any = None
+    ) -> asyncio.Handle:
+        """As ever; of what was cancelled and ends after the loop, nobody wants to know."""
+        try:
+            return super().call_soon_threadsafe(callback, *args, context=context)
+        except RuntimeError:
+            if not self.is_closed():
+                raise
+            return asyncio.Handle(callback, args, self)
+
+
+class _Loops(asyncio.DefaultEventLoopPolicy):
+    new_event_loop = staticmethod(_Loop)
+
+
+@contextlib.contextmanager
+def _waiting() -> Iterator[None]:
+    """Orbax, as this file needs it where it fails.
+
+    When one of its arrays fails it abandons the others, which write on into a folder that is to be
+    removed, and find their event loop closed; and each of its threads logs the error, with a
+    traceback, that it also raises.
+    """
+    logger, policy = logging.getLogger("absl"), asyncio.get_event_loop_policy()
+    told_twice = lambda record: "_SignalingThread.run() raised" not in record.getMessage()
+    asyncio.set_event_loop_policy(_Loops())
+    logger.addFilter(told_twice)
+    try:
+        yield
+    except ValueError as error:
+        if "RESOURCE_EXHAUSTED" in str(error) and "Failed writing" in str(error):
+            raise OSError(errno.ENOSPC, f"no space left: {error}") from None
+        raise
+    finally:
+        logger.removeFilter(told_twice)
+        asyncio.set_event_loop_policy(policy)
+
+
+def _check_space(folder: pathlib.Path, needed: int) -> None:
+    disk = shutil.disk_usage(folder)
+    if disk.total and disk.free < needed:
+        raise OSError(
+            errno.ENOSPC, f"no space left: arrays take {needed} bytes, and {folder} has {disk.free}"
+        )
+
+
+def _bytes(array: Any) -> int:
+    if not isinstance(array, jax.Array):
+        return array.nbytes
+    return sum(shard.data.nbytes for shard in array.addressable_shards if shard.replica_id == 0)
+
+
+def flaw(folder: pathlib.Path, forms: Mapping[str, jax.ShapeDtypeStruct]) -> str | None:
+    """Says which array is missing, or of another shape or dtype, if one is; reads none of them."""
+    wanted = {name: form for name, form in forms.items() if form.size}
+    with _waiting():
+        listed = _handler().metadata(epath.Path(folder)).tree if wanted else {}
+    for name, form in wanted.items():
+        there = listed.get(_key(name))
+        came = None if there is None else (tuple(there.shape), str(there.dtype))
+        stored = "uint8" if str(form.dtype) in _AS_BYTES else str(form.dtype)
+        if came != (form.shape, stored):
+            return f"of array {name!r}, {stored}{list(form.shape)}, it has {came or 'nothing'}"
+    return None
 
 
 def read(folder: pathlib.Path, forms: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
@@ -49,9 +139,14 @@ def read(folder: pathlib.Path, forms: Mapping[str, jax.ShapeDtypeStruct]) -> dic
     if not wanted:
         return {name: _empty(form) for name, form in forms.items()}
     args = ocp.args.PyTreeRestore(restore_args=wanted)
-    found = _handler().restore(epath.Path(folder), args=args)
+    with _waiting():
+        found = _handler().restore(epath.Path(folder), args=args)
     pick = lambda name, form: _as_it_was(found.pop(_key(name)), form) if form.size else _empty(form)
-    return {name: pick(name, form) for name, form in forms.items()}
+    arrays = {name: pick(name, form) for name, form in forms.items()}
+    for name, form in forms.items():
+        if (arrays[name].shape, arrays[name].dtype) != (form.shape, form.dtype):
+            raise ValueError(wrong_shape(name, arrays[name].shape, f"{form.dtype} {form.shape}"))
+    return arrays
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:

@@ -1,15 +1,18 @@
 """The checkpoints of a run: which there are, which is restored, which may go."""
 
+import contextlib
 import operator
 import os
 import pathlib
 import re
 import shutil
+import socket
 import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from unitscale_jax.checkpoint import _files, _leaves
-from unitscale_jax.parallel._agree import agreed
+from unitscale_jax.checkpoint import _files
+from unitscale_jax.parallel._agree import agreed, rank
 
 _UNFINISHED = "unfinished_"
 
@@ -27,10 +30,10 @@ class Checkpoints:
     what each has for itself, NumPy's arrays and Python's scalars, process 0's is saved. All go on
     from the checkpoint that process 0 finds whole, and an error of one is an error on all.
 
-    Laws: restore after save is the identity, bit for bit, on any mesh and with any number of
-    processes; a process killed at any moment leaves the last completed save whole; a checkpoint of
-    which one byte changed is refused. What a process writes or reads, its own shards, may all be in
-    the memory of its host at once.
+    Laws: restore after save is the identity, bit for bit and with its containers, on any mesh and
+    with any number of processes, or an error; a process killed at any moment leaves the last
+    completed save whole and no lock; a checkpoint of which one byte changed is refused. What a
+    process writes or reads, its own shards, may all be in the memory of its host at once.
 
     Example:
         >>> import tempfile
@@ -74,7 +77,8 @@ class Checkpoints:
         """Saves a pytree, then removes all but the newest `keep` checkpoints.
 
         Returns when the checkpoint is on the disk. Saving the newest step again replaces it.
-        Damaged checkpoints of later steps, those a restore has passed over, are removed.
+        Damaged checkpoints of later steps, those a restore has passed over, are removed. While it
+        saves, it holds the lock of the directory, `directory/lock`.
 
         Args:
             step: A natural number.
@@ -84,13 +88,21 @@ class Checkpoints:
             ValueError: A later checkpoint is whole, so this run did not start from it; or two
                 leaves have one name; or an array lies on other processes alone, not on process 0.
             TypeError: A leaf is neither a numeric array, nor a key, nor a Python scalar.
+            RuntimeError: Another run is saving here; the message names its process and host.
+            OSError: There is no space left, or a process cannot write.
         """
-        step, leaves = _natural(step), _leaves.encode(tree)
-        passed_over = agreed(lambda: [found.name for found in self._damaged_after(step)])
-        unfinished = self.directory / f"{_UNFINISHED}{step:08d}"
-        agreed(self._clear)
-        _files.write(unfinished, step, leaves)
-        agreed(lambda: self._finish(unfinished, step, passed_over))
+        manifest = _files.Manifest.of(_natural(step), tree)
+        with self._locked() as unfinished:
+            passed_over = agreed(
+                lambda: [found.name for found in self._damaged_after(manifest.step)]
+            )
+            try:
+                _files.write(unfinished, manifest)
+                agreed(lambda: self._finish(unfinished, manifest.step, passed_over))
+            except Exception:
+                if rank() == 0:
+                    shutil.rmtree(unfinished, ignore_errors=True)  # a full disk needs the space
+                raise
 
     def restore(self, like: Any) -> tuple[int, Any]:
         """Restores the newest checkpoint that is whole.
@@ -99,7 +111,9 @@ class Checkpoints:
             like: A pytree of the structure, shapes and dtypes to restore: what a new run would
                 start from, or `jax.eval_shape` of it. A leaf comes back as what it is in `like`: a
                 NumPy array, a Python scalar, or a JAX array, this with its sharding if the leaf
-                is committed to one; a `jax.ShapeDtypeStruct` may say one.
+                is committed to one; a `jax.ShapeDtypeStruct` may say one. Without
+                `jax_enable_x64`, JAX has no 64 bits: an abstract leaf of 64 bits comes back in
+                NumPy, and a Python number that 32 bits do not hold as it was.
 
         Returns:
             `(step, tree)`.
@@ -107,24 +121,27 @@ class Checkpoints:
         Raises:
             FileNotFoundError: Nothing was saved to the end.
             ValueError: Every checkpoint is damaged, each listed with its flaw; or the checkpoint
-                is of another model, with the name of the first leaf that differs; or a sharding
-                does not divide its leaf.
+                is of another model, with the name of the first leaf or of the first container (a
+                list, an optimizer's state) that differs; or a sharding does not divide its leaf.
 
         Warns:
-            UserWarning: A newer checkpoint is damaged and was passed over.
+            UserWarning: A newer checkpoint is damaged, or could not be read, and was passed over.
         """
-        name, step, refused = agreed(self._newest_whole)
-        if refused:
-            warnings.warn(_passed_over(name, refused), stacklevel=2)
-        return step, _files.read(self.directory / name, like)
-
-    def _newest_whole(self) -> tuple[str, int, list[str]]:
-        refused = []
-        for found in _newest_first(self.directory):
-            flaw = _files.flaw(found.path, found.step)
+        refused: dict[str, str] = {}
+        while True:
+            name, step, flaw = agreed(lambda: self._next(refused))
+            tree, flaw = (None, flaw) if flaw else _files.read(self.directory / name, like)
             if flaw is None:
-                return found.path.name, found.step, refused
-            refused.append(f"{found.path.name}: {flaw}")
+                if refused:
+                    warnings.warn(_passed_over(name, refused), stacklevel=2)
+                return step, tree
+            refused[name] = flaw
+
+    def _next(self, refused: Mapping[str, str]) -> tuple[str, int, str | None]:
+        """The newest checkpoint but those, and its flaw; another run may add and remove some."""
+        for found in _newest_first(self.directory):
+            if found.path.name not in refused:
+                return found.path.name, found.step, _files.flaw(found.path, found.step)
         raise _nothing_to_restore(self.directory, refused)
 
     def _damaged_after(self, step: int) -> list[pathlib.Path]:
@@ -139,10 +156,19 @@ class Checkpoints:
                 )
         return [found.path for found in later]
 
-    def _clear(self) -> None:
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[pathlib.Path]:
+        """Holds the lock, on process 0; gives the folder of what is not yet finished."""
+        with contextlib.ExitStack() as until_done:
+            yield self.directory / agreed(lambda: self._lock(until_done))
+
+    def _lock(self, until_done: contextlib.ExitStack) -> str:
         self.directory.mkdir(parents=True, exist_ok=True)
-        for leftover in self.directory.glob(f"{_UNFINISHED}*"):
+        is_locked = until_done.enter_context(_files.locked(self.directory))
+        # With the lock, whoever left something is dead; without, that is known of oneself alone.
+        for leftover in self.directory.glob(f"{_UNFINISHED}{'*' if is_locked else _mine('*')}"):
             shutil.rmtree(leftover)
+        return f"{_UNFINISHED}{_mine()}"
 
     def _finish(self, unfinished: pathlib.Path, step: int, passed_over: list[str]) -> None:
         self._publish(unfinished, self.directory / f"step_{step:08d}")
@@ -163,8 +189,13 @@ class Checkpoints:
     def _remove(self, *paths: pathlib.Path) -> None:
         for path in filter(pathlib.Path.exists, paths):
             # Renamed first: a removal killed halfway must not leave what looks like a checkpoint.
-            doomed = path.rename(path.with_name(f"{_UNFINISHED}{path.name}"))
+            doomed = path.rename(path.with_name(f"{_UNFINISHED}{_mine(path.name)}"))
             shutil.rmtree(doomed)
+
+
+def _mine(name: str = "") -> str:
+    """A name that no other process gives."""
+    return f"{socket.gethostname()}_{os.getpid()}_{name}"
 
 
 class _Found(NamedTuple):
@@ -186,17 +217,18 @@ def _natural(step: int) -> int:
     return step
 
 
-def _passed_over(name: str, refused: list[str]) -> str:
-    return f"restored {name}, since what is newer is damaged: {'; '.join(refused)}."
+def _passed_over(name: str, refused: Mapping[str, str]) -> str:
+    listed = "; ".join(f"{other}: {flaw}" for other, flaw in refused.items())
+    return f"restored {name}, since what is newer is damaged: {listed}."
 
 
-def _nothing_to_restore(directory: pathlib.Path, refused: list[str]) -> Exception:
+def _nothing_to_restore(directory: pathlib.Path, refused: Mapping[str, str]) -> Exception:
     if not refused:
         return FileNotFoundError(
             f"{directory} holds no checkpoint. Check the path, or start a new run; `steps()` is "
             "empty then."
         )
-    listed = "\n  ".join(refused)
+    listed = "\n  ".join(f"{name}: {flaw}" for name, flaw in refused.items())
     return ValueError(
         f"every checkpoint in {directory} is damaged:\n  {listed}\n"
         "Bring one back from a copy, or start a new run in another directory."

@@ -1,13 +1,20 @@
 """The files of one checkpoint: written with their digests, read only when all of them agree."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
-from typing import Any
+import socket
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TextIO
 
-from unitscale_jax.checkpoint import _arrays
-from unitscale_jax.checkpoint._leaves import Leaf, decode
+import jax
+
+from unitscale_jax.checkpoint import _arrays, _outline
+from unitscale_jax.checkpoint._leaves import Leaf, decode, encode, matched, other_model
 from unitscale_jax.parallel._agree import agreed, rank, together
 
 FORMAT = 3
@@ -15,7 +22,7 @@ OTHER_FORMAT = "it has format"  # how the one flaw begins that is no damage
 _SUMS, _MANIFEST, _ARRAYS = "SHA256SUMS", "manifest.json", "arrays"
 
 
-def write(path: pathlib.Path, step: int, leaves: list[Leaf]) -> None:
+def write(path: pathlib.Path, manifest: "Manifest") -> None:
     """Writes a checkpoint to a new directory and forces it to the disk; every process calls this.
 
     Raises:
@@ -24,39 +31,152 @@ def write(path: pathlib.Path, step: int, leaves: list[Leaf]) -> None:
     """
     agreed(lambda: (path / _ARRAYS).mkdir(parents=True))
     _check_seen(path / _ARRAYS)
-    arrays = {leaf.name: leaf.array for leaf in leaves if leaf.array is not None}
+    arrays = {leaf.name: leaf.array for leaf in manifest.leaves if leaf.array is not None}
     written = together(lambda: _arrays.write(path / _ARRAYS, arrays))
-    agreed(lambda: _seal(path, step, leaves, written))
+    agreed(lambda: _seal(path, manifest, written))
 
 
-def read(path: pathlib.Path, like: Any) -> Any:
-    """Reads a checkpoint in which `flaw` found none, as `like` is; every process calls this."""
+class Manifest(NamedTuple):
+    """What a checkpoint says of itself."""
+
+    step: int
+    leaves: list[Leaf]
+    outline: _outline.Outline
+
+    @classmethod
+    def of(cls, step: int, tree: Any) -> "Manifest":
+        """The manifest of a tree, with its arrays."""
+        return cls(step, encode(tree), _outline.outline(tree))
+
+    @classmethod
+    def parsed(cls, text: bytes) -> "Manifest":
+        """A manifest from JSON.
+
+        Raises:
+            ValueError: It is none, or of another format.
+        """
+        found = json.loads(text)
+        if not isinstance(found, dict) or type(found.get("format")) is not int:
+            raise ValueError(f"{_MANIFEST} names no format")
+        if found["format"] != FORMAT:
+            raise ValueError(
+                f"{OTHER_FORMAT} {found['format']}, this version reads format {FORMAT}"
+            )
+        if type(found.get("step")) is not int or not isinstance(found.get("leaves"), list):
+            raise ValueError(f"{_MANIFEST} has no step or no leaves")
+        leaves = [Leaf.from_description(fields) for fields in found["leaves"]]
+        if len({leaf.name for leaf in leaves}) != len(leaves):
+            raise ValueError(f"{_MANIFEST} has two leaves of one name")
+        return cls(found["step"], leaves, _outline.parsed(found.get("outline", _outline.UNKNOWN)))
+
+    def text(self) -> bytes:
+        """As JSON, a leaf to a line."""
+        lines = ",\n".join(json.dumps(leaf.described()) for leaf in self.leaves)
+        head = f'"format": {FORMAT}, "step": {self.step}, "outline": {json.dumps(self.outline)}'
+        return f'{{{head}, "leaves": [\n{lines}\n]}}\n'.encode()
+
+
+def read(path: pathlib.Path, like: Any) -> tuple[Any, str | None]:
+    """Reads a checkpoint as `like` is; every process calls this.
+
+    Returns:
+        The tree and None; or None and why it cannot be read, on all processes.
+
+    Raises:
+        ValueError: It is of another model, or a sharding does not divide a leaf.
+    """
+    if not agreed((path / _SUMS).exists):
+        return None, f"{_SUMS} is missing"
     _check_seen(path / _SUMS)
-    restored = []
+    manifest, flaw = _attempted(lambda: Manifest.parsed((path / _MANIFEST).read_bytes()))
+    if flaw is not None:
+        return None, flaw
+    forms = []
+    together(lambda: forms.extend(_matched(manifest, like, path.name)))
+    return _attempted(lambda: decode(manifest.leaves, like, forms, path / _ARRAYS))
 
-    def restore() -> None:
-        described = json.loads((path / _MANIFEST).read_bytes())["leaves"]
-        leaves = [Leaf.from_description(fields) for fields in described]
-        restored.append(decode(leaves, like, path / _ARRAYS))
 
-    together(restore)
-    return restored[0]
+def _matched(manifest: Manifest, like: Any, where: str) -> list[Any]:
+    forms = matched(manifest.leaves, like, where)
+    if difference := _outline.difference(manifest.outline, _outline.outline(like)):
+        raise other_model(where, difference)
+    return forms
+
+
+def _attempted(call: Callable[[], Any]) -> tuple[Any, str | None]:
+    """One's own result of a call that all make, or what failed on the first for which it did."""
+    results = []
+
+    def attempt() -> str | None:
+        try:
+            results.append(call())
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise  # which says nothing of the files
+        except Exception as error:  # a parser may raise anything
+            return _unreadable(error)
+        return None
+
+    flaw = next((flaw for flaw in together(attempt) if flaw is not None), None)
+    return (results[0] if flaw is None else None), flaw
+
+
+def _unreadable(error: Exception) -> str:
+    is_sentence = type(error) is ValueError
+    text = str(error) if is_sentence else f"{type(error).__name__}: {error}"
+    return text if text.startswith(OTHER_FORMAT) else f"it is not readable ({text:.200})"
 
 
 def flaw(path: pathlib.Path, step: int) -> str | None:
-    """Says what is wrong with a checkpoint, if anything is."""
+    """Says what is wrong with a checkpoint, if anything is; whatever fails is."""
     try:
         listing, found = (path / _SUMS).read_bytes(), _digests(path)
-    except FileNotFoundError:
-        return f"{_SUMS} is missing"
+        if listing != _listing(found):
+            return _difference(listing, found)
+        manifest = Manifest.parsed((path / _MANIFEST).read_bytes())
+        if manifest.step != step:
+            return f"it is a renamed step {manifest.step}"
+        forms = {leaf.name: leaf.form() for leaf in manifest.leaves}
+        return _arrays.flaw(path / _ARRAYS, {n: f for n, f in forms.items() if f is not None})
+    except Exception as error:
+        missing = isinstance(error, FileNotFoundError) and error.filename
+        return f"{pathlib.Path(missing).name} is missing" if missing else _unreadable(error)
+
+
+@contextlib.contextmanager
+def locked(directory: pathlib.Path) -> Iterator[bool]:
+    """Holds the lock of a directory, which the kernel takes from a process that dies.
+
+    Yields:
+        Whether it is held; a disk that has no locks is warned of.
+
+    Raises:
+        RuntimeError: Another process saves here.
+    """
+    path = directory / "lock"
+    with path.open("a+") as file:
+        held = _lock(file, path)
+        try:
+            yield held
+        finally:
+            if held:
+                fcntl.flock(file, fcntl.LOCK_UN)  # a child that was forked meanwhile has it, too
+
+
+def _lock(file: TextIO, path: pathlib.Path) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = path.read_text().strip() or "another process"
+        raise RuntimeError(
+            f"{holder} is saving here, to {path.parent}. End it, or save to another directory."
+        ) from None
     except OSError as error:
-        return f"it is not readable ({error})"
-    if listing != _listing(found):
-        return _difference(listing, found)
-    manifest = json.loads((path / _MANIFEST).read_bytes())
-    if manifest["format"] != FORMAT:
-        return f"{OTHER_FORMAT} {manifest['format']}, this version reads format {FORMAT}"
-    return None if manifest["step"] == step else f"it is a renamed step {manifest['step']}"
+        warnings.warn(f"{path} cannot be locked ({error}); let one job save here.", stacklevel=2)
+        return False
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on host {socket.gethostname()}\n")
+    file.flush()
+    return True
 
 
 def sync(path: pathlib.Path) -> None:
@@ -81,8 +201,9 @@ def _check_seen(path: pathlib.Path) -> None:
     together(see)
 
 
-def _seal(path: pathlib.Path, step: int, leaves: list[Leaf], written: list[dict[str, int]]) -> None:
+def _seal(path: pathlib.Path, manifest: Manifest, written: list[dict[str, int]]) -> None:
     """Makes a checkpoint of what all processes have written."""
+    _arrays.finish(path / _ARRAYS)
     for process, (name, size) in [(i, file) for i, w in enumerate(written) for file in w.items()]:
         file = path / _ARRAYS / name
         # orbax would take what it does not find for zeros.
@@ -91,17 +212,10 @@ def _seal(path: pathlib.Path, step: int, leaves: list[Leaf], written: list[dict[
                 f"{file} is not what process {process} wrote. Every process needs the same "
                 "directory: name one on a disk that they share."
             )
-    _arrays.finish(path / _ARRAYS)
-    (path / _MANIFEST).write_bytes(_manifest(step, leaves))
+    (path / _MANIFEST).write_bytes(manifest.text())
     (path / _SUMS).write_bytes(_listing(_digests(path)))
     for sealed in [*path.rglob("*"), path]:
         sync(sealed)
-
-
-def _manifest(step: int, leaves: list[Leaf]) -> bytes:
-    """A leaf to a line."""
-    lines = ",\n".join(json.dumps(leaf.described()) for leaf in leaves)
-    return f'{{"format": {FORMAT}, "step": {step}, "leaves": [\n{lines}\n]}}\n'.encode()
 
 
 def _digests(path: pathlib.Path) -> dict[str, str]:

@@ -39,9 +39,42 @@ class Leaf:
         return {name: x for name, x in fields.items() if name != "array" and x is not None}
 
     @classmethod
-    def from_description(cls, fields: dict[str, Any]) -> "Leaf":
-        """The inverse of `described`."""
-        return cls(**fields | {"shape": tuple(fields["shape"])})
+    def from_description(cls, fields: Any) -> "Leaf":
+        """The inverse of `described`.
+
+        Raises:
+            ValueError: The fields describe no leaf.
+        """
+        try:
+            leaf = cls(**fields | {"shape": tuple(fields["shape"])})
+        except (TypeError, KeyError):
+            raise ValueError(f"{fields!r:.80} describes no leaf") from None
+        whole = all(type(n) is int and n >= 0 for n in leaf.shape)
+        if not (isinstance(leaf.name, str) and whole and leaf.array is None and _known(leaf)):
+            raise ValueError(f"leaf {leaf.name!r} is described as {fields!r:.80}, which is none")
+        return leaf
+
+    def form(self, sharding: Any = None) -> jax.ShapeDtypeStruct | None:
+        """Its array as it is stored; None of a Python scalar, which has none."""
+        if self.dtype in _PYTHON:
+            return None
+        if self.impl is not None:
+            word = jax.random.key_data(jax.random.key(0, impl=self.impl))
+            return jax.ShapeDtypeStruct((*self.shape, *word.shape), word.dtype)
+        return jax.ShapeDtypeStruct(self.shape, jnp.dtype(self.dtype), sharding=sharding)
+
+
+def _known(leaf: Leaf) -> bool:
+    """Whether the dtype of a leaf is one, and its value or its kind of key is one of that dtype."""
+    try:
+        if leaf.dtype in _PYTHON:
+            kind = {"Python float": str}.get(leaf.dtype, _PYTHON[leaf.dtype])
+            return type(leaf.value) is kind and leaf.shape == () and _python(leaf) is not None
+        if leaf.impl is not None:
+            return str(jax.random.key(0, impl=leaf.impl).dtype) == leaf.dtype
+        return leaf.value is None and jnp.dtype(leaf.dtype).name == leaf.dtype
+    except Exception:  # of what was never a dtype or a kind of keys, JAX may say anything
+        return False
 
 
 def encode(tree: Any) -> list[Leaf]:
@@ -49,21 +82,32 @@ def encode(tree: Any) -> list[Leaf]:
     return [_encoded(name, leaf) for name, leaf in trees.named_leaves(tree).items()]
 
 
-def decode(leaves: list[Leaf], like: Any, source: pathlib.Path) -> Any:
-    """The leaves in the structure of `like`, each as the kind of thing it is there.
+def matched(leaves: list[Leaf], like: Any, where: str) -> list[jax.ShapeDtypeStruct | None]:
+    """How the array of each leaf of `like` is to be read.
 
     Raises:
-        ValueError: Names, shapes or dtypes differ from those of `like`; the first is named.
+        ValueError: Names, shapes or dtypes differ from those of `like`; the first is named. Or a
+            sharding does not divide a leaf, or JAX has no such dtype to put on devices.
     """
-    saved = {leaf.name: leaf for leaf in leaves}
-    wanted = trees.named_leaves(like)
+    saved, wanted = {leaf.name: leaf for leaf in leaves}, trees.named_leaves(like)
     if difference := _difference(saved, wanted):
-        raise ValueError(
-            f"{source.parent.name} is of another model: {difference}. Restore with the model, "
-            "optimiser and options that were saved, or start this model in another directory."
-        )
-    forms = {name: _form(saved[name], leaf) for name, leaf in wanted.items()}
-    arrays = _arrays.read(source, {name: form for name, form in forms.items() if form is not None})
+        raise other_model(where, difference)
+    return [_form(saved[name], leaf) for name, leaf in wanted.items()]
+
+
+def other_model(where: str, difference: str) -> ValueError:
+    """The error of a checkpoint that does not fit."""
+    return ValueError(
+        f"{where} is of another model: {difference}. Restore with the model, optimiser and options "
+        "that were saved, or start this model in another directory."
+    )
+
+
+def decode(leaves: list[Leaf], like: Any, forms: list[Any], folder: pathlib.Path) -> Any:
+    """The leaves in the structure of `like`, each as the kind of thing it is there."""
+    saved, wanted = {leaf.name: leaf for leaf in leaves}, trees.named_leaves(like)
+    named = dict(zip(wanted, forms, strict=True))
+    arrays = _arrays.read(folder, {name: form for name, form in named.items() if form is not None})
     decoded = [_decoded(saved[name], leaf, arrays.get(name)) for name, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(like), decoded)
 
@@ -128,38 +172,69 @@ def _text(dtype: str, shape: tuple[int, ...]) -> str:
 
 def _form(saved: Leaf, like: Any) -> jax.ShapeDtypeStruct | None:
     """How the array of a leaf is to be read; a key's is read whole, since it is small."""
-    if saved.dtype in _PYTHON:
-        return None
-    if saved.impl is not None:
-        word = jax.random.key_data(jax.random.key(0, impl=saved.impl))
-        return jax.ShapeDtypeStruct((*saved.shape, *word.shape), word.dtype)
     sharding = None if isinstance(like, np.ndarray | np.generic) else _sharding(like)
+    if saved.dtype in _PYTHON or saved.impl is not None or sharding is None:
+        return saved.form()
     try:
-        if sharding is not None:
-            sharding.shard_shape(saved.shape)
+        sharding.shard_shape(saved.shape)
+        on_device(saved.name, np.zeros((), saved.dtype))
     except ValueError as error:
         raise ValueError(f"{saved.name} cannot be restored as it is in `like`: {error}") from None
-    return jax.ShapeDtypeStruct(saved.shape, jnp.dtype(saved.dtype), sharding=sharding)
+    return saved.form(sharding)
 
 
 def _decoded(saved: Leaf, like: Any, array: Any) -> Any:
     if saved.dtype in _PYTHON:
-        value = _PYTHON[saved.dtype](saved.value)
-        return jnp.asarray(value, like.dtype) if hasattr(like, "dtype") else value
+        return _number(_python(saved), like)
     if saved.impl is not None:
         return placed(jax.random.wrap_key_data(jnp.asarray(array), impl=saved.impl), like)
     if isinstance(like, np.generic):
         return array[()]
-    if isinstance(like, np.ndarray):
-        return array
+    if isinstance(like, np.ndarray) or not _holds(array.dtype):
+        return array  # what JAX would narrow stays NumPy's
     if not getattr(like, "weak_type", False):
         return jnp.asarray(array)
     return jax.jit(_weak, out_shardings=_sharding(like))(array)
 
 
+def _python(saved: Leaf) -> Any:
+    return _PYTHON[saved.dtype](saved.value)
+
+
+def _number(value: Any, like: Any) -> Any:
+    """A Python number, as an array where `like` is abstract and its dtype has all the digits."""
+    if not hasattr(like, "dtype"):
+        return value
+    try:
+        with np.errstate(over="ignore"):
+            array = np.asarray(value, like.dtype)
+    except OverflowError:
+        return value
+    return jnp.asarray(array) if array.item() == value or value != value else value
+
+
 def _weak(array: Any) -> jax.Array:
     # A weak type decides what later promotions give, and only an operation hands it on.
     return jnp.full(array.shape, np.zeros((), array.dtype).item()).at[...].set(array)
+
+
+def on_device(where: str, x: np.ndarray) -> jax.Array:
+    """An array for JAX, with all its digits.
+
+    Raises:
+        ValueError: JAX has 32 bits here where the array has 64.
+    """
+    array = jnp.asarray(x)
+    if array.dtype != x.dtype:
+        raise ValueError(
+            f"{where} is {x.dtype}, of which JAX makes {array.dtype} here. Allow it by "
+            "jax.config.update('jax_enable_x64', True)."
+        )
+    return array
+
+
+def _holds(dtype: np.dtype) -> bool:
+    return jax.dtypes.canonicalize_dtype(dtype) == dtype
 
 
 def placed(array: jax.Array, like: Any) -> jax.Array:

@@ -19,7 +19,7 @@ import jax
 
 from unitscale_jax.quantization import is_quantized
 
-LEAF = "*"
+LEAF, UNKNOWN = "*", "?"  # nobody knows it of a checkpoint from before outlines
 _KINDS = ("dict", "list", "tuple", "fields", "other")  # only its own class makes an "other"
 
 
@@ -52,9 +52,9 @@ def outline(tree: Any, is_leaf: Callable[[Any], bool] = lambda _: False) -> Outl
     steps = [path[0] for path, _ in below]
     keys = [next(getattr(s, a) for a in ("key", "idx", "name") if hasattr(s, a)) for s in steps]
     entries = tuple((key, outline(x, is_leaf)) for key, (_, x) in zip(keys, below, strict=True))
-    if entries == (("value", LEAF),) and isinstance(steps[0], jax.tree_util.GetAttrKey):
-        return LEAF
     kind = _kind(tree, keys)
+    if (kind, entries) == ("other", (("value", LEAF),)):
+        return LEAF  # the box of a parameter
     if kind == "other":  # whose keys JSON may not know
         entries = tuple((str(key), x) for key, x in entries)
     name = repr(tree) if is_quantized(tree) else type(tree).__name__
@@ -96,7 +96,7 @@ def parsed(of: Any) -> Outline:
     Raises:
         ValueError: It is none.
     """
-    if of is None or of == LEAF:
+    if of is None or of in (LEAF, UNKNOWN):
         return of
     if not (isinstance(of, list) and len(of) == 3 and of[0] in _KINDS and isinstance(of[1], str)):
         raise ValueError("it is no outline of containers")
@@ -109,9 +109,12 @@ def parsed(of: Any) -> Outline:
 
 def names(of: Outline, above: tuple[str, ...] = ()) -> list[str]:
     """Names of the leaves, in the order of `jax.tree.leaves`."""
-    if isinstance(of, Container):
-        return [name for key, x in of.entries for name in names(x, (*above, str(key)))]
-    return [] if of is None else ["/".join(above)]
+    if not isinstance(of, Container):
+        return [] if of is None else ["/".join(above)]
+    # As `tree.names`: a field "value" with no other leaf beside it is the box of a parameter.
+    boxed = of.kind in ("fields", "other") and [k for k, x in of.entries if x == LEAF] == ["value"]
+    below = lambda key, x: above if boxed and x == LEAF else (*above, str(key))
+    return [name for key, x in of.entries for name in names(x, below(key, x))]
 
 
 def made(of: Outline, leaves: Iterator[Any]) -> Any:
@@ -139,6 +142,8 @@ def _record(name: str, fields: tuple[str, ...]) -> Callable[..., Any]:
 
 def difference(saved: Outline, wanted: Outline, above: tuple[str, ...] = ()) -> str | None:
     """Says where the containers of two trees differ first."""
+    if saved == UNKNOWN:
+        return None
     if _form(saved) != _form(wanted):
         where = repr("/".join(above)) if above else "the tree"
         return f"{where} is expected to be {_text(wanted)}, the checkpoint has {_text(saved)}"

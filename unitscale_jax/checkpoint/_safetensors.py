@@ -173,7 +173,7 @@ def _abstract_leaves(file: File) -> dict[str, Any]:
 def _read(file: File, name: str, leaf: Any, like: Any = None) -> Any:
     """A leaf with its values; `like` says where it goes."""
     if not is_quantized(leaf):
-        return _leaves.placed(_on_device(f"{file.path}: {name}", file.array(name)), like)
+        return _leaves.placed(_leaves.on_device(f"{file.path}: {name}", file.array(name)), like)
     where, spec = f"{file.path}: {name}", leaf.spec.w
 
     def values(field: str, x: Any) -> np.ndarray | None:
@@ -183,16 +183,6 @@ def _read(file: File, name: str, leaf: Any, like: Any = None) -> Any:
 
     placed = _placed(leaf.over(values), like)
     return placed if leaf.colsum is None else replace(placed, colsum=jax.jit(sum_codes)(placed))
-
-
-def _on_device(where: str, x: np.ndarray) -> jax.Array:
-    array = jnp.asarray(x)
-    if array.dtype != x.dtype:
-        raise ValueError(
-            f"{where} is {x.dtype}, of which JAX makes {array.dtype} here. Allow it by "
-            "jax.config.update('jax_enable_x64', True)."
-        )
-    return array
 
 
 def _placed(t: QTensor, like: Any) -> QTensor:
