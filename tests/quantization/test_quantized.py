@@ -395,10 +395,10 @@ dot_vjp.defvjp(lambda w, x: (x @ w, (w, x)), lambda kept, g: (kept[1].T @ g, g @
 
 
 FALLBACKS = {
-    "mask": dropping,
+    "mask": lambda p, x: dropping(p, x) + x @ p["w"],
     "custom_vjp": lambda p, x: dot_vjp(p["w"], x) + x @ p["w"],
     "regularized": lambda p, x: x @ p["w"] + jnp.square(p["w"]).sum(0),
-    "normalized": lambda p, x: x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0)),
+    "normalized": lambda p, x: x @ p["w"] / jnp.linalg.norm(p["w"], axis=0),
     "lookup": lambda p, x: x @ p["w"] + p["w"][jnp.array([3, 3, 0, 1, 7])],
     "both ways": lambda p, x: (x @ p["w"]) @ p["w"].T,
     "sum over groups": lambda p, x: x @ p["w"] + p["w"].reshape(4, -1, OUT).sum((0, 1)),
@@ -597,8 +597,11 @@ def test_a_rule_needs_a_spec_of_products():
 
 
 STRICT = {
-    "mask": (dropping, "mul.*no rule"),
-    "custom_vjp": (lambda p, x: dot_vjp(p["w"], x), "custom derivative"),
+    "mask": (FALLBACKS["mask"], "mul.*no rule"),
+    "cond": (
+        lambda p, x: x @ p["w"] + x @ lax.cond(x[0, 0] > 9, lambda w: w, jnp.negative, p["w"]),
+        "a result of cond",
+    ),
     "carry": (
         lambda p, x: lax.fori_loop(0, 2, lambda _, w: w * 2.0, p["w"]) + (x @ p["w"]).sum(),
         "loop's carry",
@@ -615,7 +618,7 @@ def test_strict_says_what_was_left_in_floating_point_and_why(kind):
         us.quantized(fn, rules, strict=True)({"w": DENSE["w"]}, X)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in WRAPPED if kind != "custom_jvp"])
+@pytest.mark.parametrize("kind", WRAPPED)
 def test_strict_is_content_where_all_is_in_integers(kind):
     us.quantized(WRAPPED[kind], {"w": W8A8}, strict=True)(SQUARE, X)
 

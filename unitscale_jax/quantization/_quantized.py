@@ -20,6 +20,7 @@ from unitscale_jax.loss import around
 from unitscale_jax.quantization._cache import appended
 from unitscale_jax.quantization._contract import Verdict, activation, axes_of, multiply
 from unitscale_jax.quantization._gradient import draw
+from unitscale_jax.quantization._left import Account, Left, arrays_of
 from unitscale_jax.quantization._lsq import Trained, entered
 from unitscale_jax.quantization._ops import emit
 from unitscale_jax.quantization._params import (
@@ -45,15 +46,22 @@ from unitscale_jax.quantization._served import Unquantizable
 from unitscale_jax.quantization._spec import DotSpec
 from unitscale_jax.quantization._views import logical, partitioned, view
 from unitscale_jax.trace import (
+    ACTIVATION,
+    CONSTANT,
     PRODUCTS,
+    ClosedJaxpr,
     DeviceSum,
+    Jaxpr,
     Meeting,
+    Moving,
+    Origin,
     Place,
     Product,
     Rewriter,
     Site,
-    addresses,
+    above,
     device_sums,
+    dtype_of,
     meetings,
     noted,
     origins,
@@ -83,7 +91,7 @@ def quantized(
         stats: What `calibrate` found, for parameters quantized in the call; see `quantize`.
         key: Draws for stochastic rounding in a quantized backward pass. Layers of one scan share
             their draws.
-        strict: Raises where a quantized array had to be dequantized.
+        strict: Raises where any quantized array had to be dequantized.
 
     Returns:
         A function of the signature of `fn`, traced once per call: call it under `jit`. Any argument
@@ -91,13 +99,14 @@ def quantized(
         keep their dtypes; one that is a quantized array itself (a cache) stays one.
 
     Raises:
-        ValueError: A rule matches nothing, or names a parameter that meets no product; a product
-            sums more than int32 holds; with `strict`, what was left in floating point, and why.
+        ValueError: A rule matches nothing, or names a parameter that meets no product; all
+            products of a parameter whose rule has an `x` were left in floating point; a product
+            sums more than int32 holds; with `strict`, anything was left in floating point, and why.
 
     Law: training is serving, see above: to the bit, where the compiler orders the float sums of
     `fn` itself alike in both programs (a norm's mean may be fused in another order). Gradients are
-    those of the float function at the dequantized values, zero where a calibrator clips. There is
-    no forward mode.
+    those of the float function at the dequantized values, zero where a calibrator clips; inside of
+    a custom derivative they are the user's rule's. There is no forward mode.
 
     In a `shard_map` a product that a sum over its axes ends, `psum(x @ w, axis)`, is one product
     over all devices: they share scales (of `Percentile` and `MSE` the largest device's) and sum
@@ -138,12 +147,13 @@ def quantized(
             for origin, x in zip(known, operands, strict=True)
         ]
         of_activations = [pair for pair in chosen if pair[1].w.axes == ACTIVATIONS]
-        met = activation_products(staged, known) if of_activations else {}
-        replay = _Quantizer(_first_matches(of_activations, met), key, sums)
-        replay.where = lambda site: _named(site, provenance(staged.closed.jaxpr, known))
+        account = Account(staged.closed.jaxpr, known)
+        replay = _Quantizer(of_activations, key, sums, account)
         out = replay(staged.closed.jaxpr, staged.closed.consts, operands)
-        if strict and replay.left:
-            raise ValueError("left in floating point: " + "; ".join(map(str, replay.left)) + ".")
+        if strict and account.left:
+            raise ValueError(f"left in floating point: {account}.")
+        if account.left:
+            account.check(meetings(staged, sources), {**_specs_of_codes(params), **specs})
         return staged.finish([_result(x) for x in out])
 
     return quantized_fn
@@ -201,6 +211,11 @@ def _result(x: Any) -> Any:
     return value_of(x) if is_quantized(x) and x.latent is not None else x
 
 
+def _specs_of_codes(params: Any) -> dict[str, DotSpec]:
+    named = trees.named_leaves(params, is_leaf=is_quantized)
+    return {name: leaf.spec for name, leaf in named.items() if is_quantized(leaf)}
+
+
 def _first_matches(
     pairs: Sequence[tuple[Any, DotSpec]], met: Mapping[Place, Sequence[str]]
 ) -> dict[Place, DotSpec]:
@@ -214,21 +229,6 @@ def _first_matches(
     return found
 
 
-def _named(site: Site, at: Mapping[Place, Any]) -> str:
-    return f"{site.name} of {' and '.join(addresses(site, at.get(site.place, ())[:2]))}"
-
-
-@dataclass(frozen=True)
-class Left:
-    """An equation that got an array back."""
-
-    what: str
-    why: str
-
-    def __str__(self) -> str:
-        return f"{self.what} ({self.why})"
-
-
 @dataclass(frozen=True)
 class Summed:
     """The result of a product on its way to a sum over devices that was made in integers."""
@@ -239,33 +239,84 @@ class Summed:
 class _Quantizer(Rewriter):
     """Replays a program on codes."""
 
-    where: Callable[[Site], str]
-
     def __init__(
         self,
-        activations: Mapping[Place, DotSpec],
+        activations: Sequence[tuple[Any, DotSpec]],
         key: Key | None,
         sums: Mapping[Place, DeviceSum],
+        account: Account,
     ) -> None:
         super().__init__({}, self.evaluate)
-        self.activations, self.key, self.sums = activations, key, sums
-        self.entered = {place[:k] for place in activations for k in range(1, len(place) + 1, 2)}
-        self.left: list[Left] = []
+        self.of_activations, self.key, self.account = activations, key, account
+        self.sums = dict(sums)
+        self.activations: dict[Place, DotSpec] = {}
+        self.entered: set[Place] = set()  # equations with such a product inside
+        self.linear: set[Place] = set()  # equations of tangents
         self.kept: dict[Place, list[bool]] = {}
+        self._find_activations(account.jaxpr, account.sources)
+
+    def _find_activations(
+        self, jaxpr: Jaxpr, sources: Sequence[Origin], parent: Site | None = None, body: int = 0
+    ) -> None:
+        if self.of_activations:
+            met = activation_products(jaxpr, sources, parent, body)
+            found = _first_matches(self.of_activations, met)
+            self.activations |= found
+            self.entered |= {place[:k] for place in found for k in range(1, len(place) + 1, 2)}
 
     def touches(self, site: Site, operands: list[Any]) -> bool:
         quantized = any(isinstance(x, QTensor | Summed) for x in operands)
         return quantized or site.place in self.entered or notes_are_taken()
 
+    def latent(self, operand: Any) -> Any:
+        """Gradients of codes go to the float array beside them."""
+        return operand.latent if is_quantized(operand) else operand
+
+    def derived(
+        self,
+        site: Site,
+        number: int,
+        closed: ClosedJaxpr,
+        operands: list[Any],
+        moving: Moving = Moving(),  # noqa: B008, frozen
+    ) -> list[Any]:
+        """Products of the forward pass are of codes, as in the call; those of gradients of floats.
+
+        So a gradient is the user's rule's, at the values served. What the rule keeps of a parameter
+        for it is kept as codes.
+        """
+        if number == 2:
+            return super().derived(site, 2, closed, _typed(arrays_of(operands), closed), moving)
+        self._forward(site, closed, len(moving.before))
+        out = super().derived(site, 1, closed, _typed(operands, closed), moving)
+        count = len(site.eqn.outvars)
+        alone = [replace(x, latent=None) if is_quantized(x) else x for x in out[count:]]
+        return [*self.returned(site, out[:count]), *alone]
+
+    def _forward(self, site: Site, closed: ClosedJaxpr, tangents: int) -> None:
+        """What is to be known of the equations of a derivative before they are replayed."""
+        self.account.bodies.append((site, closed.jaxpr))
+        self.sums |= device_sums(closed.jaxpr, site, 1)
+        rest = [ACTIVATION] * tangents
+        if self.of_activations:
+            own = self.account.origins(site)
+            self._find_activations(closed.jaxpr, [*own, *rest], site, 1)
+        if tangents:  # a product of integers is not linear in a tangent
+            primals = [CONSTANT] * len(site.eqn.invars)
+            at = provenance(closed.jaxpr, [*primals, *rest], site, 1)
+            self.linear |= {place for place, by in at.items() if any(o.active for o in by)}
+
     def _step(self, site: Site, operands: list[Any]) -> Sequence[Any]:
-        if site.name.startswith("custom_"):  # the user's derivative is one of arrays
-            operands = self.arrays(site, operands, "a custom derivative")
+        if site.place in self.linear and site.name.startswith("custom_"):
+            return site.bind(arrays_of(operands))
         return super()._step(site, operands)
 
     def evaluate(self, site: Site, operands: list[Any]) -> list[Any]:
         """Every equation without a body."""
         if any(isinstance(x, Summed) for x in operands):
             return [x.total for x in operands]
+        if site.place in self.linear:
+            return site.bind(arrays_of(operands))
         product = product_of(site, operands[2:])
         if product is not None and self._multiplies(site, operands):
             return [self._product(product, operands)]
@@ -302,20 +353,25 @@ class _Quantizer(Rewriter):
                 own = draw(self.key, site.place)
                 out, verdict = multiply(product, left, right, spec, own, across=across)
             except Unquantizable as error:
-                raise ValueError(f"{self.where(site)} {error}") from None
-        self._judge(site, verdict)
+                raise ValueError(f"{self.account.named(site)} {error}") from None
+        self._judge(site, verdict, spec, [is_quantized(x) for x in operands[:2]])
         return Summed(out) if verdict.across else out
 
-    def _judge(self, site: Site, verdict: Verdict) -> None:
+    def _judge(self, site: Site, verdict: Verdict, spec: DotSpec, codes: Sequence[bool]) -> None:
         if verdict.kept:
-            self.left.append(Left(self.where(site), verdict.kept.removeprefix("kept: ")))
-        self.left += [Left(self.where(site), why) for why in verdict.backward]
+            self.account.left.append(Left(site, verdict.kept.removeprefix("kept: ")))
+        else:
+            self.account.multiplied += [(site, side) for side in (0, 1) if codes[side]]
+        own = any(parent.name.startswith("custom_") for parent in above(site))
+        users = ("the derivative is the user's own",) if own and spec.g is not None else ()
+        why = users or verdict.backward
+        self.account.left += [Left(site, reason, backward=True) for reason in why]
 
     def arrays(self, site: Site, operands: Sequence[Any], why: str) -> list[Any]:
         """Operands with arrays for whatever is quantized, which is reported."""
         if any(map(is_quantized, operands)):
-            self.left.append(Left(self.where(site), why))
-        return [value_of(x) if is_quantized(x) else x for x in operands]
+            self.account.left.append(Left(site, why))
+        return arrays_of(operands)
 
     def carried(self, site: Site, carry: list[Any], step: Any) -> list[Any]:
         """A carry stays quantized if the body makes the like of it: a cache that is appended to."""
@@ -336,11 +392,11 @@ class _Quantizer(Rewriter):
             kept = self.kept[site.place]
             kept = [*kept, *[False] * (len(results) - len(kept))]
             return [
-                value_of(x) if is_quantized(x) and not keep else x
+                x if keep else self.arrays(site, [x], f"a result of {site.name}")[0]
                 for x, keep in zip(results, kept, strict=True)
             ]
         if site.name in ("cond", "shard_map"):
-            return [value_of(x) if is_quantized(x) else x for x in results]
+            return self.arrays(site, results, f"a result of {site.name}")
         return results
 
     def entering(self, operand: Any, placement: Any) -> Any:
@@ -361,6 +417,13 @@ class _Quantizer(Rewriter):
             specs = partitioned(operand, placement.spec)
             return specs.over(lambda _, spec: NamedSharding(placement.mesh, spec))
         return None
+
+
+def _typed(operands: Sequence[Any], closed: ClosedJaxpr) -> list[Any]:
+    """Operands in the dtypes that a derived body is traced for; a latent array has its own."""
+    pairs = zip(operands, map(dtype_of, closed.jaxpr.invars), strict=True)
+    wanted = lambda x, dtype: is_quantized(x) or jnp.result_type(x) == dtype
+    return [x if wanted(x, dtype) else jnp.asarray(x, dtype) for x, dtype in pairs]
 
 
 def _alike(a: QTensor, b: Any) -> bool:

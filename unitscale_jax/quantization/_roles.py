@@ -1,7 +1,7 @@
 """Which axes of a parameter share a scale: those that the function contracts it over."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,8 +13,10 @@ from unitscale_jax.quantization._qtensor import has_codes, is_quantized
 from unitscale_jax.quantization._spec import DotSpec
 from unitscale_jax.quantization._views import logical
 from unitscale_jax.trace import (
+    Jaxpr,
     Meeting,
     Origin,
+    Site,
     Staged,
     addresses,
     meetings,
@@ -93,20 +95,19 @@ def _of_activations(
     others = [p for p in pairs if not any(named_rules.matches(p[0], name) for name in names)]
     if not others:
         return
-    met = activation_products(staged, sources)
+    met = activation_products(staged.closed.jaxpr, sources)
     everything = [*names, *dict.fromkeys(itertools.chain(*met.values()))]
     named_rules.match(pairs, everything, noun="parameter and product")
     yield from others
 
 
 def activation_products(
-    staged: Staged, sources: list[Origin]
+    jaxpr: Jaxpr, sources: Sequence[Origin], parent: Site | None = None, body: int = 0
 ) -> dict[tuple[int, ...], tuple[str, ...]]:
     """Place of each product of two activations -> its addresses, the most telling first."""
-    jaxpr = staged.closed.jaxpr
-    at = provenance(jaxpr, sources)
+    at = provenance(jaxpr, sources, parent, body)
     found = {}
-    for site in sites(jaxpr):
+    for site in sites(jaxpr, parent, body):
         operands = at.get(site.place, ())[:2]
         coded = product_of(site) is not None and all(map(has_codes, site.operands[:2]))
         if coded and not any(origin.names for origin in operands):

@@ -69,6 +69,7 @@ from unitscale_jax.trace._primitives import (
 from unitscale_jax.trace._product import Conv, Dot, Product, Ragged, product_of
 from unitscale_jax.trace._provenance import (
     ACTIVATION,
+    CONSTANT,
     Origin,
     addresses,
     origins,
@@ -96,6 +97,7 @@ __all__ = [
     "Arguments",
     "Axes",
     "Capture",
+    "CONSTANT",
     "ClosedJaxpr",
     "Collective",
     "Conv",

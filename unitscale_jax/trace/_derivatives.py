@@ -77,14 +77,16 @@ def custom_vjp(rewriter: Any, site: Site, operands: list[Any]) -> Sequence[Any]:
     flat, structure = jax.tree.flatten(operands)
     avals, latent = [v.aval for v in site.eqn.invars], _latent_leaves(rewriter, structure)
     dtypes = [jnp.result_type(x) for x in flat]
+    # Another rule cannot tell, and not every place takes one that can (a shard_map outside of jit).
+    symbolic = site.eqn.params["symbolic_zeros"]
 
     @jax.custom_vjp
     def call(*xs: Any) -> list[Any]:
         return rewriter.inline(site, structure.unflatten(xs))
 
     def fwd(*xs: Any) -> tuple[list[Any], tuple[list[Any], Any]]:
-        values = [x.value for x in xs]
-        moving = _moving(avals, latent, [x.perturbed for x in xs])
+        values = [x.value for x in xs] if symbolic else list(xs)
+        moving = _moving(avals, latent, [x.perturbed if symbolic else True for x in xs])
         if not moving:
             return call(*values), ([], None)
         backward: list[jax.tree_util.PyTreeDef] = []  # the pullback's structure, once traced
@@ -128,7 +130,7 @@ def custom_vjp(rewriter: Any, site: Site, operands: list[Any]) -> Sequence[Any]:
             gradients[latent[k]] = None if zero else g.astype(dtypes[latent[k]])
         return tuple(gradients)
 
-    call.defvjp(fwd, bwd, symbolic_zeros=True)
+    call.defvjp(fwd, bwd, symbolic_zeros=symbolic)
     return call(*flat)
 
 
