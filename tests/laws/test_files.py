@@ -613,3 +613,94 @@ def test_a_disk_that_fills_up_meanwhile_is_the_same_error(checkpoints, monkeypat
     with pytest.raises(OSError, match="no space left: RESOURCE_EXHAUSTED"):
         checkpoints.save(2, a_run(2))
     assert {path.name for path in checkpoints.directory.iterdir()} == {"lock"}
+
+
+# --- H5: plans and specs that were changed
+
+
+def resaved(file, change):
+    """A file of codes with another spec, and without a digest."""
+    header, arrays = opened(file)
+    header["__metadata__"].pop("sha256", None)
+    header["__metadata__"]["spec:w"] = change(header["__metadata__"]["spec:w"])
+    written(file, header, arrays)
+
+
+SPECS = {
+    "int8": us.DotSpec(w=us.QSpec(axes=(-2,))),
+    "groups": us.DotSpec(
+        w=us.QSpec(format="int4", axes=(-2,), group=us.Group(2, "integer"), symmetric=True),
+        x=us.QSpec(calibrator=us.Percentile(99.0)),
+    ),
+}
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_any_change_of_a_spec_is_an_error_that_names_the_file_or_a_spec(spec, file):
+    rng = random.Random(2)
+    us.save(file, us.quantize({"w": jnp.ones((4, 2))}, {"w": SPECS[spec]}))
+    before = file.read_bytes()
+    for _ in range(150):
+        file.write_bytes(before)
+        resaved(file, lambda text: json.dumps(exchanged(rng, json.loads(text))))
+        try:
+            assert us.load(file)["w"].shape == (4, 2)
+        except ValueError as error:
+            assert "model.safetensors" in str(error)
+
+
+def test_a_spec_that_is_nested_too_deeply_is_an_error_that_names_the_file(file):
+    us.save(file, us.quantize({"w": jnp.ones((4, 2))}, {"w": SPECS["int8"]}))
+    resaved(file, lambda text: "[" * 100000)
+    with pytest.raises(ValueError, match="model.safetensors: w has a spec .* cannot read"):
+        us.load(file)
+
+
+@pytest.fixture(scope="module")
+def a_plan_file(tmp_path_factory):
+    params = {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 3))}
+    fn = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
+    graph = us.prune.groups(fn, params, jnp.ones((2, 4)))
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    us.prune.save_plan(path, us.prune.plan(graph, us.prune.l2(graph, params), keep=0.5))
+    return path, params
+
+
+def test_any_change_of_a_plan_is_an_error_that_names_the_file_or_a_plan(a_plan_file, tmp_path):
+    path, params = a_plan_file
+    text, rng = json.loads(path.read_text()), random.Random(3)
+    for _ in range(500):
+        changed = tmp_path / "changed.json"
+        changed.write_text(json.dumps(exchanged(rng, text)))
+        try:
+            plan = us.prune.load_plan(changed)
+        except ValueError as error:
+            assert "changed.json" in str(error)
+            continue
+        assert plan.new_shapes.keys() == plan.shapes.keys()
+        assert all(isinstance(flag, str) for flags in plan.flags.values() for flag in flags)
+    assert us.prune.load_plan(path, params).sizes["a:1"] == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text | {"shapes": dict.fromkeys(text["shapes"], 3)}, "expected a list"),
+        (lambda text: text | {"flags": dict.fromkeys(text["flags"], "exact")}, "expected a list"),
+        (lambda text: text | {"flags": dict.fromkeys(text["flags"], [3])}, "expected a word"),
+        (lambda text: text | {"axes": dict.fromkeys(text["axes"], ["a"])}, "expected a list"),
+        (lambda text: text | {"sizes": dict.fromkeys(text["sizes"], 2**70)}, "whole number"),
+    ],
+)
+def test_a_plan_with_something_else_in_it_says_what(change, message, a_plan_file, tmp_path):
+    changed = tmp_path / "changed.json"
+    changed.write_text(json.dumps(change(json.loads(a_plan_file[0].read_text()))))
+    with pytest.raises(ValueError, match=rf"changed.json was altered: .*{message}"):
+        us.prune.load_plan(changed)
+
+
+def test_a_plan_that_is_nested_too_deeply_is_no_plan(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text("[" * 100000)
+    with pytest.raises(ValueError, match="plan.json is no plan: it is not JSON"):
+        us.prune.load_plan(path)

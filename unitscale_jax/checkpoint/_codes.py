@@ -118,7 +118,7 @@ def described(where: str, text: str, stored: Shapes) -> QTensor:
         whole = all(type(n) is int for n in (*axes, *shape))
         if read or type(spec) is not DotSpec or not (whole and jnp.issubdtype(dtype, jnp.floating)):
             raise ValueError("expected a DotSpec, axes, a float dtype and a shape, no more")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # what a spec makes of another's values may be any error
         raise ValueError(f"{where} has a spec that this version cannot read: {error}.") from None
     static = {"spec": spec, "axes": axes, "dtype": dtype}
     t = QTensor(jax.ShapeDtypeStruct(shape, spec.w.code_dtype), None, **static)

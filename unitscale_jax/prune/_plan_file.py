@@ -8,12 +8,14 @@ where it is served. Shapes are written down as well, and whatever does not fit i
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from unitscale_jax import tree as trees
+from unitscale_jax.errors import expected
 from unitscale_jax.prune._groups import Plan
 
 FORMAT = 1
@@ -69,14 +71,8 @@ def load_plan(path: str | os.PathLike[str], params: Any = None) -> Plan:
             not fit each other; or it is the plan of another model than that of `params`.
     """
     path = pathlib.Path(path)
-    found = _read(path)
-    plan = _plan(path, found)
-    _check_same(
-        f"{path} was altered: by its axes",
-        plan.shapes,
-        {name: tuple(shape) for name, shape in found["shapes"].items()},
-        "and it says",
-    )
+    plan, shapes = _plan(path, _read(path))
+    _check_same(f"{path} was altered: by its axes", plan.shapes, shapes, "and it says")
     if params is not None:
         of_params = {name: np.shape(x) for name, x in trees.named_leaves(params).items()}
         _check_same(f"{path} is the plan of another model: in it", plan.shapes, of_params, "here")
@@ -86,7 +82,7 @@ def load_plan(path: str | os.PathLike[str], params: Any = None) -> Plan:
 def _read(path: pathlib.Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, of "[[[[.."
         raise ValueError(f"{path} is no plan: it is not JSON ({error}).") from None
     if not isinstance(found, dict) or "format" not in found:
         raise ValueError(f"{path} is no plan: it names no format. Write plans by save_plan.")
@@ -101,27 +97,41 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     return found
 
 
-def _plan(path: pathlib.Path, found: Mapping[str, Any]) -> Plan:
+def _plan(path: pathlib.Path, found: Mapping[str, Any]) -> tuple[Plan, dict[str, Any]]:
+    """A plan and the shapes that its file says."""
+    lists = lambda field, each: {name: _listed(each, x) for name, x in found[field].items()}
     try:
-        return Plan(
-            kept={name: tuple(map(_whole, c)) for name, c in found["kept"].items()},
+        plan = Plan(
+            kept=lists("kept", _whole),
             sizes={name: _whole(n) for name, n in found["sizes"].items()},
-            axes={name: _axes(axes) for name, axes in found["axes"].items()},
-            flags={name: frozenset(flags) for name, flags in found["flags"].items()},
+            axes=lists("axes", lambda axis: _listed(lambda term: _listed(_entry, term), axis)),
+            flags={name: frozenset(flags) for name, flags in lists("flags", _word).items()},
         )
-    except (TypeError, ValueError) as error:
+        return plan, lists("shapes", _whole)
+    except ValueError as error:
         raise ValueError(f"{path} was altered: {error}") from None
 
 
+def _listed(each: Callable[[Any], Any], found: Any) -> tuple[Any, ...]:
+    if not isinstance(found, list):
+        raise ValueError(expected("a value", found, "a list"))
+    return tuple(map(each, found))
+
+
 def _whole(n: Any) -> int:
-    if type(n) is not int or n < 0:
+    if type(n) is not int or not 0 <= n <= sys.maxsize:
         raise ValueError(f"{n!r} is where a whole number belongs.")
     return n
 
 
-def _axes(axes: Any) -> tuple[Any, ...]:
-    entry = lambda e: e if isinstance(e, str) else _whole(e)
-    return tuple(tuple(tuple(map(entry, term)) for term in axis) for axis in axes)
+def _word(text: Any) -> str:
+    if not isinstance(text, str):
+        raise ValueError(expected("a flag", text, "a word"))
+    return text
+
+
+def _entry(e: Any) -> str | int:
+    return e if isinstance(e, str) else _whole(e)
 
 
 def _check_same(what: str, mine: Mapping[str, Any], other: Mapping[str, Any], where: str) -> None:
