@@ -147,10 +147,15 @@ def test_combine_undoes_partition_of_any_tree(tree, data):
     assert len(jax.tree.leaves(selected)) + len(jax.tree.leaves(rest)) == len(jax.tree.leaves(tree))
 
 
-def test_the_first_tree_that_has_a_leaf_gives_it():
-    assert trees.combine({"a": 1, "b": None}, {"a": 2, "b": 3}) == {"a": 1, "b": 3}
+def test_trees_that_overlap_are_an_error_that_names_the_leaf():
+    with pytest.raises(ValueError, match="2 trees have a leaf 'a'; expected one"):
+        trees.combine({"a": 1, "b": None}, {"a": 2, "b": 3})
     zeros = {"a": jnp.zeros(2), "b": None}  # a leaf that is false is a leaf
-    assert_equal_trees(trees.combine(zeros, {"a": jnp.ones(2), "b": None}), zeros)
+    with pytest.raises(ValueError, match="2 trees have a leaf 'a'"):
+        trees.combine(zeros, {"a": jnp.ones(2), "b": None})
+    assert_equal_trees(trees.combine(zeros, {"a": None, "b": None}), zeros)
+    with pytest.raises(ValueError, match="no trees to combine"):
+        trees.combine()
 
 
 # ------------------------------------------------------------------------------ numbers

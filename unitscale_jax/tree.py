@@ -199,9 +199,29 @@ def partition(tree: Any, predicate: Callable[[str, Any], bool]) -> tuple[Any, An
 
 
 def combine(*trees: Any) -> Any:
-    """Merges trees of one outline: at each place the first leaf that is not `None`."""
-    first = lambda *leaves: next((leaf for leaf in leaves if leaf is not None), None)
-    return jax.tree.map(first, *trees, is_leaf=lambda leaf: leaf is None or is_compound(leaf))
+    """Merges trees of one outline: at each place the one leaf that is not `None`.
+
+    Raises:
+        ValueError: Two trees have a leaf at one place.
+
+    Example:
+        >>> combine({"a": 1, "b": None}, {"a": None, "b": 3})
+        {'a': 1, 'b': 3}
+    """
+    if not trees:
+        raise ValueError("there are no trees to combine; give at least one.")
+
+    def only(path: Any, *leaves: Any) -> Any:
+        held = [leaf for leaf in leaves if leaf is not None]
+        if len(held) > 1:
+            raise ValueError(
+                f"{len(held)} trees have a leaf {'/'.join(map(_word, path))!r}; expected one, and "
+                "None in the others, as `partition` makes them."
+            )
+        return held[0] if held else None
+
+    is_leaf = lambda leaf: leaf is None or is_compound(leaf)
+    return jax.tree_util.tree_map_with_path(only, *trees, is_leaf=is_leaf)
 
 
 def is_finite(tree: Any) -> jax.Array:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
+from jax.experimental import checkify
 
 import unitscale_jax as us
 
@@ -108,3 +109,71 @@ def test_a_cache_whose_tokens_share_a_scale_cannot_be_appended_to():
 def test_a_float_cache_keeps_its_dtype(dtype):
     cache = us.append(jnp.zeros((1, 2, 4), dtype), jnp.ones((1, 1, 4)), 1)
     assert cache.dtype == dtype and cache[0, :, 0].tolist() == [0, 1]
+
+
+# --- what does not fit (I2)
+
+CACHES = {"float": None, "fixed": us.DotSpec(w=us.QSpec(axes=(-1,), calibrator=us.Fixed(-9, 9)))}
+CACHES |= SPECS | {
+    "groups": us.DotSpec(w=us.QSpec(format="int4", axes=(-1,), group=us.Group(4, "integer")))
+}
+
+
+def cache_of(name, *shape):
+    zeros = jnp.zeros(shape)
+    return zeros if CACHES[name] is None else us.quantize({"k": zeros}, {"k": CACHES[name]})["k"]
+
+
+@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize(("tokens", "index"), [(2, 3), (1, 9), (1, 4), (1, -1), (4, 1)])
+def test_tokens_that_do_not_fit_are_refused_and_within_a_trace_are_nan(name, tokens, index):
+    cache, x = cache_of(name, 1, 4, 8), jnp.ones((1, tokens, 8))
+    for known in (index, np.int32(index), jnp.asarray(index)):
+        with pytest.raises(
+            ValueError, match=f"{tokens} tokens at {index} do not fit .* cache of 4"
+        ):
+            us.append(cache, x, known)
+    value = us.dequantize({"k": jax.jit(us.append)(cache, x, index)})["k"]
+    assert int(jnp.isnan(value).sum()) == tokens * 8
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_trace_changes_nothing_where_tokens_fit(name):
+    cache, x = cache_of(name, 1, 4, 8), jnp.linspace(-3, 3, 16).reshape(1, 2, 8)
+    chex.assert_trees_all_equal(jax.jit(us.append)(cache, x, 2), us.append(cache, x, 2))
+
+
+@pytest.mark.parametrize("name", ["stored", "fixed", "asymmetric"])
+def test_a_model_served_from_codes_that_runs_past_its_cache_gives_nan(name):
+    write = lambda c, x, t: us.append(c["k"], x, t)
+    codes, x = {"k": cache_of(name, 1, 4, 8)}, jnp.ones((1, 2, 8))
+    served = jax.jit(us.quantized(write))(codes, x, 3)
+    assert bool(jnp.isnan(us.dequantize({"k": served})["k"]).any())
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2), (1, 5, 8), (2, 1, 8), (1, 8), (1, 1, 1, 8), ()])
+@pytest.mark.parametrize("name", ["float", "stored"])
+def test_another_shape_is_refused_whatever_the_index(name, shape):
+    cache = cache_of(name, 1, 4, 8)
+    for run in (us.append, jax.jit(us.append)):
+        with pytest.raises(ValueError, match=r"x has shape .*; expected that of the cache"):
+            run(cache, jnp.ones(shape), 0)
+
+
+def test_a_checked_index_is_an_error():
+    run = jax.jit(checkify.checkify(lambda c, x, t: us.append(c, x, t, checked=True)))
+    cache, x = cache_of("float", 1, 4, 8), jnp.ones((1, 2, 8))
+    assert run(cache, x, 2)[0].get() is None
+    assert "tokens at 3 do not fit" in run(cache, x, 3)[0].get()
+
+
+@pytest.mark.parametrize("wrong", [jnp.zeros((1, 4, 8), int), 3, "cache"])
+def test_what_is_no_cache_is_refused(wrong):
+    with pytest.raises(TypeError, match="the cache is .*; expected a float array or a QTensor"):
+        us.append(wrong, jnp.ones((1, 1, 8)), 0)
+
+
+@pytest.mark.parametrize("index", [0.5, jnp.zeros(2, int), None])
+def test_what_is_no_index_is_refused(index):
+    with pytest.raises(TypeError, match="the index is .*; expected one whole number"):
+        us.append(jnp.zeros((1, 4, 8)), jnp.ones((1, 1, 8)), index)
