@@ -218,7 +218,7 @@ def after_training(task, options):
     rows = 4 if options.smallest else 64
     starts = jax.random.randint(jax.random.key(9), (rows, 1), 0, task.train.size - task.length)
     batch = task.train[starts + jnp.arange(task.length)].astype(jnp.int32)
-    moments = us.prune.calibrate(task.logits, params, [batch], list(task.patterns), what="hessian")
+    moments = us.calibrate(task.logits, params, [batch], list(task.patterns), collect=("hessian",))
     forms = {"50%": us.prune.Unstructured(), "4:8": us.prune.NofM(4, 8), "2:4": us.prune.NofM()}
     forms = {"2:4": forms["2:4"]} if options.smallest else forms
     table = {}

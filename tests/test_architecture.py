@@ -8,7 +8,9 @@ from importlib.util import resolve_name
 import unitscale_jax
 
 ROOT = pathlib.Path(unitscale_jax.__file__).parent
-FLOOR = ["typing", "errors", "tree", "rules", "formats", "fwd_bwd", "trace", "loss", "optimizer"]
+# In order, the lowest first.
+FLOOR = ["typing", "errors", "tree", "rules", "formats", "fwd_bwd"]
+FLOOR += ["trace", "statistics", "loss", "optimizer"]
 SLICES = [
     "accumulate",
     "precision",

@@ -43,24 +43,20 @@ from unitscale_jax.quantization import (
     Percentile,
     QSpec,
     QTensor,
-    Stat,
-    Stats,
     amax_history,
     append,
     awq,
-    calibrate,
     dequantize,
     gptq,
     is_quantized,
     learned,
-    merge_stats,
-    observed,
     quantize,
     quantized,
     resolve,
     smoothquant,
 )
 from unitscale_jax.report import Operation, Report, explain
+from unitscale_jax.statistics import Measure, Stat, Stats, calibrate, merge_stats, observed
 
 __version__ = "0.1.0"
 
@@ -83,6 +79,7 @@ __all__ = [
     "LowPrecisionState",
     "MSE",
     "Mean",
+    "Measure",
     "MultiStepsState",
     "Operation",
     "Percentile",

@@ -13,7 +13,7 @@ https://arxiv.org/abs/2206.02915), OCP microscaling (e2m3fn, e3m2fn, e2m1fn), IE
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -387,3 +387,10 @@ def _dtype_name(dtype: DType) -> str:
         return np.dtype(dtype).name
     except TypeError:
         return repr(dtype)
+
+
+def on_grid(x: Any) -> jax.Array:
+    """The values of a 16 or 32-bit float array as float32, on the grid of their dtype."""
+    info = jnp.finfo(jnp.result_type(x))
+    wide = jnp.asarray(x).astype(jnp.float32)
+    return jax.lax.reduce_precision(wide, info.nexp, info.nmant) if info.bits < 32 else wide

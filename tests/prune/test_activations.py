@@ -32,8 +32,8 @@ X = normal(2, 6, 4)
 @settings(max_examples=3)
 @given(x=floats((6, 4)))
 def test_batches_may_be_split_and_ordered_at_will(what, cut, x):
-    whole = calibrate(dense, PARAMS, [x], ["w", "v"], what=what)
-    parts = calibrate(dense, PARAMS, [x[cut:], x[:cut]], ["w", "v"], what=what)
+    whole = calibrate(dense, PARAMS, [x], ["w", "v"], collect=(what,))
+    parts = calibrate(dense, PARAMS, [x[cut:], x[:cut]], ["w", "v"], collect=(what,))
     for name in ("w", "v"):
         for a, b in zip(jax.tree.leaves(whole[name]), jax.tree.leaves(parts[name]), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
@@ -41,7 +41,7 @@ def test_batches_may_be_split_and_ordered_at_will(what, cut, x):
 
 
 def test_sums_are_those_of_what_meets_each_parameter():
-    moments = calibrate(dense, PARAMS, [X, 2 * X], ["w", "v"], what="hessian")
+    moments = calibrate(dense, PARAMS, [X, 2 * X], ["w", "v"], collect=("hessian",))
     met = {"w": [X, 2 * X], "v": [jnp.tanh(k * X @ PARAMS["w"]) for k in (1, 2)]}
     for name, xs in met.items():
         rows = np.concatenate([np.asarray(x, np.float64) for x in xs])
@@ -52,7 +52,7 @@ def test_sums_are_those_of_what_meets_each_parameter():
 
 def test_squares_are_the_diagonal_of_the_second_moments():
     squares = calibrate(dense, PARAMS, [X], ["w"])["w"]
-    full = calibrate(dense, PARAMS, [X], ["w"], what="hessian")["w"]
+    full = calibrate(dense, PARAMS, [X], ["w"], collect=("hessian",))["w"]
     np.testing.assert_allclose(squares.squares, np.diagonal(full.hessian), rtol=1e-6)
     assert squares.hessian is None
 
@@ -93,7 +93,7 @@ def test_a_convolution_has_those_of_its_windows():
         x, p["w"], (2, 1), "VALID", dimension_numbers=numbers
     )
     w, x = normal(3, 3, 2, 4, 1), normal(4, 2, 7, 6, 4)
-    moments = calibrate(fn, {"w": w}, [x], ["w"], what="hessian")["w"]
+    moments = calibrate(fn, {"w": w}, [x], ["w"], collect=("hessian",))["w"]
     flat = np.asarray(w).reshape(-1)
     power = flat @ moments.hessian @ flat
     np.testing.assert_allclose(power, (fn({"w": w}, x) ** 2).sum(), rtol=1e-5)
@@ -132,7 +132,7 @@ ERRORS = {
     "lookup": (lambda: calibrate(looked_up, PARAMS, [IDS], ["w"]), "w: meets no product"),
     "nan": (lambda: calibrate(dense, PARAMS, [X.at[0].set(jnp.nan)], ["w"]), "w is not finite"),
     "never": (lambda: calibrate(never, PARAMS, [X], ["w"]), "nothing met w"),
-    "what": (lambda: calibrate(dense, PARAMS, [X], ["w"], what="norms"), "'squares' or 'hessian'"),
+    "what": (lambda: calibrate(dense, PARAMS, [X], ["w"], collect=("norms",)), "expected some of"),
     "two axes": (
         lambda: calibrate(lambda p, x: (x @ p["w"]) @ p["w"].T, PARAMS, [X], ["w"]),
         "w in dot_general has no input channels",

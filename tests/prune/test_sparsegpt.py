@@ -11,7 +11,6 @@ from jax import lax
 
 from unitscale_jax.prune import (
     Block,
-    Moments,
     NofM,
     SparsitySpec,
     Unstructured,
@@ -20,6 +19,7 @@ from unitscale_jax.prune import (
     sparsegpt,
 )
 from unitscale_jax.prune._surgeon import sweep
+from unitscale_jax.statistics import Stat
 from unitscale_jax.trace import Layout
 
 
@@ -42,7 +42,7 @@ def pruned(w, x, spec=None, fn=None, **options):
     if fn is None:
         moments = moments_of(x)
     else:
-        moments = calibrate(fn, params, [jnp.asarray(x)], spec, what="hessian")
+        moments = calibrate(fn, params, [jnp.asarray(x)], spec, collect=("hessian",))
     out, masks, report = sparsegpt(params, moments, spec, **options)
     return np.asarray(out["w"]), np.asarray(masks["w"]), report
 
@@ -50,13 +50,13 @@ def pruned(w, x, spec=None, fn=None, **options):
 def moments_of(x):
     x = np.asarray(x, np.float64)
     layout = Layout(contracted=(-2,), channels=(-2,), clear=True)
-    return {"w": Moments(np.int64(len(x)), (x**2).sum(0), x.T @ x, layout=layout)}
+    return {"w": Stat(np.asarray(len(x)), {"hessian": x.T @ x}, layout=layout)}
 
 
 def test_sums_written_out_are_those_of_calibrate():
     w, x = jnp.asarray(normal(0, 4, 3)), jnp.asarray(normal(1, 6, 4))
     found, expected = (
-        calibrate(dense, {"w": w}, [x], ["w"], what="hessian")["w"],
+        calibrate(dense, {"w": w}, [x], ["w"], collect=("hessian",))["w"],
         moments_of(x)["w"],
     )
     np.testing.assert_allclose(found.hessian, expected.hessian, rtol=1e-5, atol=1e-5)
@@ -95,17 +95,19 @@ def oracle(w, x, kept, block, damp=0.01, ratio=None):
     h = x.T @ x
     dead = np.diag(h) == 0
     h = h / np.mean(np.diag(h)) + np.diag(np.where(dead, 1.0, damp))
-    w[dead] = 0
     u = np.linalg.cholesky(np.linalg.inv(h)).T
     mask = np.zeros(w.shape, bool)
     for start in range(0, len(w), block):
         stop = min(start + block, len(w))
         if ratio is None:
             scores = np.abs(w[start:stop]) / np.diag(u)[start:stop, None]
-            order = np.argsort(-scores.ravel(), kind="stable")[: kept[start // block]]
-            flat = np.zeros(scores.size, bool)
-            flat[order] = True
-            mask[start:stop] = flat.reshape(scores.shape)
+            unseen = kept[start // block] * dead[start:stop].sum() // (stop - start)
+            for rows, count in ((~dead, kept[start // block] - unseen), (dead, unseen)):
+                those = np.where(rows[start:stop, None], scores, -1).ravel()
+                order = np.argsort(-those, kind="stable")[:count]
+                flat = np.zeros(scores.size, bool)
+                flat[order] = True
+                mask[start:stop] |= flat.reshape(scores.shape)
         for j in range(start, stop):
             if ratio is not None and j % ratio[1] == 0:
                 scores = np.abs(w[j : j + ratio[1]]) / np.diag(u)[j : j + ratio[1], None]
@@ -170,11 +172,14 @@ def test_independent_inputs_are_pruned_by_wanda_s_order_and_nothing_moves():
     np.testing.assert_allclose(out, np.where(mask, w, 0), rtol=1e-6)
 
 
-def test_dead_inputs_lose_their_weights():
-    x = normal(5, 30, 6)
+def test_inputs_that_no_row_used_are_pruned_by_magnitude_with_their_share():
+    x, w = normal(5, 30, 6), normal(4, 6, 4)
     x[:, 2] = 0
-    out, _, report = pruned(normal(4, 6, 4), x, spec_of(0.2))
-    assert not out[2].any() and np.isfinite(out).all() and not report.retries
+    out, mask, report = pruned(w, x, spec_of(0.5))
+    assert mask[2].sum() == 2 and mask.sum() == 12 and not report.retries
+    np.testing.assert_array_equal(mask[2], np.abs(w[2]) >= np.sort(np.abs(w[2]))[2])
+    np.testing.assert_array_equal(out[2], np.where(mask[2], w[2], 0))
+    assert report.errors["w"].unseen == 1 and str(report).splitlines()[0].endswith("unseen")
 
 
 # The error (M13).
@@ -250,7 +255,7 @@ def test_parameters_keep_their_dtypes_and_others_stay():
     params = {"w": jnp.asarray(normal(0, 8, 4), jnp.bfloat16), "b": jnp.ones(4)}
     fn = lambda p, x: x @ p["w"].astype(jnp.float32) + p["b"]
     spec = spec_of()
-    moments = calibrate(fn, params, [jnp.asarray(normal(1, 30, 8))], spec, what="hessian")
+    moments = calibrate(fn, params, [jnp.asarray(normal(1, 30, 8))], spec, collect=("hessian",))
     out, masks, report = sparsegpt(params, moments, spec)
     assert out["w"].dtype == jnp.bfloat16 and out["b"] is params["b"]
     np.testing.assert_array_equal(np.asarray(out["w"] != 0), masks["w"])
@@ -278,7 +283,7 @@ W, ONES = {"w": jnp.ones((4, 3))}, jnp.ones((5, 4))
 ERRORS = {
     "squares only": (
         lambda: sparsegpt(W, calibrate(dense, W, [ONES], ["w"]), spec_of()),
-        "no second moments of what meets w.*what='hessian'",
+        "no second moments of what meets w.*collect=\\('hessian',\\)",
     ),
     "none": (lambda: sparsegpt(W, {}, spec_of()), "no second moments of what meets w"),
     "blocks": (lambda: pruned(W["w"], ONES, spec_of(pattern=Block((2, 3)))), "w has the pattern"),

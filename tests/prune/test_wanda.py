@@ -11,7 +11,6 @@ from jax import lax
 import unitscale_jax as us
 from unitscale_jax.prune import (
     Block,
-    Moments,
     NofM,
     SparsitySpec,
     Unstructured,
@@ -24,6 +23,7 @@ from unitscale_jax.prune import (
     wanda_masks,
 )
 from unitscale_jax.prune._shares import shares
+from unitscale_jax.statistics import Stat
 from unitscale_jax.trace import Layout
 from unitscale_jax.tree import named_leaves
 
@@ -50,7 +50,7 @@ def masked(w, x, spec, fn=None):
 def summed(x):
     squares = (np.asarray(x, np.float64) ** 2).sum(0)
     layout = Layout(contracted=(-2,), channels=(-2,), clear=True)
-    return {"w": Moments(np.int64(len(x)), squares, layout=layout)}
+    return {"w": Stat(np.asarray(len(x)), {"squares": squares}, layout=layout)}
 
 
 EXAMPLE_W = jnp.array([[1, -4], [-2, 3], [3, 2], [0.5, 1]])
@@ -213,14 +213,14 @@ def test_shares_are_in_proportion_and_add_up(total, sizes):
 
 W, ONES = {"w": jnp.ones((4, 3))}, jnp.ones((5, 4))
 ERRORS = {
-    "none": (lambda: wanda_masks(W, {}, spec_of()), "no moments of what meets w.*calibrate"),
+    "none": (lambda: wanda_masks(W, {}, spec_of()), "no squares of what meets w.*calibrate"),
     "another": (
         lambda: wanda({"v": W["w"]}, calibrate(dense, W, [ONES], ["w"])),
-        "moments are of w, and there is no such parameter.*v",
+        "stats are of w, and there is no such parameter.*v",
     ),
     "shape": (
         lambda: wanda({"w": jnp.ones((6, 3))}, calibrate(dense, W, [ONES], ["w"])),
-        r"w has shape \(6, 3\).*moments",
+        r"w has shape \(6, 3\).*stats",
     ),
     "open": (lambda: masked(W["w"], ONES, spec_of(pattern=NofM())), "resolve"),
 }

@@ -13,7 +13,7 @@ from jax import lax
 import unitscale_jax as us
 from tests.quantization.test_quantized import W8A8, assert_same_bits, normal
 from unitscale_jax import DotSpec, QSpec
-from unitscale_jax.quantization._stat import Stat
+from unitscale_jax.statistics import Stat
 
 E4M3, E5M2 = QSpec(format="e4m3fn"), QSpec(format="e5m2")
 FP8 = DotSpec(w=E4M3, x=E4M3, g=E5M2)
@@ -27,7 +27,7 @@ def dot(params, x):
 
 def stat(low, high, rows=1, spec=W8A8.x):
     whole = lambda x: jnp.asarray(x, jnp.float32)
-    return Stat(whole(low), whole(high), jnp.int32(rows), spec=spec)
+    return Stat(jnp.int32(rows), {"range": {"low": whole(low), "high": whole(high)}}, spec)
 
 
 def measured(x, spec=W8A8, params=PARAMS):
@@ -76,7 +76,9 @@ def test_stacked_layers_have_rings_of_their_own():
     history = us.amax_history(stats, LENGTH)
     assert history["w"].lows.shape == (LENGTH, 3) and history["w"].range.shape == (3, 2)
     np.testing.assert_array_equal(history["w"].range, stats["w"].range)
-    broken = {"w": replace(stats["w"], high=stats["w"].high.at[1].set(jnp.nan))}
+    ends = stats["w"].numbers["range"]
+    ends = ends | {"high": ends["high"].at[1].set(jnp.nan)}
+    broken = {"w": replace(stats["w"], numbers={"range": ends})}
     grown = jax.tree.map(lambda x: 2 * x, broken)
     after = history.update(grown)["w"].range[:, 1] / stats["w"].range[:, 1]
     np.testing.assert_array_equal(after, [2, 1, 2])  # the second layer holds
@@ -129,7 +131,7 @@ def test_one_pass_serves_and_measures():
     y, stats = jax.jit(run)(params, X)
     assert_same_bits(y, jax.jit(us.quantized(two, rules, stats=history))(params, X))
     hidden = jax.nn.relu(us.quantized(dot, {"w": FP8}, stats={"w": history["w"]})(PARAMS, X))
-    np.testing.assert_allclose(stats["v"].high, hidden.max(), rtol=1e-6)
+    np.testing.assert_allclose(stats["v"].range[1], hidden.max(), rtol=1e-6)
     products = us.explain(run)(params, X).products.rows
     assert [row.operands for row in products] == [("float8_e4m3fn",) * 2] * 2
 
@@ -186,6 +188,6 @@ def test_stats_of_another_function_are_an_error():
     with pytest.raises(ValueError, match="only one of the history and the stats has v"):
         history.update(measured(X) | {"v": measured(X)["w"]})
     with pytest.raises(ValueError, match=r"w has ranges of shape \(\) in the history.*\(2,\)"):
-        history.update({"w": stat([-1, -1], [1, 1])})
+        history.update({"w": stat([-1, -1], [1, 1], rows=[1, 1])})
     with pytest.raises(ValueError, match="stats are of w, and there is no such parameter"):
         us.quantized(lambda p, x: x @ p["v"], {"v": W8A8}, stats=history)({"v": PARAMS["w"]}, X)

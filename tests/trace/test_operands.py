@@ -8,14 +8,12 @@ from hypothesis import given, strategies as st
 from jax import lax
 
 from unitscale_jax.trace import (
-    Observer,
     canonical,
+    captured,
     input_rows,
     inverse_factor,
     layout_of,
     meetings,
-    observe,
-    over_batches,
     second_moments,
     segments,
     stage,
@@ -49,30 +47,16 @@ PRODUCTS = {
 }
 
 
-class Rows:
-    """An observation of the rows themselves."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def joined(self, other):
-        return Rows(jnp.concatenate([self.rows, other.rows], axis=-2))
-
-
-class RowsObserver(Observer[Rows]):
-    def measure(self, meeting, x):
-        return {"rows": input_rows(self.name, self.layout, meeting, x)}
-
-    def made(self, value):
-        return Rows(value["rows"])
-
-
 def rows_and_layout(fn, params, *inputs):
-    met = meetings(stage(fn, params, *inputs), params)["w"]
-    layout = layout_of("w", params["w"].shape, met)
-    observers = {"w": (RowsObserver(name="w", layout=layout), met)}
-    y, seen = observe(fn, observers, params, *inputs)
-    return y, seen["w"].rows, layout
+    (met,) = meetings(stage(fn, params, *inputs), params)["w"]
+    layout = layout_of("w", params["w"].shape, [met])
+
+    def pick(site, operands, results):
+        here = site.place == met.site.place
+        return input_rows("w", layout, met, operands[1 - met.side]) if here else None
+
+    y, (seen,) = captured(fn, pick)(params, *inputs)
+    return y, seen.value, layout
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
@@ -102,15 +86,6 @@ def test_stacked_layers_have_rows_each():
     for k in range(3):
         np.testing.assert_allclose(rows[k], x, atol=1e-6)
         x = jnp.tanh(x @ params["w"][k])
-
-
-def test_numbers_of_batches_are_merged_in_order():
-    measured = lambda params, x: (None, {"w": params * x.sum()})
-    merge = lambda so_far, new: [*so_far, *new]
-    total, inputs = over_batches(
-        measured, 2.0, [jnp.ones(3), jnp.ones(5)], lambda x: [float(x)], merge
-    )
-    assert total == {"w": [6.0, 10.0]} and inputs[0].shape == (5,)
 
 
 @pytest.mark.parametrize("damp", [0.0, 0.01, 1.0])

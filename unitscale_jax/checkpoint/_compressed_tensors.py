@@ -21,7 +21,7 @@ import numpy as np
 from unitscale_jax import tree as trees
 from unitscale_jax.checkpoint import _codes
 from unitscale_jax.checkpoint._tensors import Stored, replace_file, stored_array, write
-from unitscale_jax.quantization import EMA, Absmax, QSpec, QTensor, is_quantized
+from unitscale_jax.quantization import QSpec, QTensor, is_quantized
 
 _WEIGHTS = ("kernel", "embedding", "scale")
 _FLOAT = "float8_e4m3fn"
@@ -175,7 +175,7 @@ def _reasons(new: str, t: QTensor) -> Iterator[str]:
         yield "activations are quantized by each token; drop x_range, as `quantize` without stats."
     if x is None:
         return
-    if x.scale == "po2" or not isinstance(x.calibrator, Absmax | EMA):
+    if x.scale == "po2" or not x.calibrator.takes_the_maximum:
         yield "activations have free scales there, of the largest magnitude; use QSpec() for x."
     if x.is_integer and x.grid.bits not in (4, 8):
         yield "activations have 4 or 8 bits; use int4 or int8 for x."

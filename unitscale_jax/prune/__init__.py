@@ -5,7 +5,6 @@ from unitscale_jax.prune._ablation import (
     layer_losses as layer_losses,
     loss_increase as loss_increase,
 )
-from unitscale_jax.prune._activations import Moments as Moments, calibrate as calibrate
 from unitscale_jax.prune._allocate import (
     erk as erk,
     global_ as global_,
@@ -105,3 +104,4 @@ from unitscale_jax.prune._wanda import (
     wanda as wanda,
     wanda_masks as wanda_masks,
 )
+from unitscale_jax.statistics import calibrate as calibrate

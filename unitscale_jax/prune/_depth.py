@@ -21,6 +21,7 @@ from unitscale_jax import rules as named_rules
 from unitscale_jax.prune._budget import scans_of
 from unitscale_jax.prune._groups import Graph, Plan, groups, plan_of
 from unitscale_jax.rules import Pattern
+from unitscale_jax.statistics import over_batches
 from unitscale_jax.trace import (
     Capture,
     Jaxpr,
@@ -30,7 +31,6 @@ from unitscale_jax.trace import (
     captured,
     dtype_of,
     is_call,
-    over_batches,
 )
 
 
@@ -91,8 +91,7 @@ def layer_scores(
         found = {capture.place: capture for capture in captures}
         return result, {end.group: _cosines(end, found, mask) for end in ends}
 
-    both = lambda a, b: jax.tree.map(np.add, a, b)
-    totals, _ = over_batches(measured, params, batches, _on_host, both)
+    totals = over_batches(measured, params, batches)
     return {name: 1 - total / count for name, (total, count) in totals.items()}
 
 
@@ -244,7 +243,3 @@ def _valid(mask: Any, cos: jax.Array, capture: Capture, ends: _Ends) -> jax.Arra
             f"{cos.shape[lead:]}, so padding cannot be told. Give batches without padding."
         )
     return jax.lax.broadcast_in_dim(mask, cos.shape, tuple(range(lead, lead + mask.ndim)))
-
-
-def _on_host(sums: Any) -> Any:
-    return jax.tree.map(lambda x: np.asarray(x, np.float64), sums)

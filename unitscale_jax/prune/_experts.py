@@ -19,7 +19,8 @@ from unitscale_jax import rules as named_rules
 from unitscale_jax.prune._groups import Graph, groups
 from unitscale_jax.prune._named_axes import named_axes
 from unitscale_jax.rules import Pattern
-from unitscale_jax.trace import Site, captured, over_batches
+from unitscale_jax.statistics import over_batches
+from unitscale_jax.trace import Site, captured
 
 
 def expert_scores(
@@ -68,8 +69,7 @@ def expert_scores(
         result, captures = captured(fn, pick)(params, *inputs, **kwargs)
         return result, _totals([capture.value for capture in captures])
 
-    both = lambda a, b: jax.tree.map(np.add, a, b)
-    sums, _ = over_batches(measured, params, batches, _on_host, both)
+    sums = over_batches(measured, params, batches)
     missing = [name for name in names if name not in sums]
     if missing:
         raise ValueError(
@@ -132,7 +132,3 @@ def _totals(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
             new = jax.tree.map(flat, pair)
             out[name] = jax.tree.map(jnp.add, out[name], new) if name in out else new
     return out
-
-
-def _on_host(sums: Any) -> Any:
-    return jax.tree.map(lambda x: np.asarray(x, np.float64), sums)

@@ -17,6 +17,7 @@ from unitscale_jax.prune._group_scores import Scores, chosen
 from unitscale_jax.prune._groups import Graph, groups
 from unitscale_jax.prune._named_axes import along, named_axes, places
 from unitscale_jax.rules import Pattern
+from unitscale_jax.statistics import over_batches
 from unitscale_jax.trace import (
     PRODUCTS,
     Place,
@@ -25,7 +26,6 @@ from unitscale_jax.trace import (
     captured,
     meetings,
     observable,
-    over_batches,
     sites,
     stage,
 )
@@ -80,7 +80,7 @@ def activation(
         result, captures = captured(fn, pick)(params, *inputs, **kwargs)
         return result, _added(c.value for c in captures)
 
-    squares, _ = over_batches(measured, params, batches, _float64, np.add)
+    squares = over_batches(measured, params, batches)
     missing = [name for name in names if name not in squares]
     if missing:
         raise ValueError(
@@ -161,10 +161,6 @@ def _added(found: Iterable[Mapping[str, jax.Array] | None]) -> dict[str, jax.Arr
             flat = jnp.sum(x, axis=tuple(range(x.ndim - 1)))
             out[name] = out[name] + flat if name in out else flat
     return out
-
-
-def _float64(x: Any) -> np.ndarray:
-    return np.asarray(x, np.float64)
 
 
 def _unit_mean(x: np.ndarray) -> jax.Array:

@@ -15,19 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
-from unitscale_jax.prune._activations import Moments, check_moments, check_second, matrices_of
 from unitscale_jax.prune._surgeon import least_squares
+from unitscale_jax.statistics import Stat, required, warn_unseen
 from unitscale_jax.trace import Layout, canonical, uncanonical
 
 
-def refit(params: Any, moments: Mapping[str, Moments], masks: Any, damp: float = 0.01) -> Any:
+def refit(params: Any, stats: Mapping[str, Stat], masks: Any, damp: float = 0.01) -> Any:
     """The weights on given masks whose products are closest to those of `params`: least squares.
 
+    Weights of inputs that no row used stay as they are.
     One system of K equations for each output, so it costs K / 3 times as much as `sparsegpt`.
 
     Args:
         params: A pytree of parameters, dense.
-        moments: Of `calibrate(.., what="hessian")`.
+        stats: Of `calibrate(.., collect=("hessian",))`.
         masks: Of any kind, a scalar for a parameter that stays.
         damp: What is added to the diagonal of H, in parts of its mean; with it weights that the
             data says nothing about stay near what they are.
@@ -38,26 +39,28 @@ def refit(params: Any, moments: Mapping[str, Moments], masks: Any, damp: float =
     Raises:
         ValueError: A parameter with a mask has no second moments, or they are singular.
 
+    Warns:
+        UserWarning: No row used any input of a whole layer or expert.
+
     Law: with damp zero no other weights on these masks have a smaller ||X (W' - W)||^2.
 
     Example:
         >>> fn = lambda params, x: x @ params["w"]
         >>> params, x = {"w": jnp.array([[1.0], [0.5]])}, jnp.array([[1.0, 1.0], [2.0, 2.0]])
-        >>> moments = us.prune.calibrate(fn, params, [x], ["w"], what="hessian")
+        >>> stats = us.calibrate(fn, params, [(x,)], ["w"], collect=("hessian",))
         >>> masks = {"w": jnp.array([[False], [True]])}
-        >>> refit(params, moments, masks, damp=0.0)["w"].round(1).tolist()
+        >>> refit(params, stats, masks, damp=0.0)["w"].round(1).tolist()
         [[0.0], [1.5]]
     """
     leaves = trees.named_leaves(params, is_leaf=trees.is_compound)
     of_leaf = dict(zip(leaves, jax.tree.leaves(masks), strict=True))
     chosen = [name for name, mask in of_leaf.items() if np.ndim(mask)]
-    check_moments(moments, params)
-    check_second(chosen, moments)
+    required(stats, "hessian", params, chosen)
     done = dict(leaves)
     for name in chosen:
-        h = matrices_of(moments[name])
-        layout = moments[name].layout
-        done[name] = _refitted(leaves[name], jnp.asarray(of_leaf[name]), h, damp, layout)
+        stat, mask = stats[name], jnp.asarray(of_leaf[name])
+        warn_unseen(name, stat, "kept as they are on the mask")
+        done[name] = _refitted(leaves[name], mask, stat.matrices, damp, stat.layout)
         if not bool(jnp.isfinite(done[name]).all()):
             raise ValueError(singular(name, [damp]))
     structure = jax.tree.structure(params, is_leaf=trees.is_compound)

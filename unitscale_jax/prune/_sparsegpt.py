@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
-from unitscale_jax.prune._activations import Moments, check_moments, check_second, matrices_of
 from unitscale_jax.prune._patterns import NofM, Unstructured
 from unitscale_jax.prune._refit import singular
 from unitscale_jax.prune._shares import counts_of_parts
 from unitscale_jax.prune._spec import SparsitySpec, selected, stacked_axes
 from unitscale_jax.prune._surgeon import squared_error, sweep
+from unitscale_jax.statistics import Stat, required, warn_unseen
 from unitscale_jax.trace import Layout, canonical, inverse_factor, uncanonical
 
 RETRIES = 3
@@ -39,12 +39,14 @@ class Pruned:
         masked: With the mask alone.
         updated: With the weights that make up for it.
         damp: The damping of each of the parameter's matrices (layers, experts).
+        unseen: How many inputs no row used, summed over the matrices. They are pruned by magnitude.
     """
 
     dense: float
     masked: float
     updated: float
     damp: tuple[float, ...]
+    unseen: int
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,12 @@ class SparseGPTReport:
     def __str__(self) -> str:
         """A table of |X (W' - W)| / |X W|, and every damping that had to be raised."""
         width = max(map(len, self.errors), default=0)
-        rows = [f"{'':<{width}}   masked  updated      damp"]
+        rows = [f"{'':<{width}}   masked  updated      damp  unseen"]
         for name, e in self.errors.items():
             part = lambda x, e=e: math.sqrt(x / e.dense) if e.dense > 0 else 0.0
             rows.append(
                 f"{name:<{width}}  {part(e.masked):7.4f}  {part(e.updated):7.4f}  "
-                f"{max(e.damp):8.2g}"
+                f"{max(e.damp):8.2g}  {e.unseen:6}"
             )
         rows += [
             f"{name}: singular at damp {', '.join(f'{d:g}' for d in tried)}"
@@ -81,7 +83,7 @@ class SparseGPTReport:
 
 def sparsegpt(
     params: Any,
-    moments: Mapping[str, Moments],
+    stats: Mapping[str, Stat],
     spec: SparsitySpec,
     damp: float = 0.01,
     block: int = 128,
@@ -90,10 +92,11 @@ def sparsegpt(
 
     Args:
         params: A pytree of parameters.
-        moments: Of `calibrate(.., what="hessian")`.
+        stats: Of `calibrate(.., collect=("hessian",))`.
         spec: Patterns are `Unstructured` or `NofM` along an input axis, as `resolve` gives it. Each
             block of inputs keeps its share of what the parameter keeps; stacked layers and experts
-            are pruned each by its own moments.
+            are pruned each by its own moments. Inputs that no row used are pruned by magnitude,
+            with their share of what goes, and counted in the report.
         damp: What is added to the diagonal of H, in parts of its mean. Where H is singular in
             float32 all the same, ten times as much, three times at most; the report says so.
         block: How many inputs are decided on together.
@@ -106,6 +109,9 @@ def sparsegpt(
         ValueError: A parameter has no second moments, is not finite, or has a pattern of blocks or
             channels; its moments stay singular.
 
+    Warns:
+        UserWarning: No row used any input of a whole layer or expert.
+
     Law: ||X (W' - W)||^2 is at least that of `refit`, the least squares on the same mask.
 
     Example:
@@ -113,8 +119,8 @@ def sparsegpt(
         >>> params = {"w": jnp.array([[1.0], [0.5]])}
         >>> x = jnp.array([[1.0, 1.0], [2.0, 2.0]])  # two inputs that are one
         >>> spec = SparsitySpec(patterns=Unstructured(), sparsity=0.5)
-        >>> moments = us.prune.calibrate(fn, params, [x], spec, what="hessian")
-        >>> pruned, masks, report = sparsegpt(params, moments, spec)
+        >>> stats = us.calibrate(fn, params, [(x,)], spec, collect=("hessian",))
+        >>> pruned, masks, report = sparsegpt(params, stats, spec)
         >>> pruned["w"].round(1).tolist(), masks["w"].tolist()
         ([[0.0], [1.5]], [[False], [True]])
     """
@@ -122,20 +128,20 @@ def sparsegpt(
         raise ValueError(f"damp is {damp}, block {block}; they are at least 0 and 1.")
     chosen = selected(spec, params)
     leaves = trees.named_leaves(params, is_leaf=trees.is_compound)
-    check_moments(moments, params)
-    check_second(chosen, moments)
+    required(stats, "hessian", params, chosen)
     done = dict(leaves)
     masks: dict[str, Any] = {name: jnp.array(True) for name in leaves}
     errors, retries = {}, {}
     for name, pattern in chosen.items():
-        layout = moments[name].layout
+        layout = stats[name].layout
+        warn_unseen(name, stats[name], "pruned by magnitude")
         shape, stacked = np.shape(leaves[name]), stacked_axes(spec, params)[name]
         plan = _plan(name, pattern, shape, stacked, layout, block)
         if plan.ratio is None:
             counts = counts_of_parts(name, layout, spec, params, plan.parts)
         else:  # of a group, by its own ratio
             counts = np.zeros((math.prod(shape[a] for a in layout.batch), len(plan.parts)), int)
-        out = _pruned(name, leaves[name], moments[name], plan, counts, damp)
+        out = _pruned(name, leaves[name], stats[name], plan, counts, damp)
         done[name], masks[name], errors[name], tried = out
         if tried:
             retries[name] = tried
@@ -208,17 +214,18 @@ def _place(name: str, pattern: NofM, shape: tuple[int, ...], stacked: int, layou
 _Found = tuple[Any, Any, Pruned, tuple[float, ...]]
 
 
-def _pruned(name: str, w: Any, of: Moments, plan: _Plan, counts: np.ndarray, damp: float) -> _Found:
+def _pruned(name: str, w: Any, of: Stat, plan: _Plan, counts: np.ndarray, damp: float) -> _Found:
     if not bool(jnp.isfinite(w).all()):
         raise ValueError(f"{name} has NaN or infinite values; mend it first.")
-    h = matrices_of(of)
+    h = of.matrices
     u, dead, damps, tried = _factored(name, h[:, plan.order][:, :, plan.order], damp)
     new, mask = _swept(jnp.asarray(w), u, dead, jnp.asarray(counts, jnp.int32), plan)
     wide = canonical(jnp.asarray(w, jnp.float32), plan.layout)
     off = lambda x: canonical(x.astype(jnp.float32), plan.layout) - wide
     power = lambda x: float(squared_error(x, h))
     alone = jnp.where(mask, w, jnp.zeros_like(w))
-    errors = Pruned(power(wide), power(off(alone)), power(off(new)), damps)
+    unseen = int(of.unseen.sum())
+    errors = Pruned(power(wide), power(off(alone)), power(off(new)), damps, unseen)
     return new, mask, errors, tried
 
 

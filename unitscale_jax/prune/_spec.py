@@ -73,6 +73,10 @@ class SparsitySpec:
                 raise ValueError(f"stacked: rule {rule!r} has {axes!r}; it is a number of axes.")
         assert callable(self.allocation)
 
+    def observes(self, params: Params) -> list[str]:
+        """The parameters whose inputs `calibrate` measures: all that are pruned."""
+        return list(selected(self, params))
+
     @property
     def allocation(self) -> Allocation:
         """How the total is shared out, as a function."""

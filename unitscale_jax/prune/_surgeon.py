@@ -30,7 +30,8 @@ def sweep(
     Args:
         w: float32 (K, outputs).
         u: float32 (K, K), upper triangular, U^T U = H^-1; see `inverse_factor`.
-        dead: bool (K,): inputs that are always zero, whose weights become zero.
+        dead: bool (K,): inputs that no row used. H says nothing of them, and its factor as much
+            as U_jj = 1: they are ranked among themselves, by magnitude, and keep their share.
         counts: int32 (blocks,): how many weights of each block of inputs stay.
         block: How many inputs are decided on together; the last block may have fewer.
         ratio: (n, m): n of every m inputs stay for each output, and `counts` is not looked at;
@@ -44,7 +45,8 @@ def sweep(
     k, outputs = w.shape
     blocks = -(-k // block)
     short = blocks * block - k
-    w = jnp.pad(jnp.where(dead[:, None], np.float32(0), w), ((0, short), (0, 0)))
+    w = jnp.pad(w, ((0, short), (0, 0)))
+    dead = jnp.pad(dead, (0, short))
     padding = jnp.where(jnp.arange(blocks * block) < k, np.float32(0), np.float32(1))
     u = jnp.pad(u, ((0, short), (0, short))) + jnp.diag(padding)
     size = block if ratio is None else ratio[1]
@@ -53,11 +55,18 @@ def sweep(
         start = b * block
         corner = jax.lax.dynamic_slice(u, (start, start), (block, block))
         absent = jax.lax.dynamic_slice_in_dim(padding, start, block) == 1
+        unseen = jax.lax.dynamic_slice_in_dim(dead, start, block)
         rows = jax.lax.dynamic_slice_in_dim(w, start, block)
 
         def one_group(g: jax.Array, state: _State) -> _State:
             rows, mask, errors = state
-            keep = _choice(rows, corner, absent, g * size, size, counts[b], ratio)
+            scores = jnp.abs(rows) / jnp.diagonal(corner)[:, None]
+            scores = jnp.where(absent[:, None], np.float32(np.nan), scores)  # NaN ranks lowest
+            if ratio is None:
+                keep = _shared(scores, unseen, k - start, counts[b])
+            else:
+                part = jax.lax.dynamic_slice_in_dim(scores, g * size, size)
+                keep = n_of_m(part, *ratio, axis=0)
             mask = jax.lax.dynamic_update_slice_in_dim(mask, keep, g * size, axis=0)
             step = lambda j, pair: _one_row(j, pair, corner, mask)
             first = g * size
@@ -78,20 +87,20 @@ def sweep(
 _State = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def _choice(
-    rows: jax.Array,
-    corner: jax.Array,
-    absent: jax.Array,
-    first: jax.Array,
-    size: int,
-    count: jax.Array,
-    ratio: tuple[int, int] | None,
-) -> jax.Array:
-    """Which weights of the inputs from `first` on stay, by |w| / U_jj: the order of its square."""
-    scores = jnp.abs(rows) / jnp.diagonal(corner)[:, None]
-    scores = jnp.where(absent[:, None], np.float32(np.nan), scores)  # NaN ranks lowest
-    part = jax.lax.dynamic_slice_in_dim(scores, first, size)
-    return exact_k(part, count) if ratio is None else n_of_m(part, *ratio, axis=0)
+def _shared(scores: jax.Array, unseen: jax.Array, left: jax.Array, count: jax.Array) -> jax.Array:
+    """Which weights of a block stay, by |w| / U_jj: the order of its square.
+
+    Inputs that were seen and those that were not are two rankings, since |w| / U_jj of the ones has
+    a scale that |w| of the others has not; each keeps its share of the count, rounded down for the
+    unseen.
+    """
+    block = scores.shape[0]
+    size = jnp.minimum(left, block)  # rows that are no padding
+    many = jnp.sum(unseen, dtype=jnp.int32)
+    # count * many / size, in two parts that stay within int32.
+    share = count // size * many + count % size * many // size
+    rank = lambda those, k: exact_k(jnp.where(those[:, None], scores, np.float32(np.nan)), k)
+    return rank(~unseen, count - share) | rank(unseen, share)
 
 
 def _one_row(
@@ -111,8 +120,7 @@ def least_squares(w: jax.Array, h: jax.Array, mask: jax.Array, damp: float) -> j
 
     NaN where the damped moments of the kept inputs are singular in float32.
     """
-    damped, dead = damped_moments(h, damp)
-    mask = mask & ~dead[:, None]
+    damped, _ = damped_moments(h, damp)
     target = jnp.matmul(damped, w, precision=EXACT)
     eye = jnp.eye(w.shape[0], dtype=jnp.float32)
 

@@ -14,62 +14,78 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
-from unitscale_jax.prune._activations import Moments, check_moments
 from unitscale_jax.prune._allocate import global_
 from unitscale_jax.prune._patterns import Unstructured
 from unitscale_jax.prune._select import exact_k
 from unitscale_jax.prune._shares import counts_of_parts
 from unitscale_jax.prune._spec import SparsitySpec, make_masks, selected
+from unitscale_jax.statistics import Stat, required, warn_unseen
 from unitscale_jax.trace import Layout, canonical, uncanonical
 
 
-def wanda(params: Any, moments: Mapping[str, Moments]) -> Any:
-    """Scores |W_ij| ||X_j||_2 of the parameters that moments are of.
+def wanda(params: Any, stats: Mapping[str, Stat]) -> Any:
+    """Scores |W_ij| ||X_j||_2 of the parameters that statistics are of.
+
+    An input that no row used has the root mean square of the lengths of those that were used: its
+    weights rank by magnitude, as of an input like the others.
 
     Args:
         params: A pytree of parameters.
-        moments: Of `calibrate`.
+        stats: Of `calibrate(.., collect=("squares",))`, or `"hessian"`.
 
     Returns:
-        A pytree like `params` of float32 scores; a parameter without moments has the scalar NaN,
+        A pytree like `params` of float32 scores; a parameter without statistics has the scalar NaN,
         which no mask can be made of.
 
     Raises:
-        ValueError: Moments are of a parameter that is not there, or has another shape.
+        ValueError: Statistics lack squares, or are of a parameter that is not there, or has another
+            shape.
+
+    Warns:
+        UserWarning: No row used any input of a whole layer or expert.
 
     Example:
         >>> x, params = jnp.array([[3.0, 1.0], [4.0, 0.0]]), {"w": jnp.array([[1.0], [-2.0]])}
-        >>> moments = us.prune.calibrate(lambda p, x: x @ p["w"], params, [x], ["w"])
-        >>> wanda(params, moments)["w"].tolist()
+        >>> stats = us.calibrate(lambda p, x: x @ p["w"], params, [(x,)], ["w"])
+        >>> wanda(params, stats)["w"].tolist()
         [[5.0], [2.0]]
     """
-    check_moments(moments, params)
+    required(stats, "squares", params)
+    for name, stat in stats.items():
+        warn_unseen(name, stat, "ranked by magnitude")
+    return _scores(params, stats)
+
+
+def _scores(params: Any, stats: Mapping[str, Stat]) -> Any:
     score = lambda name, w: (
-        _score(w, moments[name]) if name in moments else jnp.full((), np.nan, jnp.float32)
+        _score(w, stats[name]) if name in stats else jnp.full((), np.nan, jnp.float32)
     )
     leaves, structure = jax.tree.flatten(params, is_leaf=trees.is_compound)
     names = trees.names(params, is_leaf=trees.is_compound)
     return structure.unflatten([score(*pair) for pair in zip(names, leaves, strict=True)])
 
 
-def _score(w: Any, of: Moments) -> jax.Array:
+def _score(w: Any, of: Stat) -> jax.Array:
     norms = _norms(of)[..., None]
     columns = canonical(jnp.asarray(w, jnp.float32), of.layout)
     return uncanonical(jnp.abs(columns) * norms, of.layout, np.shape(w))
 
 
-def _norms(of: Moments) -> jax.Array:
-    """float32 (batch, K): lengths of what meets each input."""
-    norms = np.sqrt(np.asarray(of.squares, np.float64))
-    return jnp.asarray(norms.reshape(-1, norms.shape[-1]), jnp.float32)
+def _norms(of: Stat) -> jax.Array:
+    """float32 (matrices, K): lengths of what meets each input."""
+    squares = np.asarray(of.squares, np.float64)
+    squares = squares.reshape(-1, squares.shape[-1])
+    used = ~of.unseen
+    typical = squares.sum() / max(used.sum(), 1) if used.any() else 1.0
+    return jnp.asarray(np.sqrt(np.where(used, squares, typical)), jnp.float32)
 
 
-def wanda_masks(params: Any, moments: Mapping[str, Moments], spec: SparsitySpec) -> Any:
+def wanda_masks(params: Any, stats: Mapping[str, Stat], spec: SparsitySpec) -> Any:
     """Masks of Wanda: each output keeps its own best inputs.
 
     Args:
         params: A pytree of parameters.
-        moments: Of `calibrate`, for every parameter that the spec selects.
+        stats: Of `calibrate`, for every parameter that the spec selects; see `wanda`.
         spec: Of an `Unstructured` parameter with the sparsity s each output keeps
             kept(inputs, s) weights; where sparsities are allocated over parameters, outputs share
             what the parameter keeps as evenly as can be, the first ones one more. Other patterns,
@@ -79,39 +95,40 @@ def wanda_masks(params: Any, moments: Mapping[str, Moments], spec: SparsitySpec)
         Masks as `make_masks` gives them.
 
     Raises:
-        ValueError: A parameter has no moments, or a pattern does not fit it.
+        ValueError: A parameter has no squares, or a pattern does not fit it.
+
+    Warns:
+        UserWarning: As `wanda`.
 
     Law: scaling an input up and its weights down changes no mask.
 
     Example:
         >>> params = {"w": jnp.array([[1.0, 4.0], [2.0, 3.0]])}
         >>> x, spec = jnp.array([[9.0, 1.0]]), SparsitySpec(patterns=Unstructured(), sparsity=0.5)
-        >>> moments = us.prune.calibrate(lambda p, x: x @ p["w"], params, [x], spec)
-        >>> wanda_masks(params, moments, spec)["w"].astype(int).tolist()
+        >>> stats = us.calibrate(lambda p, x: x @ p["w"], params, [(x,)], spec)
+        >>> wanda_masks(params, stats, spec)["w"].astype(int).tolist()
         [[1, 1], [0, 0]]
     """
     chosen = selected(spec, params)
     leaves = trees.named_leaves(params, is_leaf=trees.is_compound)
-    missing = [name for name in chosen if name not in moments]
-    if missing:
-        raise ValueError(
-            f"there are no moments of what meets {', '.join(missing)}; `calibrate` by this spec, "
-            "or leave out what meets no product."
-        )
+    required(stats, "squares", params, chosen)
+    own = {name: stats[name] for name in chosen}
+    for name, stat in own.items():
+        warn_unseen(name, stat, "ranked by magnitude")
     masks = {name: jnp.array(True) for name in leaves}
     by_output = [n for n, p in chosen.items() if isinstance(p, Unstructured)]
     if spec.allocate is global_:
         by_output = []
     if len(by_output) < len(chosen):
-        made = make_masks(wanda(params, moments), spec)
+        made = make_masks(_scores(params, own), spec)
         masks = dict(zip(leaves, jax.tree.leaves(made), strict=True))
     for name in by_output:
-        masks[name] = _per_output(name, leaves[name], moments[name], spec, params)
+        masks[name] = _per_output(name, leaves[name], stats[name], spec, params)
     structure = jax.tree.structure(params, is_leaf=trees.is_compound)
     return structure.unflatten(list(masks.values()))
 
 
-def _per_output(name: str, w: Any, of: Moments, spec: SparsitySpec, params: Any) -> jax.Array:
+def _per_output(name: str, w: Any, of: Stat, spec: SparsitySpec, params: Any) -> jax.Array:
     shape, layout = np.shape(w), of.layout
     columns = canonical(_score(w, of), layout).swapaxes(-1, -2)  # (batch, outputs, K)
     parts = [columns.shape[-1]] * columns.shape[-2]
@@ -123,12 +140,12 @@ def _per_output(name: str, w: Any, of: Moments, spec: SparsitySpec, params: Any)
 _best = jax.jit(jax.vmap(jax.vmap(exact_k)))
 
 
-def owl_ratios(params: Any, moments: Mapping[str, Moments], m: float = 5.0) -> dict[str, Any]:
+def owl_ratios(params: Any, stats: Mapping[str, Stat], m: float = 5.0) -> dict[str, Any]:
     """How many outliers each parameter has: the share of scores above m times their mean.
 
     Args:
         params: A pytree of parameters.
-        moments: Of `calibrate`.
+        stats: Of `calibrate(.., collect=("squares",))`, or `"hessian"`.
         m: From how many times the mean of |W| ||X|| on a score is an outlier.
 
     Returns:
@@ -136,15 +153,14 @@ def owl_ratios(params: Any, moments: Mapping[str, Moments], m: float = 5.0) -> d
 
     Example:
         >>> params = {"w": jnp.ones((4, 1))}
-        >>> moments = us.prune.calibrate(
-        ...     lambda p, x: x @ p["w"], params, [jnp.array([[90.0, 1.0, 1.0, 1.0]])], ["w"]
-        ... )
-        >>> owl_ratios(params, moments, m=3)
+        >>> x = jnp.array([[90.0, 1.0, 1.0, 1.0]])
+        >>> stats = us.calibrate(lambda p, x: x @ p["w"], params, [(x,)], ["w"])
+        >>> owl_ratios(params, stats, m=3)
         {'w': 0.25}
     """
-    check_moments(moments, params)
+    required(stats, "squares", params)
     leaves = trees.named_leaves(params)
-    return {name: _ratio(_score(leaves[name], of), of.layout, m) for name, of in moments.items()}
+    return {name: _ratio(_score(leaves[name], of), of.layout, m) for name, of in stats.items()}
 
 
 def _ratio(scores: jax.Array, layout: Layout, m: float) -> Any:

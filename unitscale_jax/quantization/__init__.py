@@ -26,9 +26,3 @@ from unitscale_jax.quantization._quantized import quantized as quantized
 from unitscale_jax.quantization._roles import resolve as resolve
 from unitscale_jax.quantization._smooth import awq as awq, smoothquant as smoothquant
 from unitscale_jax.quantization._spec import DotSpec as DotSpec, Group as Group, QSpec as QSpec
-from unitscale_jax.quantization._stat import (
-    Stat as Stat,
-    Stats as Stats,
-    merge_stats as merge_stats,
-)
-from unitscale_jax.quantization._stats import calibrate as calibrate, observed as observed

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unitscale_jax.formats import on_grid
 from unitscale_jax.quantization._gradient import refusals, straight_through
 from unitscale_jax.quantization._lsq import Trained, carrier
 from unitscale_jax.quantization._ops import (
@@ -16,7 +17,6 @@ from unitscale_jax.quantization._ops import (
     bounds_of,
     emit,
     ends_of,
-    on_grid,
     shared,
     spread,
     symmetric,

@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unitscale_jax.quantization._calibrators import Absmax
 from unitscale_jax.quantization._spec import QSpec
-from unitscale_jax.quantization._stat import Stat
+from unitscale_jax.statistics import Stat
 
 
 @functools.partial(
@@ -54,7 +53,7 @@ class Ring:
 
         It stays as it is where nothing was seen, or what is not finite.
         """
-        low, high = (jnp.asarray(end, jnp.float32) for end in (stat.low, stat.high))
+        low, high = (stat.range[..., end] for end in (0, 1))
         seen = jnp.isfinite(low) & jnp.isfinite(high) & (jnp.asarray(stat.rows) > 0)
         turn = lambda ring, new: jnp.where(seen, jnp.concatenate([new[None], ring[:-1]]), ring)
         return replace(self, lows=turn(self.lows, low), highs=turn(self.highs, high))
@@ -95,10 +94,11 @@ class AmaxHistory(Mapping[str, Ring]):
                 "that the history was begun with."
             )
         for name, ring in self.rings.items():
-            if np.shape(stats[name].low) != ring.lows.shape[1:]:
+            layers = np.shape(stats[name].rows)
+            if layers != ring.lows.shape[1:]:
                 raise ValueError(
                     f"{name} has ranges of shape {ring.lows.shape[1:]} in the history, and of "
-                    f"{np.shape(stats[name].low)} in the stats; observe the same function."
+                    f"{layers} in the stats; observe the same function."
                 )
         return AmaxHistory({name: ring.push(stats[name]) for name, ring in self.rings.items()})
 
@@ -117,8 +117,8 @@ def amax_history(stats: Mapping[str, Stat], length: int = 16) -> AmaxHistory:
         finite leaves the history as it was.
 
     Raises:
-        ValueError: There are no statistics, the length is not positive, or a range has another
-            calibrator than `Absmax`, or is not finite.
+        ValueError: There are no statistics, the length is not positive, or a range is not finite,
+            or of no single step: that of `EMA` minds the steps before, and `MSE` takes two passes.
 
     Law: after `length` steps of one batch, the range is that of the batch.
 
@@ -156,18 +156,19 @@ def amax_history(stats: Mapping[str, Stat], length: int = 16) -> AmaxHistory:
 
 
 def _begun(name: str, stat: Stat, length: int) -> Ring:
-    spec = stat.spec
-    if spec is None or spec.calibrator != Absmax():
-        found = "no spec" if spec is None else repr(spec.calibrator)
+    spec, ends = stat.spec, stat.range
+    several = stat.takes_two_passes or "refined" in stat.numbers
+    if not isinstance(spec, QSpec) or several or spec.measure((0,)).merge is not None:
+        found = getattr(spec, "calibrator", "no spec")
         raise ValueError(
-            f"a history is of the largest magnitudes, and the range of what meets {name} has "
+            f"a history is of the ranges of single steps, and that of what meets {name} has "
             f"{found}; use QSpec(calibrator=Absmax()), or the stats themselves."
         )
-    known = not any(isinstance(x, jax.core.Tracer) for x in (stat.low, stat.high, stat.rows))
-    if known and not (np.isfinite([stat.low, stat.high]).all() and np.all(stat.rows)):
+    known = not any(isinstance(x, jax.core.Tracer) for x in (ends, stat.rows))
+    if known and not (np.isfinite(ends).all() and np.all(stat.rows)):
         raise ValueError(
             f"nothing finite met {name}, and a history begins with a range; begin it with a batch "
             "that reaches it."
         )
-    zeros = lambda end: jnp.zeros((length, *np.shape(end)), jnp.float32)
-    return Ring(zeros(stat.low), zeros(stat.high), spec=spec).push(stat)
+    zeros = jnp.zeros((length, *np.shape(stat.rows)), jnp.float32)
+    return Ring(zeros, zeros, spec=spec).push(stat)

@@ -19,19 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
+from unitscale_jax.formats import on_grid
 from unitscale_jax.quantization._ops import (
     as_codes,
     asymmetric,
     bounds_of,
     codes_of,
-    on_grid,
     scales,
     threshold,
 )
 from unitscale_jax.quantization._params import Rules, check_leaf, encode, match, range_of
 from unitscale_jax.quantization._qtensor import QTensor, is_quantized, sum_codes, value_of
 from unitscale_jax.quantization._spec import DotSpec, QSpec
-from unitscale_jax.quantization._stat import Stat
+from unitscale_jax.statistics import Stat, required, warn_unseen
 from unitscale_jax.trace import Layout, canonical, inverse_factor, uncanonical
 
 EXACT = jax.lax.Precision.HIGHEST
@@ -39,10 +39,18 @@ EXACT = jax.lax.Precision.HIGHEST
 
 @dataclass(frozen=True)
 class Rounded:
-    """What rounding did to one parameter: |X (W - Q)| / |X W|, to nearest and by GPTQ."""
+    """What rounding did to one parameter: |X (W - Q)| / |X W|, to nearest and by GPTQ.
+
+    Attributes:
+        nearest: The error of rounding to nearest.
+        gptq: The error of GPTQ.
+        unseen: How many inputs no row used, summed over layers and experts. They are rounded to
+            nearest, and count in neither error.
+    """
 
     nearest: float
     gptq: float
+    unseen: int
 
 
 @dataclass(frozen=True)
@@ -60,9 +68,10 @@ class GPTQReport:
     def __str__(self) -> str:
         """A table."""
         width = max(map(len, self.errors), default=0)
-        rows = [f"{'':<{width}}  nearest     gptq"]
+        rows = [f"{'':<{width}}  nearest     gptq  unseen"]
         rows += [
-            f"{name:<{width}}  {e.nearest:7.4f}  {e.gptq:7.4f}" for name, e in self.errors.items()
+            f"{name:<{width}}  {e.nearest:7.4f}  {e.gptq:7.4f}  {e.unseen:6}"
+            for name, e in self.errors.items()
         ]
         return "\n".join(rows)
 
@@ -73,13 +82,14 @@ def gptq(
     """Quantizes the parameters that rules name, by the second moments of what they meet.
 
     Scales are those of `quantize`, but for groups, whose scale is taken when the group starts.
-    Entries that are exactly zero stay zero, so a pruned parameter stays pruned; input channels that
-    no batch ever used become zero. Stacked layers and experts are rounded each by its own moments.
+    Entries that are exactly zero stay zero, so a pruned parameter stays pruned. Inputs that no row
+    used are rounded to nearest, and counted in the report: the data has no opinion on them. Stacked
+    layers and experts are rounded each by its own moments.
 
     Args:
         params: A pytree of parameters.
-        stats: Of `calibrate(.., collect=("hessian",))`; with `"range"` too, activations get static
-            ranges.
+        stats: Of `calibrate(.., collect=("hessian",))`; activations that these have ranges of get
+            static ones.
         rules: Pairs (pattern, `DotSpec`), their axes as `resolve` gives them.
         damp: What is added to the diagonal, in parts of its mean.
 
@@ -90,6 +100,9 @@ def gptq(
     Raises:
         ValueError: A rule matches nothing or has no axes; a parameter has no moments (lookups,
             grouped convolutions), so leave it to `quantize`; the moments are singular.
+
+    Warns:
+        UserWarning: No row used any input of a whole layer or expert.
 
     Law: with a diagonal H it rounds to nearest.
 
@@ -111,10 +124,13 @@ def gptq(
     named = {
         k: spec for k, spec in found.items() if spec is not None and not is_quantized(leaves[k])
     }
-    _check(named, leaves, stats)
+    for name, spec in named.items():
+        check_leaf(name, leaves[name], spec)
+    required(stats, "hessian", params, named)
     errors = {}
     done = dict(leaves)
     for name, spec in named.items():
+        warn_unseen(name, stats[name], "rounded to nearest")
         done[name], errors[name] = _rounded(name, leaves[name], stats[name], spec, damp)
         done[name] = replace(done[name], x_range=range_of(stats, name))
     structure = jax.tree.structure(params, is_leaf=is_quantized)
@@ -122,30 +138,13 @@ def gptq(
     return jax.tree.unflatten(structure, list(done.values())), GPTQReport(errors, kept)
 
 
-def _check(
-    named: Mapping[str, DotSpec], leaves: Mapping[str, Any], stats: Mapping[str, Stat]
-) -> None:
-    skipped = []
-    for name, spec in named.items():
-        check_leaf(name, leaves[name], spec)
-        stat = stats.get(name)
-        if stat is None or stat.hessian is None:
-            skipped.append(name)
-        elif set(spec.w.axes or ()) != set(stat.layout.contracted):
-            raise ValueError(
-                f"{name} is contracted over {stat.layout.contracted}, and its rule shares scales "
-                f"over {spec.w.axes}; GPTQ needs the same. Use the axes of `resolve`."
-            )
-    if skipped:
-        raise ValueError(
-            f"stats have no second moments of what meets {', '.join(skipped)}. Calibrate with "
-            "collect=('hessian',); what has none (a lookup, a grouped convolution), leave out of "
-            "these rules and give to `quantize`, which keeps what is quantized already."
-        )
-
-
 def _rounded(name: str, w: Any, stat: Stat, spec: DotSpec, damp: float) -> tuple[QTensor, Rounded]:
-    h = jnp.asarray(stat.hessian, jnp.float32).reshape(-1, *np.shape(stat.hessian)[-2:])
+    if set(spec.w.axes or ()) != set(stat.layout.contracted):
+        raise ValueError(
+            f"{name} is contracted over {stat.layout.contracted}, and its rule shares scales over "
+            f"{spec.w.axes}; GPTQ needs the same. Use the axes of `resolve`."
+        )
+    h = stat.matrices
     w = jnp.asarray(w)
     made, regular = _on_device(w, h, spec, stat.layout, float(damp))
     if not bool(jnp.isfinite(made.scale).all() & jnp.isfinite(h).all()):
@@ -156,7 +155,7 @@ def _rounded(name: str, w: Any, stat: Stat, spec: DotSpec, damp: float) -> tuple
             "more batches, or a larger damp."
         )
     error = lambda t: _errors(w, h, t, stat.layout)
-    return made, Rounded(error(encode(w, spec)), error(made))
+    return made, Rounded(error(encode(w, spec)), error(made), int(stat.unseen.sum()))
 
 
 def _errors(w: jax.Array, h: jax.Array, t: QTensor, layout: Layout) -> float:
@@ -201,8 +200,7 @@ def _by_tiles(sizes: list[int], tiles: int) -> np.ndarray:
 def _columns(w: jax.Array, h: jax.Array, spec: QSpec, tiles: int, damp: float) -> dict[str, Any]:
     """One matrix (K, outputs) by its H: codes, and scales for each tile."""
     size = w.shape[0] // tiles
-    u, dead = inverse_factor(h, damp)
-    w = jnp.where(dead[:, None], np.float32(0), w)
+    u, _ = inverse_factor(h, damp)  # whose rows of unseen inputs spread no error
     zero = w == 0
     whole = _whole(w, spec)
 

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
-from unitscale_jax.quantization._calibrators import Absmax
 from unitscale_jax.quantization._lsq import (
     Learned,
     first_of_mean,
@@ -17,9 +16,10 @@ from unitscale_jax.quantization._lsq import (
     is_learned,
     least_scale,
 )
-from unitscale_jax.quantization._params import Rules, agrees, check_leaf, check_stats, match
+from unitscale_jax.quantization._params import Rules, agrees, check_leaf, match
 from unitscale_jax.quantization._qtensor import is_quantized
 from unitscale_jax.quantization._spec import DotSpec, QSpec
+from unitscale_jax.statistics import check_names
 
 
 def learned(params: Any, rules: Rules, stats: Mapping[str, Any] | None = None) -> Any:
@@ -36,8 +36,8 @@ def learned(params: Any, rules: Rules, stats: Mapping[str, Any] | None = None) -
 
     Returns:
         `params` with a `Learned` for each parameter named. A scale starts as 2 mean |v| / sqrt(Q);
-        that of an activation likewise if the statistics have `"channels"`, else as the range / Q.
-        One that is learned already, by the same spec, stays.
+        that of an activation likewise if the statistics have `"channels"` and its calibrator is
+        `Absmax`, else as the range / Q. One that is learned already, by the same spec, stays.
 
     Raises:
         ValueError: A rule matches nothing, has no axes, a spec that scales cannot be learned of, or
@@ -64,7 +64,7 @@ def learned(params: Any, rules: Rules, stats: Mapping[str, Any] | None = None) -
     """
     found = match(rules, params)
     known = trees.named_leaves(params, is_leaf=trees.is_compound)
-    check_stats(stats, known)
+    check_names(stats, known)
     done = [
         leaf if found[name] is None else _learned(name, leaf, found[name], stats)
         for name, leaf in known.items()
@@ -112,7 +112,7 @@ def _check_spec(name: str, spec: DotSpec) -> None:
                 f"{name}: the scale of {role} as {own} cannot be learned, which is for symmetric "
                 "integers with free scales, in groups or not. Quantize it without `learned`."
             )
-    if spec.w.calibrator != Absmax():
+    if not spec.w.calibrator.takes_the_maximum:
         raise ValueError(
             f"{name}: a scale that is learned has no calibrator, and w has {spec.w.calibrator}; "
             "leave it out. That of x may have one, for the range it starts from."
@@ -127,9 +127,10 @@ def _x_scale(name: str, spec: QSpec, stats: Mapping[str, Any] | None) -> jax.Arr
             f"the rule for {name} quantizes what meets it, and stats do not say where that scale "
             "starts. Give learned(.., stats=calibrate(fn, params, batches, rules)), or x=None."
         )
-    if getattr(stat, "total", None) is not None:
+    plain = spec.calibrator.takes_the_maximum and spec.measure((0,)).merge is None
+    mean = getattr(stat, "mean", None)
+    if plain and mean is not None:  # a calibrator that decides on something is heard instead
         lead = stat.layout.layers
-        mean = np.mean(stat.mean, axis=tuple(range(lead, np.ndim(stat.total))), dtype=np.float64)
-        return first_of_mean(mean, spec)
+        return first_of_mean(np.mean(mean, axis=tuple(range(lead, mean.ndim))), spec)
     m = jnp.max(jnp.abs(jnp.asarray(stat.range, jnp.float32)), axis=-1)
     return jnp.maximum(m * np.float32(1 / spec.max_code), least_scale(spec))

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
+from unitscale_jax.formats import on_grid
 from unitscale_jax.fwd_bwd import match_vma, straight_through
 from unitscale_jax.quantization._calibrators import Axes, Calibrator
-from unitscale_jax.quantization._ops import bounds_of, codes_of, fence, on_grid, spread, threshold
+from unitscale_jax.quantization._ops import bounds_of, codes_of, fence, spread, threshold
 from unitscale_jax.quantization._qtensor import ARRAYS, QTensor, moved, source_of
 from unitscale_jax.quantization._spec import DotSpec, QSpec
 from unitscale_jax.typing import DType

@@ -23,13 +23,6 @@ from unitscale_jax.trace import varying_axes
 from unitscale_jax.typing import Key
 
 
-def on_grid(x: Any) -> jax.Array:
-    """The values of a 16 or 32-bit float array as float32, on the grid of their dtype."""
-    info = jnp.finfo(jnp.result_type(x))
-    wide = jnp.asarray(x).astype(jnp.float32)
-    return jax.lax.reduce_precision(wide, info.nexp, info.nmant) if info.bits < 32 else wide
-
-
 def fence(x: jax.Array) -> jax.Array:
     """The identity, opaque to the compiler: no fused multiply-add across it.
 
@@ -208,6 +201,12 @@ def _squared_error(x: jax.Array, axes: tuple[int, ...], spec: QSpec) -> Callable
         return jnp.sum(off * off, axis=axes, keepdims=True)
 
     return error
+
+
+def whole_error(spec: QSpec, x: jax.Array, m: jax.Array) -> jax.Array:
+    """The squared error of all of an array for one bound, a scalar."""
+    bound = m.reshape([1] * x.ndim)
+    return _squared_error(x, tuple(range(x.ndim)), spec)(bound).reshape(())
 
 
 def pack_int4(codes: np.ndarray) -> np.ndarray:

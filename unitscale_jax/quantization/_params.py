@@ -1,7 +1,7 @@
 """From parameters to codes, leaf by leaf."""
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,18 +11,19 @@ import numpy as np
 
 from unitscale_jax import rules as named_rules, tree as trees
 from unitscale_jax.errors import not_divisible
+from unitscale_jax.formats import on_grid
 from unitscale_jax.quantization._lsq import Learned, encoded, is_learned
 from unitscale_jax.quantization._ops import (
     asymmetric,
     bounds_of,
     ends_of,
     integer_groups,
-    on_grid,
     spread,
     symmetric,
 )
 from unitscale_jax.quantization._qtensor import QTensor, has_codes, is_quantized, sum_codes
 from unitscale_jax.quantization._spec import DotSpec
+from unitscale_jax.statistics import check_names
 
 Rules = named_rules.Rules[DotSpec]
 ACTIVATIONS: tuple[int, ...] = ()
@@ -71,7 +72,7 @@ def quantize(
             "no parameter is learned, and there are no rules: give quantize(.., rules)"
         )
     found = {} if rules is None else match(rules, params)
-    check_stats(stats, known)
+    check_names(stats, known)
     chosen |= {name: spec for name, spec in found.items() if spec is not None}
     done = dict(known)
     bytes_of = lambda name: trees.nbytes(known[name])
@@ -106,20 +107,6 @@ def _checked(pair: tuple[Any, Any]) -> DotSpec:
 def agrees(held: DotSpec, asked: DotSpec) -> bool:
     """Whether a spec is the asked one, whose axes may be open."""
     return held == (asked if asked.w.axes is not None else asked.with_axes(held.w.axes))
-
-
-def check_stats(stats: Mapping[str, Any] | None, names: Collection[str]) -> None:
-    """Whether statistics are of a model with these parameters.
-
-    Raises:
-        ValueError: They name others; a range that is not used would be lost silently.
-    """
-    odd = [] if stats is None else sorted(stats.keys() - set(names))
-    if odd:
-        raise ValueError(
-            f"stats are of {', '.join(odd)}, and there is no such parameter. There are "
-            f"{', '.join(names)}; calibrate the function that is quantized."
-        )
 
 
 def range_of(stats: Mapping[str, Any] | None, name: str) -> Any:

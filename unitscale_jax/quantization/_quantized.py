@@ -29,7 +29,6 @@ from unitscale_jax.quantization._params import (
     agrees,
     check_leaf,
     check_range,
-    check_stats,
     encode,
     inside,
     range_of,
@@ -45,6 +44,7 @@ from unitscale_jax.quantization._roles import activation_products, resolved
 from unitscale_jax.quantization._served import Unquantizable
 from unitscale_jax.quantization._spec import DotSpec
 from unitscale_jax.quantization._views import logical, partitioned, view
+from unitscale_jax.statistics import check_names
 from unitscale_jax.trace import (
     ACTIVATION,
     CONSTANT,
@@ -136,7 +136,7 @@ def quantized(
         operands = [leaves[k] for k in staged.positions]
         params, sources = (args[0], plain[0]) if args else ((), ())
         known = origins(staged, sources)
-        check_stats(stats, trees.names(sources))
+        check_names(stats, trees.names(sources))
         chosen = [] if rules is None else resolved(rules, staged, params, sources)
         _check_key([*chosen, *_learned_specs(params)], key)
         specs = {name: spec for name, spec in chosen if spec.w.axes != ACTIVATIONS}

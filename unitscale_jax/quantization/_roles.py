@@ -10,7 +10,7 @@ from unitscale_jax import rules as named_rules, tree as trees
 from unitscale_jax.quantization._lsq import is_learned, trained
 from unitscale_jax.quantization._params import ACTIVATIONS, Rules, check_dtype, match
 from unitscale_jax.quantization._qtensor import has_codes, is_quantized
-from unitscale_jax.quantization._spec import DotSpec
+from unitscale_jax.quantization._spec import DotSpec, QSpec
 from unitscale_jax.quantization._views import logical
 from unitscale_jax.trace import (
     Jaxpr,
@@ -61,6 +61,12 @@ def resolve(rules: Rules, fn: Callable[..., Any], params: Any, *inputs: Any, **k
     plain = logical((params, *inputs))
     staged = stage(fn, *plain, **logical(kwargs))
     return resolved(rules, staged, params, plain[0])
+
+
+def operands(rules: Rules, staged: Staged, params: Any) -> dict[str, QSpec | None]:
+    """Parameter -> how what it meets is quantized, by rules for a call that is staged."""
+    chosen = resolved(rules, staged, params, params)
+    return {name: spec.x for name, spec in chosen if spec.w.axes != ACTIVATIONS}
 
 
 def _with_axes(params: Any) -> Any:

@@ -37,7 +37,7 @@ from unitscale_jax.quantization._params import ACTIVATIONS, Rules, encode
 from unitscale_jax.quantization._qtensor import is_quantized, value_of
 from unitscale_jax.quantization._roles import resolved
 from unitscale_jax.quantization._spec import DotSpec
-from unitscale_jax.quantization._stat import Stat, Stats
+from unitscale_jax.statistics import Stat, Stats, required
 from unitscale_jax.trace import (
     ClosedJaxpr,
     Dims,
@@ -100,7 +100,8 @@ def smoothquant(
         )
         return np.where(zero, 1.0, np.exp2(np.round(log)))
 
-    return _smoothed(fn, params, stats, rules, scale, ["peak"])
+    plans, _ = _plans(fn, params, stats, rules, ["channels"])
+    return _applied(params, plans, scale)
 
 
 def awq(fn: Callable[..., Any], params: Any, stats: Stats, rules: Rules) -> Any:
@@ -123,14 +124,21 @@ def awq(fn: Callable[..., Any], params: Any, stats: Stats, rules: Rules) -> Any:
     Raises:
         ValueError: As `smoothquant`.
     """
-    plans, specs = _plans(fn, params, stats, rules, ["total", "hessian"])
+    plans, specs = _plans(fn, params, stats, rules, ["channels", "hessian"])
 
     def scale(plan: "_Plan", weights: Mapping[str, Any]) -> np.ndarray:
         size = np.maximum.reduce([np.asarray(stats[name].mean) for name in plan.weights])
+        # A channel that no row used would take the least scale of all and be rounded to zero: it
+        # keeps its size, and those of the others are as if it were not there.
+        used = size > 0
         best, least = np.ones(size.shape), np.inf
         for step in range(20):
             s = np.maximum(size ** (step / 20), FEWEST)
-            s = s / np.sqrt(s.max(axis=-1, keepdims=True) * s.min(axis=-1, keepdims=True))
+            ends = (
+                s.max(axis=-1, keepdims=True, initial=FEWEST, where=used),
+                s.min(axis=-1, keepdims=True, initial=np.inf, where=used),
+            )
+            s = np.where(used, s, 1) / np.where(used, np.sqrt(ends[0] * ends[1]), 1)
             s = np.exp2(np.round(np.log2(s)))
             cost = sum(
                 _cost(weights[name], plan.on(name, s), specs[name], stats[name])
@@ -149,9 +157,8 @@ def _cost(w: Any, s: Any, spec: DotSpec, stat: Stat) -> float:
     wide = jnp.asarray(w).astype(jnp.float32)
     off = value_of(encode(wide * s, spec)) / s - wide
     columns = canonical(off, stat.layout)
-    h = jnp.asarray(stat.hessian, jnp.float32).reshape(-1, *stat.hessian.shape[-2:])
     exact = jax.lax.Precision.HIGHEST
-    return float(jnp.einsum("bkn,bkl,bln->", columns, h, columns, precision=exact))
+    return float(jnp.einsum("bkn,bkl,bln->", columns, stat.matrices, columns, precision=exact))
 
 
 def _wide(x: Any) -> np.ndarray:
@@ -159,13 +166,6 @@ def _wide(x: Any) -> np.ndarray:
 
 
 Scale: TypeAlias = Callable[["_Plan", Mapping[str, Any]], np.ndarray]
-
-
-def _smoothed(
-    fn: Callable[..., Any], params: Any, stats: Stats, rules: Rules, scale: Scale, need: list[str]
-) -> Any:
-    plans, _ = _plans(fn, params, stats, rules, need)
-    return _applied(params, plans, scale)
 
 
 def _applied(params: Any, plans: Sequence["_Plan"], scale: Scale) -> Any:
@@ -179,7 +179,7 @@ def _applied(params: Any, plans: Sequence["_Plan"], scale: Scale) -> Any:
 
 
 def _plans(
-    fn: Callable[..., Any], params: Any, stats: Stats, rules: Rules, need: Sequence[str]
+    fn: Callable[..., Any], params: Any, stats: Stats, rules: Rules, kinds: Sequence[str]
 ) -> tuple[list["_Plan"], dict[str, DotSpec]]:
     """A fold for every weight that rules name, those that share a scale together."""
     done = [
@@ -190,17 +190,12 @@ def _plans(
     inputs = getattr(stats, "inputs", None)
     if inputs is None:
         raise ValueError("stats are not those of `calibrate`, which say what the inputs are like.")
-    staged = stage(fn, params, *inputs)
+    staged = stage(fn, params, *inputs.args, **inputs.kwargs)
     chosen = resolved(rules, staged, params, params)
     specs = {name: spec for name, spec in chosen if spec.w.axes != ACTIVATIONS}
-    for name in specs:
-        lacking = [field for field in need if getattr(stats.get(name), field, None) is None]
-        if lacking:
-            raise ValueError(
-                f"stats have no channels of {name}; calibrate with these rules and "
-                "collect=('channels', 'hessian'), or leave it out."
-            )
-    traced, met = trace(fn, params, *inputs), meetings(staged, params)
+    for kind in kinds:
+        required(stats, kind, params, specs)
+    traced, met = trace(fn, params, *inputs.args, **inputs.kwargs), meetings(staged, params)
     graph = dims(traced)
     plans: list[_Plan] = []
     refused: list[str] = []

@@ -8,6 +8,7 @@ belong to whatever meets that parameter.
 """
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -15,7 +16,8 @@ import numpy as np
 
 from unitscale_jax import formats
 from unitscale_jax.formats import Format, FormatLike, format_of
-from unitscale_jax.quantization._calibrators import Absmax, Calibrator, Fixed
+from unitscale_jax.quantization._calibrators import Absmax, Axes, Calibrator
+from unitscale_jax.statistics import Measure
 
 Compute: TypeAlias = Literal["int", "float_exact", "dequant"]
 _FLOATS = ("e4m3fn", "e5m2")
@@ -122,6 +124,16 @@ class QSpec:
         """Whether values may lie beyond the range, and so receive no gradient."""
         return self.calibrator.clips
 
+    def measure(self, axes: Axes) -> Measure:
+        """What a calibrated range is read from; see `Calibrator.measure`."""
+        return self.calibrator.measure(axes)
+
+    def refine(self, axes: Axes, found: Any) -> Measure | None:
+        """The measure of a second pass; see `Calibrator.refine`."""
+        from unitscale_jax.quantization._ops import whole_error  # the equations are of a spec
+
+        return self.calibrator.refine(axes, found, functools.partial(whole_error, self))
+
     def __str__(self) -> str:
         """The format, and what is not the default."""
         tags = ["" if self.symmetric else "asymmetric", "po2" if self.scale == "po2" else ""]
@@ -162,6 +174,13 @@ class DotSpec:
         """Checks that the specs agree."""
         for wrong in _disagreements(self):
             raise ValueError(f"{self!r}: {wrong}")
+
+    @staticmethod
+    def operands(rules: Any, staged: Any, params: Any) -> "Mapping[str, QSpec | None]":
+        """Parameter -> how what it meets is quantized: what `calibrate` asks of rules."""
+        from unitscale_jax.quantization._roles import operands  # rules are resolved by them
+
+        return operands(rules, staged, params)
 
     def with_axes(self, axes: tuple[int, ...] | None) -> "DotSpec":
         """The same with the parameter's axes given."""
@@ -221,7 +240,7 @@ def _contradictions(spec: QSpec) -> Any:
     if not spec.symmetric:
         if not integer or spec.scale != "free" or spec.group:
             yield "an asymmetric range is for integers with free scales and no groups."
-        if not isinstance(spec.calibrator, Absmax | Fixed) and not spec.calibrator.two_sided:
+        if not spec.calibrator.two_sided:
             yield "this calibrator finds one bound, and this range has two: Absmax, EMA or Fixed."
     if spec.group is not None and spec.group.scale == "integer":
         if not integer or int(grid.max) * 2 > 127:

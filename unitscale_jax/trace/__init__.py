@@ -17,7 +17,15 @@ from unitscale_jax.trace._derivatives import Moving
 from unitscale_jax.trace._device_sums import DeviceSum, device_sums
 from unitscale_jax.trace._dims import Dims, Group, Member, Refused, dims
 from unitscale_jax.trace._factors import Axes, Factor, expanded, mark, new_axes, unify
-from unitscale_jax.trace._function import Arguments, Staged, Traced, as_arrays, stage, trace
+from unitscale_jax.trace._function import (
+    Arguments,
+    Staged,
+    Traced,
+    as_arrays,
+    is_array,
+    stage,
+    trace,
+)
 from unitscale_jax.trace._hlo import Collective, collectives
 from unitscale_jax.trace._layouts import (
     Layout,
@@ -37,7 +45,6 @@ from unitscale_jax.trace._meetings import (
     stacks_of,
 )
 from unitscale_jax.trace._notes import noted, notes_at, scope_without_notes, taking, taking_notes
-from unitscale_jax.trace._observe import Observer, Observers, observe, over_batches
 from unitscale_jax.trace._op_cost import OpCost, cost_of
 from unitscale_jax.trace._operands import (
     channel_rows,
@@ -115,8 +122,6 @@ __all__ = [
     "Literal",
     "Meeting",
     "Member",
-    "Observer",
-    "Observers",
     "OpCost",
     "Origin",
     "Place",
@@ -156,6 +161,7 @@ __all__ = [
     "expanded",
     "input_rows",
     "inverse_factor",
+    "is_array",
     "is_call",
     "is_constant",
     "layout_of",
@@ -165,10 +171,8 @@ __all__ = [
     "noted",
     "notes_at",
     "observable",
-    "observe",
     "opaque",
     "origins",
-    "over_batches",
     "parameter",
     "primitives_of",
     "producers",
