@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unitscale_jax.distill._losses import divergence, fixed, log_softmax, sum_dtype
+from unitscale_jax.distill._losses import divergence_of_logits, fixed, sum_dtype
 
 
 def hidden_mse(
@@ -177,9 +177,9 @@ def minilm(t: jax.Array, s: jax.Array, heads: int, *, where: jax.Array | None = 
     t, s = jnp.asarray(t), jnp.asarray(s)
     _same("positions", t.shape[:-1], s.shape[:-1])
     dtype = sum_dtype(t, s)
-    log_p = _relations("teacher", fixed(t, dtype), heads, where)
-    log_q = _relations("student", s.astype(dtype), heads, where)
-    rows = jnp.mean(jnp.sum(divergence(log_p, log_q), axis=-1), axis=-2)
+    u = _relations("teacher", fixed(t, dtype), heads, where)
+    v = _relations("student", s.astype(dtype), heads, where)
+    rows = jnp.mean(divergence_of_logits(u, v), axis=-2)
     return rows if where is None else jnp.where(where, rows, 0)
 
 
@@ -202,7 +202,7 @@ def layer_map(teacher: int, student: int) -> tuple[int, ...]:
 
 
 def _relations(who: str, x: jax.Array, heads: int, where: jax.Array | None) -> jax.Array:
-    """Logarithms of relations, `(..., heads, positions, positions)`."""
+    """Logits of relations, `(..., heads, positions, positions)`."""
     width = x.shape[-1]
     if heads < 1 or width % heads:
         raise ValueError(
@@ -213,7 +213,7 @@ def _relations(who: str, x: jax.Array, heads: int, where: jax.Array | None) -> j
     scores = jnp.einsum("...qd,...kd->...qk", x, x) / jnp.sqrt(jnp.asarray(width // heads, x.dtype))
     if where is not None:
         scores = jnp.where(where[..., None, None, :], scores, -jnp.inf)
-    return log_softmax(scores)
+    return scores
 
 
 def _aligned(t: Any, s: Any, projection: Any, index: Any) -> tuple[jax.Array, jax.Array]:

@@ -10,8 +10,19 @@ al., arXiv 1503.02531). Sums are of terms that are none below zero,
 
 in which an error of either normalizer cancels to first order: a difference of two cross entropies,
 times T^2, would be noise at T = 100.
+
+Each divergence is a function of two arrays of scaled logits, `u = t/T` and `v = s/T`, and says its
+own derivative: differentiated term by term it would keep both distributions, their logarithms and
+the masks of infinities for the backward pass, where one array of slopes is enough. With a and b the
+logarithms of two distributions, the derivative of KL(a || b) by the logits of b and of a is
+
+    e^b - e^a        and        S(a, b) = e^a ((a - b) - sum e^a (a - b)).
+
+Since sum m = 1, what jsd changes by way of m cancels, so it is made of S(log p, log m) and
+S(log q, log m). Slopes are differentiable functions, so second derivatives and forward mode work.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
+from unitscale_jax.trace import not_before
 
 
 def kl(
@@ -55,8 +67,8 @@ def kl(
         >>> jax.grad(kl, argnums=1)(t, t + 5.0).tolist()
         [0.0, 0.0, 0.0]
     """
-    log_p, log_q, factor = _prepared(t, s, temperature, where, standardize)
-    return factor * jnp.sum(divergence(log_p, log_q), axis=-1)
+    u, v, factor = _prepared(t, s, temperature, where, standardize)
+    return factor * divergence_of_logits(u, v)
 
 
 def reverse_kl(
@@ -77,8 +89,8 @@ def reverse_kl(
         >>> bool(jnp.isclose(reverse_kl(t, s), kl(s, t)))
         True
     """
-    log_p, log_q, factor = _prepared(t, s, temperature, where, standardize)
-    return factor * jnp.sum(divergence(log_q, log_p), axis=-1)
+    u, v, factor = _prepared(t, s, temperature, where, standardize)
+    return factor * divergence_of_logits(v, u)
 
 
 def jsd(
@@ -120,13 +132,94 @@ def jsd(
             f"beta is {beta}; expected a number between 0 and 1. The ends are `kl` and "
             "`reverse_kl`, by limit."
         )
-    log_p, log_q, factor = _prepared(t, s, temperature, where, standardize)
-    beta = jnp.asarray(beta, log_p.dtype)
+    u, v, factor = _prepared(t, s, temperature, where, standardize)
+    return factor * _mixed_divergence(jnp.asarray(beta, u.dtype), u, v)
+
+
+# --------------------------------------------------------- rows of numbers that know their slopes
+
+
+def with_slopes(
+    value: Callable[..., jax.Array], *slopes: Callable[..., jax.Array]
+) -> Callable[..., jax.Array]:
+    """A function that gives a number per row, with the derivative that `slopes` state.
+
+    Args:
+        value: `value(*operands) -> rows`.
+        slopes: For each operand `slope(rows, *operands)`: the derivative of a row by each entry of
+            the operand's row, or by an operand that all rows share.
+
+    Of an operand that nothing differentiates by, no slope is computed.
+    """
+    fn = jax.custom_jvp(value)
+
+    def jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+        rows = fn(*primals)
+        moved = jnp.zeros_like(rows)
+        for slope, tangent in zip(slopes, tangents, strict=True):
+            if isinstance(tangent, jax.custom_derivatives.SymbolicZero):
+                continue
+            by = slope(rows, *primals)
+            moved += by * tangent if by.ndim == rows.ndim else jnp.sum(by * tangent, axis=-1)
+        return rows, moved
+
+    fn.defjvp(jvp, symbolic_zeros=True)
+    return fn
+
+
+def _of_logits(u: jax.Array, v: jax.Array) -> jax.Array:
+    return jnp.sum(divergence(log_softmax(u), log_softmax(v)), axis=-1)
+
+
+def _slope(u: jax.Array, log_q: jax.Array, mean: jax.Array) -> jax.Array:
+    """The derivative of `KL(p || q)` by the logits of p; `mean` is that divergence."""
+    top, total = normalizer(u)
+    # What is computed anew once the divergence is known is not held until then.
+    log_p = u - not_before(top, mean) - jnp.log(jnp.where(total > 0, total, 1))
+    absent = log_p == -jnp.inf
+    ratio = jnp.where(absent, 0, log_p) - jnp.where(absent, 0, log_q)
+    return jnp.exp(log_p) * (ratio - mean[..., None])
+
+
+divergence_of_logits = with_slopes(
+    _of_logits,
+    lambda rows, u, v: _slope(u, log_softmax(v), rows),
+    lambda _, u, v: softmax(v) - softmax(u),
+)
+"""`KL(softmax(u) || softmax(v))` along the last axis."""
+
+
+def _mixture(beta: jax.Array, u: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
+    """Logarithms of p, of q, and of `m = beta p + (1 - beta) q`."""
+    log_p, log_q = log_softmax(u), log_softmax(v)
     # Not `logaddexp`, whose gradient is NaN where both are -inf.
     top, total = normalizer(jnp.stack([jnp.log(beta) + log_p, jnp.log1p(-beta) + log_q], axis=-1))
     log_m = jnp.squeeze(top + jnp.log(jnp.where(total > 0, total, 1)), axis=-1)
+    return log_p, log_q, log_m
+
+
+def _of_mixture(beta: jax.Array, u: jax.Array, v: jax.Array) -> jax.Array:
+    log_p, log_q, log_m = _mixture(beta, u, v)
     terms = beta * divergence(log_p, log_m) + (1 - beta) * divergence(log_q, log_m)
-    return factor * jnp.sum(terms, axis=-1)
+    return jnp.sum(terms, axis=-1)
+
+
+def _slope_of_beta(_: jax.Array, beta: jax.Array, u: jax.Array, v: jax.Array) -> jax.Array:
+    log_p, log_q, log_m = _mixture(beta, u, v)
+    return jnp.sum(divergence(log_p, log_m) - divergence(log_q, log_m), axis=-1)
+
+
+def _slope_of_teacher(_: jax.Array, beta: jax.Array, u: jax.Array, v: jax.Array) -> jax.Array:
+    log_p, _, log_m = _mixture(beta, u, v)
+    return beta * _slope(u, log_m, jnp.sum(divergence(log_p, log_m), axis=-1))
+
+
+def _slope_of_student(_: jax.Array, beta: jax.Array, u: jax.Array, v: jax.Array) -> jax.Array:
+    _, log_q, log_m = _mixture(beta, u, v)
+    return (1 - beta) * _slope(v, log_m, jnp.sum(divergence(log_q, log_m), axis=-1))
+
+
+_mixed_divergence = with_slopes(_of_mixture, _slope_of_beta, _slope_of_teacher, _slope_of_student)
 
 
 def divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
@@ -148,6 +241,12 @@ def log_softmax(x: jax.Array, axis: int = -1) -> jax.Array:
     """Logarithms of a softmax; entries of `-inf` stay, and so does a row of nothing else."""
     top, total = normalizer(x, axis)
     return x - top - jnp.log(jnp.where(total > 0, total, 1))
+
+
+def softmax(x: jax.Array, axis: int = -1) -> jax.Array:
+    """A softmax; 0 for entries of `-inf`, also in a row of nothing else."""
+    top, total = normalizer(x, axis)
+    return jnp.exp(x - top) / jnp.where(total > 0, total, 1)
 
 
 def normalizer(x: jax.Array, axis: int = -1) -> tuple[jax.Array, jax.Array]:
@@ -214,8 +313,8 @@ def _prepared(
     if standardize:
         logits = [_standardized(x) for x in logits]
     temperature = jnp.asarray(temperature).astype(dtype)
-    log_p, log_q = (log_softmax(x / temperature) for x in logits)
-    return log_p, log_q, temperature**2
+    u, v = (x / temperature for x in logits)
+    return u, v, temperature**2
 
 
 def _standardized(x: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from unitscale_jax.quantization._served import Unquantizable, served
 from unitscale_jax.quantization._spec import DotSpec
 from unitscale_jax.quantization._transposed import transposed
 from unitscale_jax.quantization._views import view
-from unitscale_jax.trace import Conv, Dot, Product, Site, noted, product_of, zeros
+from unitscale_jax.trace import Conv, Dot, Product, Site, not_before, noted, product_of, zeros
 from unitscale_jax.typing import Key
 
 Multiply = Callable[..., Any]
@@ -81,7 +81,7 @@ def _backward(
 
 
 def _float_backward(product: Product, parts: list[Any], side: int, g: jax.Array) -> jax.Array:
-    values = [_value(t) if is_quantized(t) else t for t in parts]
+    values = [_value(_waiting(t, g)) if is_quantized(t) else t for t in parts]
 
     def times(v: jax.Array) -> jax.Array:
         pair = [v, values[1]] if side == 0 else [values[0], v]
@@ -118,6 +118,15 @@ def refusals(
         except Unquantizable as error:
             found.append(f"the derivative by its {name} operand: {error}")
     return tuple(found)
+
+
+def _waiting(t: QTensor, g: jax.Array) -> QTensor:
+    """Codes whose scale is there no sooner than the cotangent is.
+
+    Their values depend on the forward pass alone. A compiler that is free to make them early makes
+    those of all layers at once: of three residual blocks 35 MB where the float program takes 13.
+    """
+    return replace(t, scale=not_before(t.scale, g))
 
 
 def _value(t: QTensor) -> jax.Array:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental.layout import Format
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend import core, source_info_util
@@ -90,6 +91,27 @@ def traced_apart() -> Iterator[None]:
     """
     with set_xla_metadata(unitscale_jax_tracing=str(next(_TRACINGS))):
         yield
+
+
+def not_before(x: jax.Array, event: jax.Array) -> jax.Array:
+    """`x` to the bit, computed no sooner than `event` is.
+
+    Args:
+        x: Floats above -inf, or NaN.
+        event: An array of floats.
+
+    A barrier says so, and costs nothing. For a CPU XLA removes barriers before it decides on an
+    order, so there `x` is bounded from below by a number that depends on the event, and that no
+    number of `x` is below; of an event that is sharded under `jit` that number is sent around.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.lax.optimization_barrier((x, event))[0]
+    if event.size == 0:
+        return x
+    first = jax.lax.slice(event, [0] * event.ndim, [1] * event.ndim).reshape(())
+    below, lowest = (np.array(n, x.dtype) for n in (-np.inf, np.finfo(x.dtype).min))
+    bound = jax.lax.select(first == first, below, lowest)
+    return jax.lax.max(x, jax.lax.broadcast(bound, x.shape))
 
 
 def devices(eqn: Equation) -> int:

@@ -1,0 +1,123 @@
+"""Laws of what a technique may cost: compiled memory of small programs, which repeats exactly."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import unitscale_jax as us
+from unitscale_jax.distill import jsd, kl, kl_top_k, reverse_kl, top_k
+
+W8A8 = us.DotSpec(w=us.QSpec(), x=us.QSpec())
+
+
+def temp(fn, *args):
+    """Bytes that a compiled function takes besides its arguments and results."""
+    return jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+def floats(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+# ------------------------------------------------------------------- training in eight bits
+
+
+def residual(params, x):
+    for a, b in params:
+        x = x + jax.nn.relu(x @ a) @ b
+    return x
+
+
+def plain(params, x):
+    for a, b in params:
+        x = jax.nn.relu(jax.nn.relu(x @ a) @ b)
+    return x
+
+
+def normed(params, x):
+    for a, b in params:
+        h = x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+        x = x + jax.nn.gelu(h @ a) @ b
+    return x
+
+
+@pytest.mark.parametrize("model", [residual, plain, normed])
+def test_training_in_eight_bits_takes_no_more_memory_than_in_floats(model):
+    params = [(floats(128, 512), floats(512, 128)) for _ in range(3)]
+    loss = lambda fn: jax.value_and_grad(lambda p, x: jnp.mean(fn(p, x) ** 2))
+    args = params, floats(128, 128)
+    exact, coded = (temp(loss(f), *args) for f in (model, us.quantized(model, {"**": W8A8})))
+    assert coded <= 1.05 * exact
+
+
+def test_a_cotangent_that_is_not_finite_spoils_its_own_row_only():
+    w, x = jax.random.normal(jax.random.key(0), (2, 8, 8))
+    fn = us.quantized(lambda p, x: x @ p["w"], {"w": W8A8})
+    back = jax.jit(lambda g: jax.vjp(lambda x: fn({"w": w}, x), x)[1](g)[0])
+    whole, spoilt = back(jnp.ones((8, 8))), back(jnp.ones((8, 8)).at[0, 0].set(jnp.nan))
+    assert np.isnan(spoilt[0]).all()
+    np.testing.assert_array_equal(spoilt[1:], whole[1:])
+
+
+# ------------------------------------------------------------------- distillation
+
+
+def kl_by_hand(t, s):
+    log_p, log_q = jax.nn.log_softmax(t), jax.nn.log_softmax(s)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def jsd_by_hand(t, s):
+    log_p, log_q = jax.nn.log_softmax(t), jax.nn.log_softmax(s)
+    log_m = jnp.logaddexp(log_p, log_q) - np.log(2)
+    terms = jnp.exp(log_p) * (log_p - log_m) + jnp.exp(log_q) * (log_q - log_m)
+    return jnp.sum(terms, axis=-1) / 2
+
+
+LOSSES = {
+    "kl": (kl, kl_by_hand),
+    "kl at 2": (functools.partial(kl, temperature=2.0), kl_by_hand),
+    "kl where": (lambda t, s: kl(t, s, where=jnp.arange(s.shape[-1]) < 1000), kl_by_hand),
+    "reverse_kl": (reverse_kl, lambda t, s: kl_by_hand(s, t)),
+    "jsd": (jsd, jsd_by_hand),
+    "top_k": (lambda t, s: kl_top_k(top_k(t, 4), s), kl_by_hand),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_divergence_takes_no_more_memory_than_written_by_hand(name):
+    def of(loss):
+        total = lambda ws, hs, wt, ht: jnp.sum(loss(jax.lax.stop_gradient(ht @ wt), hs @ ws))
+        head, h = floats(16, 1024), floats(128, 16)
+        return temp(jax.value_and_grad(total, argnums=(0, 1)), head, h, head, h)
+
+    ours, by_hand = map(of, LOSSES[name])
+    # What is kept of the k largest logits is 16 bytes for each and a few numbers a row.
+    assert ours <= by_hand + (128 * 200 if name == "top_k" else 128 * 16)
+
+
+@pytest.mark.parametrize("loss", [kl, reverse_kl, jsd])
+def test_a_divergence_has_all_derivatives(loss):
+    t, s = 2 * jax.random.normal(jax.random.key(0), (2, 5))
+    t, s = (x.at[3].set(-jnp.inf) for x in (t, s))  # an entry that does not exist
+    value = lambda s, temperature: loss(t, s, temperature)
+    v = jnp.arange(5.0) - 2
+    slope = jax.grad(value)(s, 2.0)
+    np.testing.assert_allclose(
+        jax.jvp(lambda s: value(s, 2.0), (s,), (v,))[1], v @ slope, rtol=1e-5
+    )
+    step = 1e-2
+    moved = lambda sign: jax.grad(value)(s + sign * step * v, 2.0)
+    curve = (moved(1) - moved(-1)) / (2 * step)
+    np.testing.assert_allclose(jax.hessian(value)(s, 2.0) @ v, curve, atol=1e-4)
+
+
+@pytest.mark.parametrize("loss", [kl, reverse_kl, jsd])
+def test_a_divergence_has_a_derivative_by_its_temperature(loss):
+    t, s = 2 * jax.random.normal(jax.random.key(0), (2, 5))
+    value = functools.partial(loss, t, s)
+    by_steps = (value(2.01) - value(1.99)) / 0.02
+    np.testing.assert_allclose(jax.grad(value)(2.0), by_steps, atol=2e-3)
