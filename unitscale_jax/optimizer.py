@@ -238,6 +238,12 @@ def step_or_skip(
     return jax.lax.cond(when, lambda *args: typed(step(*args)), skip, updates, state)
 
 
+def common_dtype(p: Any, update: Any) -> np.dtype:
+    """The wider dtype of a parameter and its update, which is added in it."""
+    with jax.numpy_dtype_promotion("standard"):  # strict promotion has none for two of 16 and 32
+        return jnp.promote_types(jnp.result_type(p), update.dtype)
+
+
 def no_update(update: Any) -> jax.Array:
     """Minus zero, because x + -0.0 is x for every x, whereas -0.0 + 0.0 is 0.0."""
     return jnp.full(update.shape, -0.0).astype(update.dtype)

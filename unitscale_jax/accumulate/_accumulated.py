@@ -67,7 +67,8 @@ def accumulated(
         nonfinite: "keep" lets a NaN reach the result, where a loss scale sees it. "drop" leaves a
             part out of sums and weights if any of its totals or gradients is not finite, at the
             price of a second pass and one more gradient; the term "dropped" then counts such parts.
-            Of a dropped part "concat" gives NaN (0 for integers).
+            Of a dropped part "concat" gives NaN (0 for integers); "last" is the last good one, and
+            if none is good, `state` as it came.
         inplace: Adds gradients into one buffer inside the backward pass, instead of holding a
             part's gradient beside the sum. Takes float32 parameters, cast inside the loss.
 
@@ -154,7 +155,7 @@ def _sum_parts(
     """One pass over the parts; given `kept`, over those kept and finite, which it also returns."""
     (of_terms, of_aux), (terms, aux, grads) = kinds, part_fn.result
     blank = jax.tree.map(lambda x: zeros(x.shape, x.dtype, like=x), grads)
-    start = (_Sums(of_terms.start(terms), of_aux.start(aux), blank), state)
+    start = (_Sums(of_terms.start(terms), of_aux.start(aux, state), blank), state)
     thread = of_aux.threading(aux, state)
 
     def add_part(carry: tuple[_Sums, State], xs: tuple[Part, Any]) -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ from unitscale_jax import rules, tree as trees
 from unitscale_jax.errors import expected
 from unitscale_jax.loss._mean import Mean
 from unitscale_jax.loss._split import gather_rows
-from unitscale_jax.trace import zeros
+from unitscale_jax.trace import agree, zeros
 from unitscale_jax.typing import State
 
 Kind: TypeAlias = Literal["sum", "mean", "max", "last", "concat"]
@@ -37,9 +37,21 @@ class Reduction:
     kinds: Sequence[str]
     structure: jax.tree_util.PyTreeDef
 
-    def start(self, outputs: Any) -> list[Any]:
-        """What each leaf starts from, given the abstract outputs of a part."""
-        return [_start(kind, leaf) for kind, leaf in self._leaves(outputs)]
+    def start(self, outputs: Any, state: State = None) -> list[Any]:
+        """What each leaf starts from, given the abstract outputs of a part.
+
+        A state that goes from part to part starts from itself: if every part is dropped, it is the
+        last one.
+        """
+        blank = [_start(kind, leaf) for kind, leaf in self._leaves(outputs)]
+        if self.threading(outputs, state) is _unchanged:
+            return blank
+        put = lambda kind, zero, old: agree(jnp.asarray(old), zero) if kind == "last" else zero
+        pick, kinds = self._pick(outputs), jax.tree.unflatten(self.structure, self.kinds)
+        tree = jax.tree.unflatten(self.structure, blank)
+        of_state = jax.tree.map(put, pick(kinds), pick(tree), state)
+        inside = pick(tree) is not tree
+        return self.structure.flatten_up_to({**tree, "state": of_state} if inside else of_state)
 
     def step(self, so_far: list[Any], outputs: Any, valid: jax.Array | None) -> list[Any]:
         """Adds the outputs of a part; `valid` says which of its rows count."""
@@ -58,9 +70,8 @@ class Reduction:
 
     def threading(self, aux: Any, state: State) -> Callable[[Any, State], State]:
         """`(outputs of a part, its state) -> state of the next part`, by the leaves of "last"."""
-        kinds = jax.tree.unflatten(self.structure, self.kinds)
-        inside = isinstance(aux, Mapping) and "state" in aux
-        pick = (lambda outputs: outputs["state"]) if inside else (lambda outputs: outputs)
+        kinds, pick = jax.tree.unflatten(self.structure, self.kinds), self._pick(aux)
+        inside = pick(aux) is not aux
         same = jax.tree.structure(state) == jax.tree.structure(pick(aux))
         returned = state is not None and "last" in jax.tree.leaves(pick(kinds))
         if not returned or not (same or inside):
@@ -68,6 +79,12 @@ class Reduction:
         _check_state(state, pick(aux), same)
         choose = lambda kind, new, old: new if kind == "last" else old
         return lambda outputs, state: jax.tree.map(choose, pick(kinds), pick(outputs), state)
+
+    def _pick(self, aux: Any) -> Callable[[Any], Any]:
+        """What of the outputs is a model state, if any of them is: `aux["state"]`, else all."""
+        if isinstance(aux, Mapping) and "state" in aux:
+            return lambda outputs: outputs["state"]
+        return lambda outputs: outputs
 
     def _leaves(self, outputs: Any) -> list[tuple[str, Any]]:
         return list(zip(self.kinds, jax.tree.leaves(outputs, is_leaf=is_mean), strict=True))

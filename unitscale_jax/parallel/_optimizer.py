@@ -17,6 +17,9 @@ def sharded(
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps an optimizer's state by one layout and returns its updates by that of the parameters.
 
+    Order of wrappers, innermost first: chain -> low_precision_weights -> masked -> multi_steps ->
+    loss_scaled -> sharded. It changes no number, so any other place is right, too.
+
     Args:
         inner: The optimizer. It sees global arrays, so norms and clipping are those of one device.
         layout: The layout of the parameters.

@@ -16,7 +16,7 @@ import optax
 
 from unitscale_jax.errors import expected
 from unitscale_jax.loss import Grad, Terms
-from unitscale_jax.optimizer import LossScaleState, find_state
+from unitscale_jax.optimizer import LossScaleState, common_dtype, find_state
 from unitscale_jax.precision._loss_scale import current_scale, unless_skipped
 from unitscale_jax.typing import Batch, Key, Params, State
 
@@ -86,8 +86,7 @@ def updated(
 
 def _moved(p: Any, update: Any) -> jax.Array:
     """`p + update` in the wider of their dtypes, back in that of the parameter."""
-    p = jnp.asarray(p)
-    wide = jnp.promote_types(p.dtype, update.dtype)
+    p, wide = jnp.asarray(p), common_dtype(p, update)
     return (p.astype(wide) + update.astype(wide)).astype(p.dtype)
 
 

@@ -22,6 +22,7 @@ from unitscale_jax.optimizer import (
     LossScaleState,
     MaskedState,
     MultiStepsState,
+    common_dtype,
     find_state,
     no_update,
     none_left,
@@ -284,7 +285,7 @@ def _erased(mask: jax.Array, update: Any, w: Any) -> Any:
     if not np.ndim(mask):
         return update
     # In the wider dtype: w minus bfloat16(w) is not zero for a float32 w.
-    dtype = jnp.promote_types(update.dtype, w.dtype)
+    dtype = common_dtype(w, update)
     return jnp.where(mask, update.astype(dtype), -w.astype(dtype))
 
 
