@@ -332,7 +332,7 @@ def test_gptq_wanda_and_sparsegpt_have_the_input_channels_of_a_moved_weight():
     def found(fn):
         stats = us.calibrate(fn, W, [(X,)], rules, collect=("channels", "hessian"))
         codes, _ = us.gptq(W, stats, us.resolve({"w": W8}, fn, W, X))
-        moments = us.prune.calibrate(fn, W, [(X,)], spec, what="hessian")
+        moments = us.calibrate(fn, W, [(X,)], spec, collect=("hessian",))
         pruned, masks, _ = us.prune.sparsegpt(W, moments, spec)
         return stats["w"].layout, codes, pruned, masks, us.prune.wanda(W, moments)
 

@@ -197,6 +197,11 @@ def test_padding_counts_for_nothing_in_a_measure_of_the_user():
     np.testing.assert_allclose(seen["w"].range, alone["w"].range, rtol=1e-5)
 
 
+def test_a_measure_that_cannot_leave_out_padding_says_so():
+    with pytest.raises(ValueError, match="second parameter `where`"):
+        us.calibrate(dense, W, [(X,)], by(Rank()), valid=lambda x: jnp.arange(ROWS) < 4)
+
+
 @pytest.mark.parametrize("calibrator", [Median(), Mine()], ids=repr)
 def test_a_class_that_no_measure_serves_is_refused_by_name(calibrator):
     message = rf"what meets w .*{type(calibrator).__name__}\(\) finds its bound from more.*measure"

@@ -110,7 +110,7 @@ def observed(
                 found = given[name].numbers["range"]
                 observers[name] = replace(observers[name], found=found, kinds=frozenset())
         y, stats = observe(fn, observers, params, *inputs, **kwargs)
-        return y, Stats(stats, Outline.of(inputs, kwargs))
+        return y, Stats(stats, Outline(inputs, kwargs))
 
     return observed_fn
 
@@ -274,7 +274,8 @@ def _servable(name: str, spec: Operand, demanded: bool) -> Operand | None:
         ValueError: A range is wanted, and it cannot.
     """
     try:
-        spec.measure((0,))
+        if spec.measure((0,)).range is None:
+            raise ValueError(f"the measure of {spec} has no `range`.")
     except ValueError as error:
         if not demanded:
             return None

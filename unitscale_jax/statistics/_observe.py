@@ -4,6 +4,7 @@ An `Observer` says what to measure of an operand; here is where it looks, and ho
 products, loops and batches become one.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -124,7 +125,16 @@ def _repeated(x: Any, rows: jax.Array, layers: int) -> jax.Array:
 
 
 def _measured(measure: Measure, v: jax.Array, keep: Any) -> Numbers:
-    return measure.measure(v) if keep is None else measure.measure(v, keep)
+    if keep is None:
+        return measure.measure(v)
+    try:
+        inspect.signature(measure.measure).bind(v, keep)
+    except TypeError:
+        raise ValueError(
+            "a calibrator's measure takes an array alone, so padding would count in it. Give "
+            "it a second parameter `where`, true where an element counts, or leave out `valid`."
+        ) from None
+    return measure.measure(v, keep)
 
 
 def _own(x: jax.Array, layers: int, turns: int) -> jax.Array:

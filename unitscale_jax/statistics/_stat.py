@@ -8,16 +8,14 @@ a measure that minds their order, such as a moving average). One `Stats` serves 
 
 import functools
 import math
-import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unitscale_jax import tree as trees
 from unitscale_jax.statistics._measure import (
     CHANNELS,
     Measure,
@@ -28,7 +26,7 @@ from unitscale_jax.statistics._measure import (
     is_traced,
     on_host,
 )
-from unitscale_jax.trace import Layout
+from unitscale_jax.trace import Layout, is_array
 
 
 @functools.partial(
@@ -79,7 +77,7 @@ class Stat:
         kind = "refined" if "refined" in numbers else "range"
         measure = self._measure(kind, numbers)
         read = measure.range if self.spec.symmetric else measure.ends or measure.range
-        assert read is not None, f"{self.spec} has a measure that no range is read from"
+        assert read is not None, "`observed` refuses a measure without a range"
         found = read(numbers[kind])
         low, high = found if isinstance(found, tuple | list) else (-found, found)
         xp = np if on_host((low, high)) else jnp
@@ -209,37 +207,33 @@ def _same(a: Any, b: Any) -> bool:
     return is_traced((a, b)) or jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
-class Outline(NamedTuple):
-    """The arguments of a call after the parameters: arrays as shapes and dtypes."""
+class Outline:
+    """The arguments of a call after the parameters: arrays as shapes and dtypes.
 
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    As static data of a pytree all are equal: statistics of batches of 8 rows and of 32 are one kind
+    of tree, and of no trace or checkpoint that has seen one may the other be refused.
 
-    @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "Outline":
-        """That of a call."""
-        form = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "dtype") else x
-        return cls(*jax.tree.map(form, (args, dict(kwargs))))
-
-
-class _Provenance:
-    """An outline as static data of a pytree.
-
-    All are equal: statistics of batches of 8 rows and of 32 are one kind of tree, and of no trace
-    or checkpoint that has seen one may the other be refused.
+    Attributes:
+        args: Those by position.
+        kwargs: Those by keyword.
     """
 
-    def __init__(self, inputs: Outline | None) -> None:
-        self.inputs = inputs
+    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """The outline of a call."""
+        form = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if is_array(x) else x
+        self.args, self.kwargs = jax.tree.map(form, (args, dict(kwargs)))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Provenance)
+        """Whether both are outlines."""
+        return isinstance(other, Outline)
 
     def __hash__(self) -> int:
-        return hash(_Provenance)
+        """One for all."""
+        return hash(Outline)
 
     def __repr__(self) -> str:
-        return "inputs"
+        """Nothing of the inputs, for what compares trees by their text."""
+        return "Outline()"
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -263,7 +257,7 @@ class Stats(dict[str, Stat]):
         ([[1.0, 3.0], [3.0, 9.0]], 1)
     """
 
-    def __init__(self, stats: Mapping[str, Stat], inputs: Outline | None = None) -> None:
+    def __init__(self, stats: Mapping[str, Stat], inputs: Outline) -> None:
         """Statistics, and the outline of a batch."""
         super().__init__(stats)
         self.inputs = inputs
@@ -272,13 +266,13 @@ class Stats(dict[str, Stat]):
         """Statistics in the order of their names; names and provenance are static."""
         names = sorted(self)
         pairs = [(jax.tree_util.DictKey(name), self[name]) for name in names]
-        return pairs, (tuple(names), _Provenance(self.inputs))
+        return pairs, (tuple(names), self.inputs)
 
     @classmethod
     def tree_unflatten(cls, static: Any, stats: Iterable[Stat]) -> "Stats":
         """The inverse."""
-        names, provenance = static
-        return cls(dict(zip(names, stats, strict=True)), provenance.inputs)
+        names, inputs = static
+        return cls(dict(zip(names, stats, strict=True)), inputs)
 
 
 def merge_stats(stats: Mapping[str, Stat], more: Mapping[str, Stat]) -> Stats:
@@ -305,91 +299,4 @@ def merge_stats(stats: Mapping[str, Stat], more: Mapping[str, Stat]) -> Stats:
         odd = sorted(stats.keys() ^ more.keys())
         raise ValueError(f"only one of the two has statistics of {', '.join(odd)}.")
     merged = {name: stat.merge(more[name]) for name, stat in stats.items()}
-    return Stats(merged, getattr(more, "inputs", None))
-
-
-# What consumers ask.
-
-
-def check_names(stats: Mapping[str, Any] | None, names: Collection[str]) -> None:
-    """Whether statistics are of a model with these parameters.
-
-    Raises:
-        ValueError: They name others, whose statistics would be lost silently.
-    """
-    odd = [] if stats is None else sorted(stats.keys() - set(names))
-    if odd:
-        raise ValueError(
-            f"stats are of {', '.join(odd)}, and there is no such parameter. There are "
-            f"{', '.join(names)}; calibrate the function that they are used for."
-        )
-
-
-def required(
-    stats: Mapping[str, Stat], kind: str, params: Any, names: Iterable[str] | None = None
-) -> None:
-    """Whether statistics have what a consumer of input channels needs, of these parameters.
-
-    Args:
-        stats: Of `calibrate`.
-        kind: A kind of `CHANNELS`; second moments have squares, too.
-        params: The parameters they are to be used for.
-        names: Of those that need it; None: all that `stats` have.
-
-    Raises:
-        ValueError: They lack the kind, and which `collect=` gives it; or they are of other
-            parameters, or of other shapes.
-    """
-    leaves = trees.named_leaves(params, is_leaf=trees.is_compound)
-    check_names(stats, leaves)
-    names = list(stats if names is None else names)
-    have: Callable[[Stat], Any] = lambda stat: (
-        stat.squares if kind == "squares" else stat.numbers.get(kind)
-    )
-    missing = [name for name in names if name not in stats or have(stats[name]) is None]
-    if missing:
-        raise ValueError(
-            f"stats have no {_NOUNS[kind]} of what meets {', '.join(missing)}: calibrate with "
-            f"collect=('{kind}',). What has none (a lookup, a grouped convolution), leave out."
-        )
-    for name in names:
-        _check_shape(name, np.shape(leaves[name]), stats[name])
-
-
-_NOUNS = {"channels": "channels", "squares": "squares", "hessian": "second moments"}
-
-
-def _check_shape(name: str, shape: tuple[int, ...], stat: Stat) -> None:
-    layout = stat.layout
-    found = np.shape(stat.peak if stat.squares is None else stat.squares)
-    inner = layout.channels if stat.squares is None else layout.contracted
-    axes = (*layout.batch, *inner)
-    if all(-axis <= len(shape) for axis in axes):
-        sizes = [shape[axis] for axis in layout.batch]
-        if found == (*sizes, math.prod(shape[axis] for axis in inner)):
-            return
-    raise ValueError(
-        f"{name} has shape {shape}, and the stats of what meets it {found} (axes {axes}); "
-        "calibrate this model."
-    )
-
-
-def warn_unseen(name: str, stat: Stat, done: str) -> None:
-    """Warns where no row used any input of a whole layer or expert.
-
-    Args:
-        name: Of the parameter.
-        stat: Of what meets it.
-        done: What is done with the weights, as "rounded to nearest".
-    """
-    unseen = stat.unseen
-    empty = np.flatnonzero(unseen.all(-1)).tolist()
-    if not empty:
-        return
-    some = ", ".join(map(str, empty[:8])) + ", .." * (len(empty) > 8)
-    which = f"layer or expert {some} of {len(unseen)} of {name}" if len(unseen) > 1 else name
-    warnings.warn(
-        f"nothing but zeros met {which}, so the data says nothing about these weights: they are "
-        f"{done}. Calibrate on batches that use them.",
-        stacklevel=4,
-    )
+    return Stats(merged, getattr(more, "inputs", Outline((), {})))
