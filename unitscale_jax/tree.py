@@ -34,6 +34,16 @@ class Compound(abc.ABC):
     def astype(self, dtype: DType) -> "Compound":
         """The same, standing for an array of another dtype."""
 
+    @property
+    def values(self) -> Any:
+        """The one of its arrays that is the parameter, which is trained; None of codes."""
+        return None
+
+    def with_values(self, values: Any) -> "Compound":
+        """The same with another array there, or with what belongs to it, such as a mask."""
+        del values
+        raise ValueError(f"a {type(self).__name__} holds no array that is the parameter.")
+
     def take(self, axis: int, at: np.ndarray) -> "Compound":
         """Some positions of an axis, ascending; ValueError if it cannot be cut there."""
         del at
@@ -48,6 +58,17 @@ class Compound(abc.ABC):
 def is_compound(node: Any) -> bool:
     """Whether a node of a tree stands for one array."""
     return isinstance(node, Compound)
+
+
+def values_of(leaf: Any) -> Any:
+    """The array that is the parameter: of a leaf itself; of a compound its own, None of codes."""
+    return leaf.values if is_compound(leaf) else leaf
+
+
+def over_values(change: Callable[..., Any], leaf: Any, *others: Any) -> Any:
+    """`change` of the arrays that are the parameter, put where that of the first leaf was."""
+    new = change(*map(values_of, (leaf, *others)))
+    return leaf.with_values(new) if is_compound(leaf) else new
 
 
 def names(tree: Any, *, is_leaf: Callable[[Any], bool] | None = None) -> list[str]:

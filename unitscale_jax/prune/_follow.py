@@ -100,7 +100,7 @@ def _state_axes(
 
     closed = trace(update, *as_arrays((params, params, state))).closed
     cuts = Cuts(plan, heed_marks=False)  # the update runs on the smaller arrays as it is
-    of_params = [cuts.axes(path) for path in trees.names(params)]
+    of_params = _param_axes(cuts, params)
     of_state = [new_axes(np.shape(leaf)) for leaf in jax.tree.leaves(state)]
     found = coupled(closed.jaxpr, [*of_params, *of_params, *of_state], closed.consts)
     # Updates are added to parameters, and a new state takes the place of the old one.
@@ -109,6 +109,17 @@ def _state_axes(
             unify(x, y)
     cuts.settle()
     return cuts, of_state
+
+
+def _param_axes(cuts: Cuts, params: Any) -> list[Axes]:
+    """The axes of each leaf; those of a scale are its parameter's where it has one for each."""
+    out = []
+    for path, leaf in trees.named_leaves(params, is_leaf=trees.is_compound).items():
+        own, shape = cuts.axes(path), np.shape(leaf)
+        for part in jax.tree.leaves(leaf):
+            alike = zip(new_axes(np.shape(part)), own, np.shape(part), shape, strict=False)
+            out.append(tuple(a if n == full else fresh for fresh, a, n, full in alike))
+    return out
 
 
 def _cut(leaf: Any, axes: Axes, cuts: Cuts) -> Any:

@@ -30,6 +30,7 @@ from unitscale_jax.optimizer import (
     step_or_skip,
     without_scale,
 )
+from unitscale_jax.prune._masks import zeroed_leaf
 from unitscale_jax.prune._schedules import OneShot, Schedule
 from unitscale_jax.prune._scores import Score, magnitude
 from unitscale_jax.prune._spec import SparsitySpec, counts, masks_from, selected
@@ -176,7 +177,7 @@ def evolving(
         score_state = trees.select(good, score.update(state.score, *seen), state.score)
         new = state._replace(count=state.count + 1, score=score_state)
         due = good & (state.done < scheduled)
-        masks, before = _renewed(due, lambda: renew(new, *seen, scheduled), new)
+        masks, before = _renewed(due, lambda: renew(new, *seen, scheduled), new, params)
 
         def step(grads: Params, inner_state: Any) -> tuple[Params, Any]:
             return inner.update(grads, inner_state, zeroed(masks, params), **extra)
@@ -203,18 +204,21 @@ def full(spec: SparsitySpec, params: Params) -> Any:
     leaves, structure = jax.tree.flatten(params, is_leaf=trees.is_compound)
     named = zip(trees.names(params, is_leaf=trees.is_compound), leaves, strict=True)
     # What is made like a parameter has its sharding.
-    ones = lambda name, w: jnp.ones_like(w, bool) if name in chosen else jnp.ones((), bool)
+    ones = lambda name, w: (
+        jnp.ones_like(trees.values_of(w), bool) if name in chosen else jnp.ones((), bool)
+    )
     return structure.unflatten([ones(name, w) for name, w in named])
 
 
 def zeroed(masks: Any, tree: Any) -> Any:
     """A tree with zeros where masks are False; what is not pruned is left as it is."""
-    return jax.tree.map(lambda m, x: jnp.where(m, x, 0) if np.ndim(m) else x, masks, tree)
+    return jax.tree.map(zeroed_leaf, masks, tree)
 
 
 def ranked(masks: Any, tree: Any) -> Any:
-    """A tree with a scalar in place of what is not pruned."""
-    return jax.tree.map(lambda m, x: x if np.ndim(m) else jnp.zeros(()), masks, tree)
+    """A tree of arrays, with a scalar in place of what is not pruned."""
+    leaf = lambda m, x: trees.values_of(x) if np.ndim(m) else jnp.zeros(())
+    return jax.tree.map(leaf, masks, tree)
 
 
 def sunk(scores: Any, masks: Any) -> Any:
@@ -250,14 +254,23 @@ def _falling(spec: SparsitySpec, schedule: Schedule, sticky: bool) -> None:
         )
 
 
-def _renewed(due: jax.Array, renew: Callable[[], Any], state: MaskedState) -> tuple[Any, Any]:
+def _renewed(
+    due: jax.Array, renew: Callable[[], Any], state: MaskedState, params: Params
+) -> tuple[Any, Any]:
     """Masks and inner state, made anew and cleared if due."""
 
     def anew() -> tuple[Any, Any]:
         masks = renew()
-        return masks, _cleared(state.inner, masks)
+        return masks, _cleared(state.inner, jax.tree.map(_spread, masks, params))
 
     return jax.lax.cond(due, anew, lambda: (state.masks, state.inner))
+
+
+def _spread(mask: jax.Array, w: Any) -> Any:
+    """A mask in the form of its parameter: of a compound its values have it, its scales none."""
+    if not np.ndim(mask):
+        return mask
+    return trees.over_values(lambda _: mask, jax.tree.map(lambda _: np.True_, w))
 
 
 def _cleared(inner: Any, masks: Any) -> Any:
@@ -284,9 +297,13 @@ def _erased(mask: jax.Array, update: Any, w: Any) -> Any:
     """The update where the mask is True, elsewhere what takes a weight to zero."""
     if not np.ndim(mask):
         return update
-    # In the wider dtype: w minus bfloat16(w) is not zero for a float32 w.
-    dtype = common_dtype(w, update)
-    return jnp.where(mask, update.astype(dtype), -w.astype(dtype))
+
+    def erased(update: Any, w: Any) -> jax.Array:
+        # In the wider dtype: w minus bfloat16(w) is not zero for a float32 w.
+        dtype = common_dtype(w, update)
+        return jnp.where(mask, update.astype(dtype), -w.astype(dtype))
+
+    return trees.over_values(erased, update, w)
 
 
 def _adds_up(score: Score, state: Any, params: Params) -> bool:

@@ -40,8 +40,14 @@ def prune(params: Params, masks: Any) -> Params:
         [1.0, 0.0]
     """
     leaves, structure = jax.tree.flatten(params, is_leaf=trees.is_compound)
-    zeroed = lambda leaf, mask: jnp.where(mask, leaf, 0) if np.shape(mask) else leaf
-    return structure.unflatten(map(zeroed, leaves, paired(params, masks).values()))
+    return structure.unflatten(map(zeroed_leaf, paired(params, masks).values(), leaves))
+
+
+def zeroed_leaf(mask: Any, leaf: Any) -> Any:
+    """A parameter with zeros where its mask is False, its scales as they are."""
+    if not np.ndim(mask):
+        return leaf
+    return trees.over_values(lambda x: jnp.where(mask, x, 0), leaf)
 
 
 def with_masks(apply: Apply, masks: Any) -> Apply:
@@ -91,5 +97,5 @@ def _check_mask(name: str, leaf: Any, mask: Any) -> None:
             f"{name} has the shape {np.shape(leaf)}, its mask {np.shape(mask)}. Make masks of "
             "these parameters."
         )
-    if np.shape(mask) and trees.is_compound(leaf):
+    if np.shape(mask) and trees.values_of(leaf) is None:
         raise ValueError(quantized_message(name))

@@ -101,7 +101,8 @@ def pack(params: Params, masks: Any, *, stacked: named_rules.Rules[int] | None =
     values, bits = [], {}
     for leaf, (name, mask) in zip(leaves, found.items(), strict=True):
         if np.shape(mask):
-            values.append(_taken(name, leaf, mask, axes[name]))
+            take = functools.partial(_taken, name, mask, axes[name])
+            values.append(trees.over_values(take, leaf))
             bits[name] = pack_bits(mask)
         else:
             values.append(leaf)
@@ -135,7 +136,9 @@ def unpack(packed: Packed) -> Params:
     if odd:
         raise ValueError(f"bits are of {', '.join(odd)}, and values of {', '.join(names)}.")
     dense = [
-        _dense(leaf, packed.bits[name].mask) if name in packed.bits else leaf
+        trees.over_values(functools.partial(_dense, packed.bits[name].mask), leaf)
+        if name in packed.bits
+        else leaf
         for name, leaf in zip(names, leaves, strict=True)
     ]
     return structure.unflatten(dense)
@@ -168,7 +171,7 @@ def packed(apply: Apply) -> Apply:
     return packed_apply
 
 
-def _taken(name: str, leaf: Any, mask: Any, stacked: int) -> jax.Array:
+def _taken(name: str, mask: Any, stacked: int, leaf: Any) -> jax.Array:
     if isinstance(mask, jax.core.Tracer):
         raise ValueError(
             f"the mask of {name} is traced, so how much it keeps is unknown. Pack outside of jit."
@@ -185,7 +188,7 @@ def _taken(name: str, leaf: Any, mask: Any, stacked: int) -> jax.Array:
     return flat[np.flatnonzero(rows)].reshape(*shape, int(kept[0]) if len(kept) else 0)
 
 
-def _dense(values: jax.Array, mask: jax.Array) -> jax.Array:
+def _dense(mask: jax.Array, values: jax.Array) -> jax.Array:
     """Puts row-major values where a mask is True; leading axes of values are those of the mask."""
     for_one = _scattered
     for _ in range(values.ndim - 1):

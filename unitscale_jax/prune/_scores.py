@@ -156,8 +156,8 @@ def _each(fn: Callable[..., jax.Array], params: Params, *rest: Any) -> Any:
     """Maps `fn(name, w, *leaves of rest)` over what is floating; elsewhere is NaN."""
     leaves, structure = jax.tree.flatten(params, is_leaf=trees.is_compound)
     names = trees.names(params, is_leaf=trees.is_compound)
-    columns = [structure.flatten_up_to(tree) for tree in rest]
-    rows = zip(names, leaves, *columns, strict=True)
+    columns = [map(trees.values_of, structure.flatten_up_to(tree)) for tree in rest]
+    rows = zip(names, map(trees.values_of, leaves), *columns, strict=True)
     return structure.unflatten([fn(*row) if _is_ranked(row[1]) else _nothing() for row in rows])
 
 
@@ -170,7 +170,7 @@ def _wide(x: Any) -> jax.Array:
 
 
 def _is_ranked(leaf: Any) -> bool:
-    return not trees.is_compound(leaf) and trees.is_floating(leaf)
+    return leaf is not None and trees.is_floating(leaf)
 
 
 def _nothing() -> jax.Array:

@@ -161,8 +161,7 @@ def masks_from(spec: SparsitySpec, scores: Any, counts: Mapping[str, Any]) -> An
     chosen = _chosen(spec, scores)
     _check_counts(spec, chosen, counts)
     _layers(spec, scores)  # checks that patterns fit
-    leaves, structure = jax.tree.flatten(scores, is_leaf=trees.is_compound)
-    known = dict(zip(trees.names(scores, is_leaf=trees.is_compound), leaves, strict=True))
+    known, structure = _known(scores), jax.tree.structure(scores, is_leaf=trees.is_compound)
     if spec.allocate is global_ and counts:
         masks = _masks_together(known, chosen, counts[EVERYWHERE])
     else:
@@ -210,10 +209,10 @@ def quantized_message(name: str) -> str:
 def _chosen(spec: SparsitySpec, params: Any) -> dict[str, tuple[Pattern, int]]:
     """Pattern and number of stacked axes of each parameter that is pruned."""
     patterns: Mapping[str, Pattern | None]
-    known = trees.named_leaves(params, is_leaf=trees.is_compound)
+    known = _known(params)
     stacked = named_rules.match(spec.stacked, known, 0)
     if isinstance(spec.patterns, Pattern):
-        big = lambda n: trees.is_compound(known[n]) or _is_matrix(known[n], stacked[n])
+        big = lambda n: known[n] is None or _is_matrix(known[n], stacked[n])
         patterns = {name: spec.patterns if big(name) else None for name in known}
     else:
         patterns = named_rules.match(spec.patterns, known)
@@ -228,12 +227,18 @@ def _chosen(spec: SparsitySpec, params: Any) -> dict[str, tuple[Pattern, int]]:
     return chosen
 
 
+def _known(params: Any) -> dict[str, Any]:
+    """The array that is each parameter, by name; None for codes."""
+    named = trees.named_leaves(params, is_leaf=trees.is_compound)
+    return {name: trees.values_of(leaf) for name, leaf in named.items()}
+
+
 def _is_matrix(leaf: Any, stacked: int) -> bool:
     return trees.is_floating(leaf) and np.ndim(leaf) - stacked >= 2
 
 
 def _check_leaf(name: str, leaf: Any, stacked: int) -> None:
-    if trees.is_compound(leaf):
+    if leaf is None:
         raise ValueError(quantized_message(name))
     if not trees.is_floating(leaf):
         raise ValueError(
@@ -249,7 +254,7 @@ def _check_leaf(name: str, leaf: Any, stacked: int) -> None:
 
 def _layers(spec: SparsitySpec, params: Any) -> list[Layer]:
     """What is ranked, as allocations see it; every pattern is checked on the way."""
-    known, out = trees.named_leaves(params, is_leaf=trees.is_compound), []
+    known, out = _known(params), []
     for name, (pattern, axes) in _chosen(spec, params).items():
         shape = tuple(np.shape(known[name]))
         units = pattern.units(name, shape[axes:])

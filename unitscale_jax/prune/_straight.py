@@ -127,21 +127,23 @@ def magnitude_masks(params: Params, spec: SparsitySpec) -> Any:
         >>> magnitude_masks({"w": jnp.array([3.0, 1.0])}, spec)["w"].tolist()
         [True, False]
     """
-    still = jax.tree.map(_still, params, is_leaf=trees.is_compound)
+    still = jax.tree.map(jax.lax.stop_gradient, params)
     return make_masks(magnitude().value((), None, still, 0), spec)
 
 
-def _still(leaf: Any) -> Any:
-    return leaf if trees.is_compound(leaf) else jax.lax.stop_gradient(leaf)
-
-
 def _through(mask: jax.Array, w: Any) -> Any:
-    return fwd_bwd.straight_through(jnp.where(mask, w, 0), w) if np.ndim(mask) else w
+    if not np.ndim(mask):
+        return w
+    return trees.over_values(lambda x: fwd_bwd.straight_through(jnp.where(mask, x, 0), x), w)
 
 
 def _pulled(decay: float, mask: jax.Array, grad: Any, w: Any) -> Any:
     if not np.ndim(mask):
         return grad
-    wide = trees.wide(grad.dtype)
-    pull = jnp.where(mask, 0, decay * w.astype(wide))
-    return (grad.astype(wide) + pull).astype(grad.dtype)
+
+    def pulled(grad: Any, w: Any) -> jax.Array:
+        wide = trees.wide(grad.dtype)
+        pull = jnp.where(mask, 0, decay * w.astype(wide))
+        return (grad.astype(wide) + pull).astype(grad.dtype)
+
+    return trees.over_values(pulled, grad, w)

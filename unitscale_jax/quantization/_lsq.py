@@ -63,6 +63,15 @@ class Learned(trees.Compound):
         """The dtype of the array."""
         return np.dtype(self.latent.dtype)
 
+    @property
+    def values(self) -> Any:
+        """The float array."""
+        return self.latent
+
+    def with_values(self, values: Any) -> "Learned":
+        """Another float array, and the same scales."""
+        return replace(self, latent=values)
+
     def astype(self, dtype: Any) -> "Learned":
         """The array in another float dtype; scales stay as they are."""
         return replace(self, latent=self.latent.astype(dtype))
