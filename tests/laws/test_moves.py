@@ -464,3 +464,46 @@ def test_a_factor_made_of_data_leaves_a_weight_its_name():
     assert row.operands == ("int8", "int8")
     (row,) = us.explain(us.autocast(fn, "bfloat16", rules={"w": "float32"}))(W, X).products.rows
     assert row.operands == ("float32", "float32")
+
+
+@pytest.mark.parametrize("spec", [W8, us.DotSpec(w=us.QSpec(group=us.Group(2)), x=us.QSpec())])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_kernels_joined_along_what_is_summed_over_are_groups(spec, calibrated):
+    fn = lambda p, x: x @ jnp.concatenate([p["i"], p["o"]], axis=0)
+    x = jax.random.normal(jax.random.key(1), (6, 8))
+    rules = us.resolve({"*": spec}, fn, JOINED, x)
+    stats = us.calibrate(fn, JOINED, [(x,)], rules) if calibrated else None
+    codes = us.quantize(JOINED, rules, stats=stats)
+    report = us.explain(us.quantized(fn))(codes, x)
+    assert {row.operands for row in report.products.rows} == {("int8", "int8")}
+    served = jax.jit(us.quantized(fn))(codes, x)
+    trained = jax.jit(us.quantized(fn, rules, stats=stats))(JOINED, x)
+    np.testing.assert_array_equal(served, trained)
+    np.testing.assert_allclose(served, fn(JOINED, x), atol=0.1)
+
+
+EXPERTS = {
+    "up": jax.random.normal(jax.random.key(5), (2, 4, 6)),
+    "down": jax.random.normal(jax.random.key(6), (2, 6, 4)),
+}
+
+
+def experts_of(p, x):
+    rows = jnp.array([2, 4], jnp.int32)
+    return x + jax.lax.ragged_dot(
+        jax.nn.relu(jax.lax.ragged_dot(x, p["up"], rows)), p["down"], rows
+    )
+
+
+def test_hidden_channels_of_experts_are_removed_and_divided():
+    graph = us.prune.groups(experts_of, EXPERTS, X)
+    (hidden,) = [group for group in graph.groups if group.size == 6]
+    assert "exact" in hidden.flags
+    plan = us.prune.plan(graph, us.prune.l2(graph, EXPERTS), keep=0.5)
+    kept = np.isin(np.arange(6), plan.kept[hidden.name]).astype(np.float32)
+    masked = {"up": EXPERTS["up"] * kept, "down": EXPERTS["down"] * kept[:, None]}
+    small = us.prune.compacted(experts_of, plan)(us.prune.compact(EXPERTS, plan), X)
+    np.testing.assert_allclose(small, experts_of(masked, X), rtol=1e-5, atol=1e-5)
+    mesh = jax.sharding.AbstractMesh((2,), ("tp",))
+    layout = us.parallel.infer(experts_of, EXPERTS, X, mesh=mesh)
+    assert "column" in str(layout) and "row" in str(layout)

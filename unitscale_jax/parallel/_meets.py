@@ -16,7 +16,18 @@ from typing import Any, TypeAlias
 import jax
 
 from unitscale_jax import tree as trees
-from unitscale_jax.trace import Axes, Dims, Factor, Flow, Place, Site, Traced, walk
+from unitscale_jax.trace import (
+    ADDITIONS,
+    PRODUCTS,
+    Axes,
+    Dims,
+    Factor,
+    Flow,
+    Place,
+    Site,
+    Traced,
+    walk,
+)
 
 Factors: TypeAlias = frozenset[Factor]
 Pairs: TypeAlias = frozenset[tuple[Factor, str]]
@@ -173,10 +184,10 @@ class _Walk(Flow[Seen]):
         on = [self._on(x, axes) for x, axes in zip(inputs, ins, strict=True)]
         seen = _union(inputs)
         if site.name in PRODUCTS:
-            seen, on = self._product(site, inputs, ins, on)
+            seen, on = self._product(site, inputs[:2], ins[:2], on[:2])
         elif site.name == "gather":
             seen = self._lookup(site, inputs, ins)
-        elif site.name in ("add", "add_any", "sub", "select_n"):
+        elif site.name in ADDITIONS | {"select_n"}:
             self._added(inputs[-2:], on[-2:])
         elif site.name.startswith("reduce_") and seen.active:
             self.sums.append((site, factors_of(ins[0]) - factors_of(outs[0])))
@@ -195,7 +206,7 @@ class _Walk(Flow[Seen]):
         levels, active = [x.level for x in inputs], any(x.active for x in inputs)
         left, right = (
             Side(shape, x.params, stay - shared)
-            for shape, x, stay in zip(site.shapes, inputs, kept, strict=True)
+            for shape, x, stay in zip(site.shapes[:2], inputs, kept, strict=True)
         )
         nearest = [s for s, n in zip((left, right), levels, strict=True) if n == min(levels)]
         kernels = () if active and len(nearest) == 2 else tuple(nearest)
@@ -234,9 +245,6 @@ class _Walk(Flow[Seen]):
         self.open_to -= self.streams
 
 
-PRODUCTS = ("dot_general", "conv_general_dilated")
-
-
 def factors_of(axes: Iterable[tuple[tuple[Factor, ...], ...]]) -> Factors:
     """All dimensions of a value."""
     return frozenset(factor for axis in axes for term in axis for factor in term)
@@ -256,11 +264,15 @@ def _union(values: Sequence[Seen]) -> Seen:
 
 def _sides(site: Site, ins: list[Axes]) -> tuple[Factors, Factors, list[Factors]]:
     """What a product sums over, what both sides have besides, and what stays of each."""
-    if site.name == "dot_general":
-        (left, right), (batch, _) = site.eqn.params["dimension_numbers"]
+    params = site.eqn.params
+    if site.name == "ragged_dot_general":
+        (left, right), (batch, _) = params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+        shared = factors_of(ins[0][k] for k in batch)
+    elif site.name == "dot_general":
+        (left, right), (batch, _) = params["dimension_numbers"]
         shared = factors_of(ins[0][k] for k in batch)
     else:
-        numbers = site.eqn.params["dimension_numbers"]
+        numbers = params["dimension_numbers"]
         left, right, outputs = numbers.lhs_spec[1:2], numbers.rhs_spec[1:], numbers.rhs_spec[0]
         in_groups = factors_of([ins[0][left[0]]]) & factors_of([ins[1][outputs]])
         shared = in_groups - factors_of([ins[1][right[0]]])

@@ -26,6 +26,7 @@ from unitscale_jax.trace import (
     captured,
     meetings,
     observable,
+    product_of,
     sites,
     stage,
 )
@@ -113,23 +114,14 @@ def _squares(
     out: list[dict[str, jax.Array]] = []
     for side in seen[site.place]:
         axes = named_axes(graph, graph.dims.at(site.place)[0][side])
-        for dim in contracted(site, side):
+        product = product_of(site)
+        for dim in () if product is None else product.channels(side):
             for t, i, name in places(axes[dim]):
                 if name in names:
                     x = _means(operands[side], dim, mask, site)
                     each = along(x, axes[dim], t, i, sizes, jnp.mean)
                     out.append({name: jnp.sum(jnp.square(each), axis=0)})
     return _added(out)
-
-
-def contracted(site: Site, side: int) -> Sequence[int]:
-    """The axes of an operand that a product sums over, but for windows."""
-    params = site.eqn.params
-    if site.name == "dot_general":
-        return params["dimension_numbers"][0][side]
-    if site.name == "conv_general_dilated":
-        return [params["dimension_numbers"][side][1]]
-    return []
 
 
 def _means(x: jax.Array, dim: int, mask: Any, site: Site) -> jax.Array:

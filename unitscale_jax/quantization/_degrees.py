@@ -14,7 +14,17 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
-from unitscale_jax.trace import MOVES, PRODUCTS, SUMS, Dims, Flow, Place, Site
+from unitscale_jax.trace import (
+    ADDITIONS,
+    MOVES,
+    PRODUCTS,
+    Dims,
+    Flow,
+    Place,
+    Product,
+    Site,
+    product_of,
+)
 
 Factors: TypeAlias = tuple[Any, ...]
 Degree: TypeAlias = frozenset[tuple[str, int]] | None
@@ -55,7 +65,7 @@ def _names(text: str) -> frozenset[str]:
 
 LINEAR = (
     (MOVES - {"unit_scale_by"})
-    | SUMS
+    | ADDITIONS
     | _names("""
     gather max min neg abs select_n pad dynamic_update_slice reduce_sum reduce_max reduce_min cumsum
     cummax cummin reduce_window_sum reduce_window_max reduce_window_min
@@ -151,8 +161,9 @@ class Degrees(Flow[Degree]):
         if name in ("integer_pow", "square"):
             times = 2 if name == "square" else site.eqn.params["y"]
             return [_combined(ZERO, known[0], times)]
-        if name in ("dot_general", "conv_general_dilated"):
-            return [self._product(site, known, ins, factors)]
+        product = product_of(site)
+        if product is not None:
+            return [self._product(product, known, ins, factors)]
         for d in known:
             self.require(d, name)
         return [ZERO]
@@ -164,20 +175,16 @@ class Degrees(Flow[Degree]):
         return definite[0] if definite else None
 
     def _product(
-        self, site: Site, known: list[Degree], ins: Any, factors: frozenset[Any]
+        self, product: Product, known: list[Degree], ins: Any, factors: frozenset[Any]
     ) -> Degree:
         """Degrees add up; over the channels themselves to zero."""
-        params = site.eqn.params
-        if site.name == "dot_general":
-            summed = params["dimension_numbers"][0][0]
-        elif params["feature_group_count"] == params["batch_group_count"] == 1:
-            summed = params["dimension_numbers"].lhs_spec[1:]
-        else:
+        site = product.site
+        if site.eqn.params.get("feature_group_count", 1) != 1:
             for d in known:
                 self.require(d, "a grouped convolution")
             return ZERO
         total = _combined(known[0], known[1], 1)
-        over = {f for axis in summed for term in ins[0][axis] for f in term}
+        over = {f for axis in product.contracted(0) for term in ins[0][axis] for f in term}
         if factors & over:
             self.require(total, site.name)
             return ZERO

@@ -8,7 +8,7 @@ whoever treats a tree by its arrays sees one array of a shape and a dtype.
 
 import functools
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, fields, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, TypeGuard
 
 import jax
@@ -92,9 +92,13 @@ class QTensor(trees.Compound):
 
     def over(self, change: Callable[[str, Any], Any], **statics: Any) -> "QTensor":
         """Maps `change(name, array)` over the arrays it has."""
-        held = {f.name: getattr(self, f.name) for f in fields(self) if f.name in ARRAYS}
-        new = {k: None if v is None else change(k, v) for k, v in held.items()}
+        new = {name: change(name, x) for name, x in self.arrays().items()}
         return replace(self, **new, **statics)
+
+    def arrays(self) -> dict[str, Any]:
+        """The arrays it has, by name."""
+        every = {name: getattr(self, name) for name in ARRAYS}
+        return {name: x for name, x in every.items() if x is not None}
 
     @property
     def groups(self) -> int:

@@ -4,20 +4,22 @@ Codes and what belongs to the scales move alike, as long as the axes that share 
 where they would not, there is no view and the array is dequantized.
 """
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import Any, TypeGuard
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from unitscale_jax import tree as trees
 from unitscale_jax.quantization._lsq import is_learned
 from unitscale_jax.quantization._ops import fence
 from unitscale_jax.quantization._qtensor import (
-    ARRAYS,
     LIKE_SCALE,
     QTensor,
     has_codes,
@@ -65,19 +67,13 @@ def view(site: Site, operands: list[Any]) -> list[Any] | None:
 # --------------------------------------------------------------- numbers that stay where they are
 
 
-def _fields(t: QTensor, change: Callable[[Any, bool], Any], **statics: Any) -> QTensor:
-    """Maps `change(array, is like the scale)` over all but the range of the other operand."""
-    return t.over(
-        lambda name, x: x if name == "x_range" else change(x, name in LIKE_SCALE), **statics
-    )
-
-
 def _in_place(site: Site, operands: list[Any]) -> list[Any]:
     """The move itself of codes, of what is like the scale, and of the latent array.
 
     Bound rather than passed over: the derivative of a `stop_gradient` is that of the latent array.
+    The range of the other operand is not of the value, and has its derivative.
     """
-    return [_fields(operands[0], lambda x, _: site.bind([x])[0])]
+    return [operands[0].over(lambda name, x: x if name == "x_range" else site.bind([x])[0])]
 
 
 def _barred(site: Site, operands: list[Any]) -> list[Any]:
@@ -94,25 +90,21 @@ def _placed(site: Site, operands: list[Any]) -> list[Any]:
     """A sharding is that of the array; what is like the scale has it where it has positions."""
     t = operands[0]
 
-    def place(x: Any, small: bool) -> Any:
-        if not small or x.shape == t.shape:
-            return site.bind([x])[0]
-        if site.name == "sharding_constraint":
+    def place(name: str, x: Any) -> Any:
+        if name == "x_range" or (name in LIKE_SCALE and site.name == "sharding_constraint"):
             return x  # it follows by propagation
         return site.bind([x], **{k: _fitted(v, x.shape) for k, v in site.eqn.params.items()})[0]
 
-    return [_fields(t, place)]
+    return [t.over(place)]
 
 
 def _fitted(value: Any, shape: Sequence[int]) -> Any:
     """A parameter of an equation that may hold the sharding of an array, for a smaller one."""
     if isinstance(value, tuple):
         return tuple(_fitted(one, shape) for one in value)
-    return value.update(spec=spec_of_shape(value.spec, shape)) if _is_named(value) else value
-
-
-def _is_named(value: Any) -> TypeGuard[NamedSharding]:
-    return isinstance(value, NamedSharding)
+    if not isinstance(value, NamedSharding):
+        return value
+    return value.update(spec=_spec_of_shape(value.spec, shape))
 
 
 def partitioned(t: QTensor, spec: PartitionSpec) -> QTensor:
@@ -121,12 +113,12 @@ def partitioned(t: QTensor, spec: PartitionSpec) -> QTensor:
     def of(name: str, x: Any) -> PartitionSpec:
         if name == "x_range":
             return PartitionSpec(*[*spec, *[None] * t.ndim][: x.ndim - 1])
-        return spec_of_shape(spec, x.shape)
+        return _spec_of_shape(spec, x.shape)
 
     return t.over(of)
 
 
-def spec_of_shape(spec: PartitionSpec, shape: Sequence[int]) -> PartitionSpec:
+def _spec_of_shape(spec: PartitionSpec, shape: Sequence[int]) -> PartitionSpec:
     """The same for an array that has size 1 on some axes."""
     entries = [*spec, *[None] * (len(shape) - len(spec))]
     return PartitionSpec(*(e if n > 1 else None for e, n in zip(entries, shape, strict=True)))
@@ -142,10 +134,10 @@ def _scaled(site: Site, operands: list[Any]) -> list[Any] | None:
         return None
     sizes = [1] * t.ndim
     for factor in factors:
-        sizes = [max(pair) for pair in zip(sizes, factor.shape or sizes, strict=True)]
+        sizes = [max(pair) for pair in zip(sizes, np.shape(factor) or sizes, strict=True)]
     if any(sizes[axis] > 1 for axis in t.axes):
         return None  # another factor for each position that shares a scale
-    wide = [factor.astype(jnp.float32) for factor in factors]
+    wide = [jnp.asarray(factor).astype(jnp.float32) for factor in factors]
     shape = [max(pair) for pair in zip(t.scale.shape, sizes, strict=True)]
     scale = jnp.broadcast_to(t.scale, shape)
     if site.eqn.params.get("fwd") != 1:  # fenced, or training would multiply in another order
@@ -183,18 +175,16 @@ def _shaped(site: Site, operands: list[Any]) -> list[Any] | None:
     axes = _shared_axes(site, t)
     if axes is None or not _keeps_groups(site, t, axes):
         return None
-    results = range(len(site.eqn.outvars))
+    moves = dict.fromkeys(LIKE_SCALE, _moved) | {"x_range": _range_moved}
     new: dict[str, list[Any]] = {}
-    for name in ARRAYS:
-        x = getattr(t, name)
-        if x is None:
-            continue
-        move = _range_moved if name == "x_range" else _moved
-        moved = move(site, x, t, starts)
-        if moved is None:
+    for name, x in t.arrays().items():
+        make = moves.get(name)
+        results = make(site, x, t, starts) if make else site.bind([x, *starts])
+        if results is None:
             return None
-        new[name] = moved
-    return [replace(t, axes=axes, **{k: v[n] for k, v in new.items()}) for n in results]
+        new[name] = results
+    every = range(len(site.eqn.outvars))
+    return [replace(t, axes=axes, **{name: new[name][k] for name in new}) for k in every]
 
 
 def _shared_axes(site: Site, t: QTensor) -> tuple[int, ...] | None:
@@ -226,58 +216,43 @@ def _keeps_groups(site: Site, t: QTensor, axes: tuple[int, ...]) -> bool:
 
 
 def _moved(site: Site, x: Any, t: QTensor, starts: Sequence[Any]) -> list[Any] | None:
-    """The move of an array that has the shape of `t`, or fewer positions along some axes."""
-    if x.shape == t.shape:
-        return site.bind([x, *starts])
-    change = _SMALL.get(site.name)
-    params = {} if change is None else change(site, x, t)
-    if params is None:
-        return None
+    """The move of an array that is like the scale of `t`; None if it would not stay so."""
     if site.name in ("split", "unstack") and x.shape[site.eqn.params["axis"]] == 1:
         gone = [site.eqn.params["axis"]] if site.name == "unstack" else []
         return [x.squeeze(gone)] * len(site.eqn.outvars)
-    return site.bind([x, *starts], **params)
+    params = _small(site, x, t)
+    return None if params is None else site.bind([x, *starts], **params)
 
 
-def _small_slice(site: Site, x: Any, t: QTensor) -> dict[str, Any]:
-    params = site.eqn.params
-    pick = lambda ours, theirs: tuple(
-        a if n == full else b for a, b, n, full in zip(ours, theirs, x.shape, t.shape, strict=True)
+def _small(site: Site, x: Any, t: QTensor) -> dict[str, Any] | None:
+    """Parameters of the move for an array that has size 1, or that of groups, on some axes."""
+    params, shape = site.eqn.params, site.result_shapes[0]
+    pairs = list(zip(x.shape, t.shape, strict=True))
+    pick = lambda theirs, own: tuple(
+        a if n == full else b for a, b, (n, full) in zip(theirs, own, pairs, strict=True)
     )
-    ones = (1,) * x.ndim
-    return {
-        "start_indices": pick(params["start_indices"], (0,) * x.ndim),
-        "limit_indices": pick(params["limit_indices"], x.shape),
-        "strides": pick(params["strides"] or ones, ones),
-    }
-
-
-def _small_dynamic_slice(site: Site, x: Any, t: QTensor) -> dict[str, Any]:
-    sizes = zip(site.eqn.params["slice_sizes"], x.shape, t.shape, strict=True)
-    return {"slice_sizes": tuple(size if n == full else n for size, n, full in sizes)}
-
-
-def _small_tile(site: Site, x: Any, t: QTensor) -> dict[str, Any]:
-    del t
-    reps = zip(site.eqn.params["reps"], x.shape, strict=True)
-    return {"reps": tuple(times if n > 1 else 1 for times, n in reps)}
-
-
-def _small_broadcast(site: Site, x: Any, t: QTensor) -> dict[str, Any]:
-    """An axis that is new has scales of size 1."""
-    del t
-    sizes = tuple(x.shape[of[0]] if of else 1 for of in moved_axes(site))
-    return {"shape": sizes, "sharding": None}
-
-
-def _small_reshape(site: Site, x: Any, t: QTensor) -> dict[str, Any] | None:
-    sizes: list[int] = []
-    for before, after in segments(t.shape, site.result_shapes[0]):
-        own = _segment(t, x, before, [site.result_shapes[0][d] for d in after])
-        if own is None:
-            return None
-        sizes += own
-    return {"new_sizes": tuple(sizes), "sharding": None}
+    if site.name == "slice":
+        ones = (1,) * x.ndim
+        return {
+            "start_indices": pick(params["start_indices"], (0,) * x.ndim),
+            "limit_indices": pick(params["limit_indices"], x.shape),
+            "strides": pick(params["strides"] or ones, ones),
+        }
+    if site.name == "dynamic_slice":
+        return {"slice_sizes": pick(params["slice_sizes"], x.shape)}
+    if site.name == "tile":
+        reps = zip(params["reps"], x.shape, strict=True)
+        return {"reps": tuple(times if n > 1 else 1 for times, n in reps)}
+    if site.name == "broadcast_in_dim":  # an axis that is new has scales of size 1
+        sizes = [x.shape[of[0]] if of else 1 for of in moved_axes(site)]
+        return {"shape": tuple(sizes), "sharding": None}
+    if site.name != "reshape":
+        return {}
+    runs = segments(t.shape, shape)
+    parts = [_segment(t, x, before, [shape[d] for d in after]) for before, after in runs]
+    known = [part for part in parts if part is not None]
+    sizes = tuple(itertools.chain(*known))
+    return {"new_sizes": sizes, "sharding": None} if len(known) == len(parts) else None
 
 
 def _segment(t: QTensor, x: Any, before: Sequence[int], new: Sequence[int]) -> list[int] | None:
@@ -289,15 +264,6 @@ def _segment(t: QTensor, x: Any, before: Sequence[int], new: Sequence[int]) -> l
         return list(new)
     alone = sum(t.shape[d] > 1 for d in before) == sum(n > 1 for n in new) == 1
     return [count if n > 1 else 1 for n in new] if alone else None  # groups along one axis
-
-
-_SMALL: dict[str, Callable[[Site, Any, QTensor], dict[str, Any] | None]] = {
-    "slice": _small_slice,
-    "dynamic_slice": _small_dynamic_slice,
-    "tile": _small_tile,
-    "broadcast_in_dim": _small_broadcast,
-    "reshape": _small_reshape,
-}
 
 
 def _range_moved(site: Site, r: Any, t: QTensor, starts: Sequence[Any]) -> list[Any] | None:
@@ -326,20 +292,25 @@ def _range_moved(site: Site, r: Any, t: QTensor, starts: Sequence[Any]) -> list[
 
 def _joined(site: Site, operands: list[Any]) -> list[Any] | None:
     first = operands[0]
-    if not _alike(operands):
+    axes = _shared_axes(site, first) if is_quantized(first) else None
+    if axes is None or not _alike(operands):
         return None
-    axes = _shared_axes(site, first)
-    at = site.eqn.params["dimension" if site.name == "concatenate" else "axis"]
-    if axes is None or (site.name == "concatenate" and at - first.ndim in first.axes):
+    along = site.eqn.params["dimension"] if site.name == "concatenate" else None
+    if along is not None and along - first.ndim in axes and not _as_groups(operands, along):
         return None
 
     def full(x: Any, t: QTensor) -> Any:  # an axis that was added has scales of size 1
-        shape = [t.shape[d] if d == at else n for d, n in enumerate(x.shape)]
-        return jnp.broadcast_to(x, shape) if site.name == "concatenate" else x
+        shared = along is None or along - t.ndim in axes
+        shape = [t.shape[d] if d == along and not shared else n for d, n in enumerate(x.shape)]
+        return jnp.broadcast_to(x, shape)
 
     def change(name: str, x: Any) -> Any:
         del x
-        return site.bind([full(getattr(t, name), t) for t in operands])[0]
+        arrays = [getattr(t, name) for t in operands]
+        if name == "x_range":  # of the one operand that meets them all
+            low, high = (functools.reduce(f, arrays) for f in (jnp.minimum, jnp.maximum))
+            return jnp.stack([low[..., 0], high[..., 1]], -1)
+        return site.bind(list(map(full, arrays, operands)))[0]
 
     return [first.over(change, axes=axes)]
 
@@ -347,10 +318,19 @@ def _joined(site: Site, operands: list[Any]) -> list[Any] | None:
 def _alike(operands: list[Any]) -> bool:
     """Whether all are quantized in one way, and can be put beside one another."""
     first = operands[0]
-    if not all(is_quantized(t) and t.x_range is None for t in operands):
+    if not all(map(is_quantized, operands)):
         return False
-    kind = lambda t: (t.spec, t.axes, t.latent is None)
+    if first.x_range is not None and first.x_range.ndim > 1:
+        return False  # a range for each layer, whose axis a join may move
+    bounds = lambda t: None if t.x_range is None else t.x_range.shape
+    kind = lambda t: (t.spec, t.axes, t.latent is None, bounds(t))
     return all(kind(t) == kind(first) for t in operands)
+
+
+def _as_groups(operands: list[QTensor], along: int) -> bool:
+    """Whether each array becomes a group, or several, of the joined one's last shared axis."""
+    sizes = {(t.shape[along], t.groups) for t in operands}
+    return len(sizes) == 1 and along - operands[0].ndim == max(operands[0].axes)
 
 
 _OF_SEVERAL = JOINS | {"optimization_barrier"}

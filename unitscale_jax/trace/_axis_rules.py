@@ -143,6 +143,22 @@ def _dot_general(eqn: Equation, ins: list[Axes]) -> list[Axes]:
     return [tuple([x[k] for k in (*left_batch, *free)] + [y[k] for k in free_too])]
 
 
+def _ragged_dot(eqn: Equation, ins: list[Axes]) -> list[Axes]:
+    """Rows (m, k) by the kernels (g, k, n) of their groups, whose number is that of the sizes."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (left, right), batch = numbers.dot_dimension_numbers
+    rows, groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
+    if any(batch) or len(rows) != 1 or len(groups) != 1 or len(ins[2]) != 1 or rows[0] in left:
+        return opaque(eqn, ins)
+    x, y, sizes = ins
+    for a, b in zip(left, right, strict=True):
+        unify(x[a], y[b])
+    unify(y[groups[0]], sizes[0])
+    mark([x[rows[0]], sizes[0]], "groups of rows")
+    free, free_too = others(len(x), left), others(len(y), right, groups)
+    return [tuple([x[k] for k in free] + [y[k] for k in free_too])]
+
+
 def _conv(eqn: Equation, ins: list[Axes]) -> list[Axes]:
     """Channels in and out are (groups, in a group); a depthwise one has one channel in a group."""
     dims, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
@@ -314,6 +330,7 @@ RULES: dict[str, Rule] = {
     "gather": _gather,
     "iota": _iota,
     "pad": _pad,
+    "ragged_dot_general": _ragged_dot,
     "reshape": _reshape,
     "rev": _rev,
     "slice": _slice,

@@ -13,10 +13,10 @@ import numpy as np
 
 from unitscale_jax.trace._function import Staged
 from unitscale_jax.trace._primitives import (
+    ADDITIONS,
     IN_PLACE,
     MULTIPLICATIONS,
     QUOTIENTS,
-    SUMS,
     cut_axes,
     moved,
     moved_axes,
@@ -214,7 +214,7 @@ class _Holding(Flow[_Known]):
 def _kind(site: Site) -> Kind | None:
     if product_of(site) is not None:
         return "product"
-    if site.name in SUMS:
+    if site.name in ADDITIONS:
         return "sum"
     if site.name in MULTIPLICATIONS | QUOTIENTS:
         return "multiplication"

@@ -197,7 +197,7 @@ ELEMENTWISE = (
 ) | named("integer_pow select_n")
 """Primitives that compute each position from the same position."""
 
-SUMS = named("add add_any sub")
+ADDITIONS = named("add add_any sub")
 """Of two values; what a bias or a residual stream is added by."""
 
 # ----------------------------------------------------------------------- along axes, over devices

@@ -100,6 +100,12 @@ def _dot_mixes(call: Operation) -> Mixed:
         yield from _contracted(call, a, b)
 
 
+def _ragged_mixes(call: Operation) -> Mixed:
+    (left, right), _ = call.eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+    for a, b in zip(left, right, strict=True):
+        yield from _contracted(call, a, b)
+
+
 def _conv_mixes(call: Operation) -> Mixed:
     dims = call.eqn.params["dimension_numbers"]
     within = call.factors(1, dims.rhs_spec[1])  # the channels in a group; groups are not mixed
@@ -118,6 +124,7 @@ MIXING: dict[str, Callable[[Operation], Mixed]] = {
     **dict.fromkeys(REDUCTIONS, _reduction_mixes),
     "dot_general": _dot_mixes,
     "conv_general_dilated": _conv_mixes,
+    "ragged_dot_general": _ragged_mixes,
 }
 
 # ---------------------------------------------------------------------- what the results know
@@ -190,6 +197,17 @@ def _dot(call: Operation, i: int, k: int) -> list[int]:
     if k < len(batch[0]):
         return [batch[i][k]]
     k -= len(batch[0]) + i * len(mine[0])
+    return [mine[i][k]] if 0 <= k < len(mine[i]) else []
+
+
+def _ragged(call: Operation, i: int, k: int) -> list[int]:
+    numbers = call.eqn.params["ragged_dot_dimension_numbers"]
+    (left, right), _ = numbers.dot_dimension_numbers
+    mine = (
+        others(len(call.ins[0]), left),
+        others(len(call.ins[1]), right, numbers.rhs_group_dimensions),
+    )
+    k -= i * len(mine[0])
     return [mine[i][k]] if 0 <= k < len(mine[i]) else []
 
 
@@ -274,6 +292,7 @@ RESULTS: dict[str, Result] = {
     "dot_general": _made_of([0, 1], _dot, any_zero),
     "dynamic_update_slice": _made_of([0, 1]),
     "gather": _made_of([0], _gathered, kept=_fills_with_zeros),
+    "ragged_dot_general": _made_of([0, 1], _ragged, any_zero),
     "pad": _made_of([0], kept=_pads_with_zeros),
     "sort": _made_of("own"),
     "stack": _made_of("all", _laid_out),
