@@ -8,7 +8,7 @@ from hypothesis import given, strategies as st
 
 from tests.test_tree import NAMES, model, models
 from unitscale_jax import tree as trees
-from unitscale_jax.rules import match, matches, pairs_of, resolve
+from unitscale_jax.rules import decided, match, matches, pairs_of, resolve
 
 # ------------------------------------------------------------------------------ globs
 
@@ -98,13 +98,62 @@ def test_rules_mean_the_same_whoever_made_the_parameters(kind):
 
 @given(st.permutations([("a/*", 1), ("*/x", 2), ("**", 3)]))
 def test_the_first_rule_that_matches_wins(rules):
-    found = match(rules, ["a/x", "a/y", "b/x", "b/y"])
-    for name, value in found.items():
+    names = ["a/x", "a/y", "b/x", "b/y"]
+    if rules[0][0] == "**":
+        with pytest.raises(ValueError, match=r"rule 1, .*: rule 0, '\*\*', comes earlier"):
+            match(rules, names)
+        return
+    found = match(rules, names) if rules[2][0] == "**" else None
+    for name, value in (found or {}).items():
         assert value == next(v for pattern, v in rules if matches(pattern, name))
 
 
+POOL = ["a/x", "a/*", "*/x", "b/*", "**", re.compile("[ab]/y"), "none"]
+
+
+@given(st.lists(st.sampled_from(POOL), max_size=5), st.sets(st.sampled_from(["a/x", "a/y", "b/x"])))
+def test_there_is_no_error_if_and_only_if_each_rule_decides_on_something(patterns, names):
+    rules = [(pattern, k) for k, pattern in enumerate(patterns)]
+    first = lambda name: next((k for k, p in enumerate(patterns) if matches(p, name)), None)
+    wanted = {name: first(name) for name in sorted(names)}
+    if set(wanted.values()) >= set(range(len(patterns))):
+        assert decided(rules, {name: [name] for name in names}) == wanted
+        assert match(rules, sorted(names)) == wanted
+    else:
+        with pytest.raises(ValueError, match=r"rule \d, .* (decides on nothing|matched none)"):
+            match(rules, sorted(names))
+
+
+@given(st.permutations([("a/*", 1), ("b/x", 2), (re.compile("[bc]/y"), 3)]))
+def test_rules_of_disjoint_names_mean_the_same_in_any_order(rules):
+    names = ["a/x", "a/y", "b/x", "b/y", "c/y", "c/z"]
+    assert match(rules, names) == {
+        "a/x": 1, "a/y": 1, "b/x": 2, "b/y": 3, "c/y": 3, "c/z": None
+    }  # fmt: skip
+
+
+def test_a_hidden_rule_is_an_error_that_names_what_hides_it():
+    with pytest.raises(ValueError) as error:
+        match([("*", 1), ("a", 2)], ["a", "b"])
+    assert str(error.value) == (
+        "rule 1, 'a', decides on nothing: rule 0, '*', comes earlier and matches all of its 1 "
+        "names. Put it first or remove it."
+    )
+    with pytest.raises(ValueError, match=r"rules 0, 'a', and 2, 'b', come earlier and match all"):
+        match([("a", 1), ("c", 1), ("b", 1), (re.compile("[ab]"), 3)], ["a", "b", "c"])
+
+
+def test_an_item_of_several_names_is_decided_by_the_first_rule_of_any_of_them():
+    items = {"one": ("a", "b"), "two": ("b",)}
+    assert decided([("a", 0), ("b", 1)], items) == {"one": 0, "two": 1}
+    assert decided([("b", 0)], items, skip=()) == {"one": 0, "two": 0}
+    with pytest.raises(ValueError, match="rule 1, 'a', decides on nothing: rule 0, 'b', comes"):
+        decided([("b", 0), ("a", 1)], items, noun="product")
+    assert decided([("b", 0), ("a", 1)], items, skip=[1]) == {"one": 0, "two": 0}
+
+
 def test_pairs_in_any_container_and_a_dict_of_them_are_the_same_rules():
-    pairs = [("**/bias", 1), (re.compile(".*kernel"), 2), ("**", 3)]
+    pairs = [("**/bias", 1), (re.compile(".*kernel"), 2), ("norm/**", 3)]
     want = match(pairs, NAMES)
     for rules in (dict(pairs), tuple(pairs), [list(pair) for pair in pairs]):
         assert match(rules, NAMES) == want
@@ -118,7 +167,8 @@ def test_without_rules_every_leaf_gets_the_default():
 
 
 def test_a_value_may_be_none_or_false_and_still_wins():
-    assert match([("a", None), ("b", 0), ("**", 1)], ["a", "b"], 5) == {"a": None, "b": 0}
+    rules = [("a", None), ("b", 0), ("**", 1)]
+    assert match(rules, ["a", "b", "c"], 5) == {"a": None, "b": 0, "c": 1}
 
 
 @models

@@ -4,13 +4,14 @@
 
 A pattern is a glob over a whole name ("decoder/layer_3/mlp/kernel"): `*` stands for any text inside
 one word of the path, `**` for any number of words, none included, `?` for one character. Where a
-glob will not do, a compiled regular expression matches the whole name. A rule that matches no
-name is an error, since the only thing worse than a typo is a typo that trains for a week.
+glob will not do, a compiled regular expression matches the whole name. A rule that decides on no
+name, since it matches none or since earlier rules match all that it does, is an error: the only
+thing worse than a typo is a typo that trains for a week.
 """
 
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import jax
@@ -19,6 +20,7 @@ from unitscale_jax import tree as trees
 from unitscale_jax.errors import closest
 
 Value = TypeVar("Value")
+Item = TypeVar("Item", bound=Hashable)
 Pattern: TypeAlias = str | re.Pattern[str]
 Rules: TypeAlias = Mapping[Pattern, Value] | Sequence[tuple[Pattern, Value]]
 
@@ -33,7 +35,10 @@ def resolve(rules: Rules[Value], tree: Any, default: Any = None, *, noun: str = 
         noun: What a leaf is called in an error.
 
     Raises:
-        ValueError: A rule matches no leaf; the message lists the names closest to it.
+        ValueError: A rule matches no leaf, and the message lists the names closest to it; or it
+            is hidden by the rules before it, which the message names.
+
+    Law: without an error each rule is the first match of at least one leaf.
 
     Example:
         >>> resolve({"**/bias": 32, "**": 8}, {"mlp": {"kernel": 0.0, "bias": 0.0}})
@@ -46,9 +51,14 @@ def resolve(rules: Rules[Value], tree: Any, default: Any = None, *, noun: str = 
 
 
 def match(
-    rules: Rules[Value], names: Iterable[str], default: Any = None, *, noun: str = "parameter"
+    rules: Rules[Value],
+    names: Iterable[str],
+    default: Any = None,
+    *,
+    noun: str = "parameter",
+    skip: Collection[int] = (),
 ) -> dict[str, Any]:
-    """The value of the first rule that matches each name; see `resolve`.
+    """The value of the first rule that matches each name; see `resolve` and `decided`.
 
     Example:
         >>> match([("head/*", 1)], ["head/kernel", "body/kernel"])
@@ -59,12 +69,59 @@ def match(
         ValueError: rule 0, 'head/kernle', matched none of 2 parameters; closest: 'head/kernel', \
 'body/kernel'.
     """
-    names, pairs = list(names), pairs_of(rules)
-    for index, (pattern, _) in enumerate(pairs):
-        if not any(matches(pattern, name) for name in names):
-            raise ValueError(_unmatched(index, pattern, names, noun))
-    first = lambda name: next((v for pattern, v in pairs if matches(pattern, name)), default)
-    return {name: first(name) for name in names}
+    pairs = pairs_of(rules)
+    found = decided(pairs, {name: (name,) for name in names}, noun=noun, skip=skip)
+    return {name: default if k is None else pairs[k][1] for name, k in found.items()}
+
+
+def decided(
+    rules: Rules[Any],
+    items: Mapping[Item, Collection[str]],
+    *,
+    noun: str = "parameter",
+    skip: Collection[int] = (),
+) -> dict[Item, int | None]:
+    """The number of the rule that decides on each item: the first that matches one of its names.
+
+    Args:
+        rules: Pairs `(pattern, value)` in order, or a dict of them.
+        items: Each with its names; a parameter has one, a product those of its parameters.
+        noun: What an item is called in an error.
+        skip: Numbers of rules that are for other items.
+
+    Raises:
+        ValueError: A rule decides on no item.
+
+    Example:
+        >>> decided([("a", 8), ("*", 4)], {"a": ["a"], "b": ["b"]})
+        {'a': 0, 'b': 1}
+        >>> decided([("*", 4), ("a", 8)], {"a": ["a"], "b": ["b"]})
+        Traceback (most recent call last):
+            ...
+        ValueError: rule 1, 'a', decides on nothing: rule 0, '*', comes earlier and matches all of \
+its 1 names. Put it first or remove it.
+    """
+    patterns = [pattern for pattern, _ in pairs_of(rules)]
+    asked = [k for k in range(len(patterns)) if k not in skip]
+    found = {item: first_match(patterns, names, asked) for item, names in items.items()}
+    used = set(found.values())
+    for k in asked:
+        if k not in used:
+            matched = [i for i, names in items.items() if first_match(patterns, names, [k]) == k]
+            if matched:
+                earlier = {by for item in matched if (by := found[item]) is not None}
+                raise ValueError(_hidden(k, patterns, sorted(earlier), len(matched)))
+            every = list(dict.fromkeys(name for names in items.values() for name in names))
+            raise ValueError(_unmatched(k, patterns[k], every, noun))
+    return found
+
+
+def first_match(
+    patterns: Sequence[Pattern], names: Collection[str], asked: Iterable[int] | None = None
+) -> int | None:
+    """The number of the first pattern, of those asked for, that matches one of several names."""
+    numbers = range(len(patterns)) if asked is None else asked
+    return next((k for k in numbers if any(matches(patterns[k], name) for name in names)), None)
 
 
 def pairs_of(rules: Rules[Value]) -> list[tuple[Pattern, Value]]:
@@ -108,7 +165,22 @@ def _glob(pattern: str) -> re.Pattern[str]:
 
 
 def _unmatched(index: int, pattern: Pattern, names: list[str], noun: str) -> str:
-    text = pattern if isinstance(pattern, str) else pattern.pattern
+    text = text_of(pattern)
     first = f"; closest: {', '.join(map(repr, names[:3]))}" if names else ""
     near = closest(text, names) or first
     return f"rule {index}, {text!r}, matched none of {len(names)} {noun}s{near}."
+
+
+def _hidden(index: int, patterns: Sequence[Pattern], earlier: Sequence[int], count: int) -> str:
+    listed = " and ".join(f"{k}, {text_of(patterns[k])!r}," for k in earlier)
+    one = len(earlier) == 1
+    who = f"rule {listed} comes" if one else f"rules {listed} come"
+    return (
+        f"rule {index}, {text_of(patterns[index])!r}, decides on nothing: {who} earlier and "
+        f"match{'es' if one else ''} all of its {count} names. Put it first or remove it."
+    )
+
+
+def text_of(pattern: Pattern) -> str:
+    """A pattern as the user wrote it."""
+    return pattern if isinstance(pattern, str) else pattern.pattern

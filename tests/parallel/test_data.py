@@ -58,7 +58,7 @@ GRAD = us.value_and_grad(loss)
 
 
 def layout_here(params, rules=RULES):
-    return us.parallel.layout(params, rules, jax.sharding.get_abstract_mesh())
+    return us.parallel.layout(params, rules, jax.sharding.get_abstract_mesh(), missing="whole")
 
 
 def step_of(parts=1, **options):
@@ -195,7 +195,7 @@ def test_the_key_of_a_row_is_that_of_its_index_in_the_whole_batch():
 def train(mesh, zero, steps=3):
     """AdamW with clipping; shares of the state where `zero` says so."""
     inner = optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(0.05))
-    layout = us.parallel.layout(PARAMS, RULES, mesh)
+    layout = us.parallel.layout(PARAMS, RULES, mesh, missing="whole")
     shares = layout.over("dp") if zero else layout
     laid = shares if zero == 3 else layout
     tx = us.parallel.sharded(inner, laid, shares)

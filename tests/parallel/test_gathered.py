@@ -47,7 +47,7 @@ def loss(p, x, *, remat=False, dtype=None):
 def shares_of(params):
     """Along a dimension that is not that of the layers, where there is one."""
     mesh = jax.sharding.get_abstract_mesh()
-    return us.parallel.layout(params, RULES, mesh)
+    return us.parallel.layout(params, RULES, mesh, missing="whole")
 
 
 def grad_of(layout, parts=2, **options):

@@ -78,7 +78,7 @@ def placed(mesh):
     params, cache, first = built().params, built().state, jnp.arange(BATCH)[:, None] * 7
     by_heads = lambda x: NamedSharding(mesh, CACHE if x.ndim == 4 else P())
     cache = jax.tree.map(lambda x: jax.device_put(x, by_heads(x)), cache)
-    lay = parallel.layout(params, RULES, mesh)
+    lay = parallel.layout(params, RULES, mesh, missing="whole")
     first = jax.device_put(first.astype(jnp.int32), NamedSharding(mesh, P("dp")))
     return parallel.shard(params, lay), cache, first
 

@@ -508,7 +508,7 @@ def test_other_outputs_are_whole():
 def test_a_mesh_without_the_axis_leaves_everything_whole():
     params = shapes(**ENTER, up=(D, F), down=(F, D))
     for mesh in (AbstractMesh((8,), ("dp",)), AbstractMesh((8, 1), ("dp", "tp"))):
-        found = infer(between(STREAMS["added"]), params, HIDDEN, mesh=mesh)
+        found = infer(between(STREAMS["added"]), params, HIDDEN, mesh=mesh, missing="whole")
         assert set(found.by_name.values()) == {P()} and not found.sums
         assert found.reasons["up"] == "whole (8: no tp to divide it; 16: no tp to divide it)"
 

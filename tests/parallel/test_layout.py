@@ -79,7 +79,7 @@ def test_a_rule_says_which_dimension_an_axis_holds(choice, shape, spec):
 
 @pytest.mark.parametrize("axes", MESHES, ids=str)
 def test_one_set_of_rules_serves_every_mesh(axes):
-    found = layout(PARAMS, RULES, abstract(**axes))
+    found = layout(PARAMS, RULES, abstract(**axes), missing="whole")
     full = {"up/kernel": P(None, "tp"), "up/bias": P("tp"), "down/kernel": P("tp")}
     full |= {"down/bias": P(), "layers": P("pp", None, "tp"), "gain": P()}
     for name, spec in full.items():
@@ -123,7 +123,7 @@ def test_a_rule_that_matches_nothing_is_an_error():
 
 
 def test_the_table_has_bytes_on_a_device_and_reasons():
-    found = layout(PARAMS, RULES, ABSTRACT)
+    found = layout(PARAMS, RULES, ABSTRACT, missing="whole")
     line = next(line for line in str(found).splitlines() if line.startswith("up/kernel"))
     assert re.split(" {2,}", line) == [
         "up/kernel",
@@ -181,7 +181,7 @@ def test_bytes_of_adam_by_zero():
 
 
 def test_dividing_over_an_axis_again_or_over_none_changes_nothing():
-    found = layout(PARAMS, RULES, ABSTRACT)
+    found = layout(PARAMS, RULES, ABSTRACT, missing="whole")
     once = found.over("dp")
     assert once.over("dp") == once != found
     assert found.over("pp") == found
@@ -204,7 +204,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_moments_go_with_their_parameters_and_everything_else_is_whole(name):
-    found = layout(PARAMS, RULES, ABSTRACT)
+    found = layout(PARAMS, RULES, ABSTRACT, missing="whole")
     state = jax.eval_shape(OPTIMIZERS[name]().init, PARAMS)
     specs = found.specs_of(state)
     assert jax.tree.structure(specs) == jax.tree.structure(state)
@@ -272,7 +272,7 @@ def test_masks_and_packed_masks_lie_with_their_parameters():
 
 def test_every_device_holds_its_part_and_no_more():
     mesh = us.parallel.mesh(dp=2, tp=4)
-    found = layout(PARAMS, RULES, mesh).over("dp")
+    found = layout(PARAMS, RULES, mesh, missing="whole").over("dp")
     sharded = shard(PARAMS, found)
     assert_same_bits(sharded, PARAMS)
     assert on_devices(sharded)["up/kernel"] == (4, 4) and on_devices(sharded)["gain"] == ()
@@ -282,7 +282,7 @@ def test_every_device_holds_its_part_and_no_more():
 
 def test_keys_steps_and_numbers_of_python_are_put_too():
     mesh = us.parallel.mesh(dp=2, tp=4)
-    found = layout(PARAMS, RULES, mesh)
+    found = layout(PARAMS, RULES, mesh, missing="whole")
     tree = {"key": jax.random.key(1), "step": np.int32(3), "rate": 0.5, "none": None}
     put = shard(tree, found)
     assert put["none"] is None and put["step"] == 3 and put["rate"] == 0.5
@@ -294,7 +294,7 @@ def test_keys_steps_and_numbers_of_python_are_put_too():
 def test_parameters_and_state_lie_as_laid_out_after_every_update():
     """P12; and a step is compiled once, for its results lie as its arguments."""
     mesh, optimizer = us.parallel.mesh(dp=2, tp=4), optax.adamw(0.1)
-    found = layout(PARAMS, RULES, mesh).over("dp")
+    found = layout(PARAMS, RULES, mesh, missing="whole").over("dp")
     places = found.shardings(), found.shardings(jax.eval_shape(optimizer.init, PARAMS))
 
     def step(params, state):
@@ -316,7 +316,7 @@ def test_parameters_and_state_lie_as_laid_out_after_every_update():
 
 def test_inside_of_jit_it_is_a_constraint():
     mesh = us.parallel.mesh(dp=2, tp=4)
-    found = layout(PARAMS, RULES, mesh)
+    found = layout(PARAMS, RULES, mesh, missing="whole")
     made = jax.jit(lambda: shard(jax.tree.map(jnp.zeros_like, PARAMS), found))()
     assert on_devices(made) == on_devices(shard(PARAMS, found))
 

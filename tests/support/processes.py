@@ -109,7 +109,7 @@ def fresh(mesh):
     up, down = jax.random.normal(key, (8, 16)), jax.random.normal(key, (16, 8)) / 4
     params = {"up": up, "bias": jnp.zeros(16), "down": down}
     optimizer = optax.sgd(rate, momentum=0.9)
-    lay = us.parallel.layout(params, RULES, mesh)
+    lay = us.parallel.layout(params, RULES, mesh, missing="whole")
     with jax.set_mesh(mesh):
         params = us.parallel.shard(params, lay)
         state = us.parallel.shard(optimizer.init(params), lay)
@@ -202,7 +202,10 @@ def all_kinds(mesh):
     spec = us.DotSpec(w=us.QSpec(axes=(-2,)))
     codes = us.quantize(jnp.asarray(bits, jnp.float32), {"": spec})
     lay = us.parallel.layout(
-        {"codes": codes, "keys": keys}, {"codes": P("dp", "tp"), "keys": P("dp")}, mesh
+        {"codes": codes, "keys": keys},
+        {"codes": P("dp", "tp"), "keys": P("dp")},
+        mesh,
+        missing="whole",
     )
     return us.parallel.shard({"codes": codes, "keys": keys}, lay) | {
         "bf16": put(np.tile(bits, (1, 2)).view(jnp.bfloat16), "dp", "tp"),

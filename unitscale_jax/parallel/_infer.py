@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec as P
 
 from unitscale_jax import tree as trees
 from unitscale_jax.parallel._divide import Graph, divided
-from unitscale_jax.parallel._layout import Layout, abstract
+from unitscale_jax.parallel._layout import Layout, Missing, abstract, no_axis
 from unitscale_jax.parallel._meets import Factors, factors_of
 from unitscale_jax.parallel._specs import WHOLE
 from unitscale_jax.trace import Factor, Site, dims, trace
@@ -30,6 +30,7 @@ def infer(
     *args: Any,
     mesh: Mesh | AbstractMesh,
     axis: str = "tp",
+    missing: Missing = "error",
     kwargs: Mapping[str, Any] | None = None,
     **named: Any,
 ) -> "Inferred":
@@ -43,7 +44,8 @@ def infer(
             layout of what they stand for (`Layout.specs_of`).
         args: Inputs like those it will get, with sizes above 1; what is no array is static.
         mesh: Of `mesh`; an abstract one will do to look at a layout.
-        axis: The mesh axis. On a mesh without it everything is whole.
+        axis: The mesh axis.
+        missing: What a mesh without that axis means: an "error", or that everything is "whole".
         kwargs: Keywords of the function that have the name of an option here.
         named: Its other keywords.
 
@@ -64,7 +66,7 @@ def infer(
         parameters are is divided, and the other one nowhere.
 
     Raises:
-        ValueError: Parameters that are quantized.
+        ValueError: Parameters that are quantized; a mesh without the axis.
 
     Law: any layout computes the same values; this one with one sum over devices for each
     row-parallel product in the forward pass and for each column-parallel one in the backward pass.
@@ -88,6 +90,8 @@ def infer(
                 f"{name} is a {type(leaf).__name__}. Infer the layout of the arrays it was made "
                 "from; `specs_of` lays out what goes with them."
             )
+    if missing == "error" and axis not in mesh.shape:
+        raise ValueError(no_axis(axis, mesh))
     traced = trace(fn, params, *args, **named, **(kwargs or {}))
     graph = Graph(traced, dims(traced), leaves)
     chosen, against = divided(graph, mesh.shape.get(axis, 1), axis)

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec as P
 
 from unitscale_jax import rules as named_rules, tree as trees
+from unitscale_jax.errors import unknown
 from unitscale_jax.parallel._specs import (
     WHOLE,
     fitted,
@@ -31,6 +32,8 @@ from unitscale_jax.parallel._specs import (
     zero_spec,
 )
 
+Missing: TypeAlias = Literal["error", "whole"]
+
 Choice: TypeAlias = P | Literal["column", "row", "whole"] | Mapping[int, str | tuple[str, ...]]
 """What a rule may say: a spec, a word, or which mesh axis holds which dimension, `{-1: "tp"}`."""
 
@@ -41,6 +44,7 @@ def layout(
     mesh: Mesh | AbstractMesh,
     *,
     axis: str = "tp",
+    missing: Missing = "error",
 ) -> "Layout":
     """Lays out parameters over a mesh by rules on their names.
 
@@ -54,13 +58,15 @@ def layout(
             matches is whole.
         mesh: Of `mesh`; an abstract one will do to look at a layout.
         axis: The mesh axis of "column" and "row".
+        missing: What becomes of a mesh axis that rules name and `mesh` does not have: an "error",
+            or "whole", for rules that serve several meshes: it is left out, and the table says so.
 
     Returns:
-        A `Layout`. Mesh axes that `mesh` does not have are left out, and its table says so.
+        A `Layout`.
 
     Raises:
-        ValueError: A rule matches nothing; a spec has more dimensions than its parameter, an axis
-            twice, or one that does not divide its dimension.
+        ValueError: A rule decides on nothing; a spec has a mesh axis that there is not, more
+            dimensions than its parameter, an axis twice, or one that does not divide its dimension.
         TypeError: A rule says something else.
 
     Example:
@@ -74,11 +80,17 @@ def layout(
         all                                  288  on each device
     """
     leaves = trees.named_leaves(params, is_leaf=trees.is_compound)
-    marked = [(pattern, (pattern, value)) for pattern, value in named_rules.pairs_of(rules)]
-    found = named_rules.match(marked, leaves)
-    specs, reasons = {}, {}
-    for name, leaf in leaves.items():
-        specs[name], reasons[name] = _by_rule(name, np.shape(leaf), found[name], mesh, axis)
+    pairs = named_rules.pairs_of(rules)
+    specs, reasons = dict.fromkeys(leaves, WHOLE), dict.fromkeys(leaves, "no rule")
+    for name, k in named_rules.decided(pairs, {name: (name,) for name in leaves}).items():
+        if k is not None:
+            shape, where = np.shape(leaves[name]), f"rule {named_rules.text_of(pairs[k][0])!r}"
+            spec, absent = _on(_chosen(name, shape, pairs[k][1], axis), mesh)
+            if absent and missing == "error":
+                raise ValueError(f"{where}: {no_axis(absent[0], mesh)}")
+            _check(name, shape, spec, mesh.shape)
+            lacking = f", no axis {', '.join(absent)}" if absent else ""
+            specs[name], reasons[name] = spec, where + lacking
     return Layout(abstract(params), mesh, specs, reasons)
 
 
@@ -259,22 +271,13 @@ def _follow(spec: P, shape: tuple[int, ...], own: tuple[int, ...], sizes: Mappin
 # ------------------------------------------------------------------------------------- rules
 
 
-def _by_rule(
-    name: str,
-    shape: tuple[int, ...],
-    found: tuple[named_rules.Pattern, Choice] | None,
-    mesh: Mesh | AbstractMesh,
-    axis: str,
-) -> tuple[P, str]:
-    if found is None:
-        return WHOLE, "no rule"
-    pattern, choice = found
-    spec = _chosen(name, shape, choice, axis)
-    known, absent = _on(spec, mesh)
-    _check(name, shape, known, mesh.shape)
-    text = pattern if isinstance(pattern, str) else pattern.pattern
-    missing = f", no axis {', '.join(absent)}" if absent else ""
-    return known, f"rule {text!r}{missing}"
+def no_axis(axis: str, mesh: Mesh | AbstractMesh) -> str:
+    """Says that a mesh lacks an axis, and the ways out."""
+    axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    return (
+        f"{unknown(axis, mesh.shape, 'mesh axis')} The mesh has {axes or 'no axes'}: name one of "
+        "these, or say missing='whole' where it shall mean whole, as for meshes without the axis."
+    )
 
 
 def _chosen(name: str, shape: tuple[int, ...], choice: Choice, axis: str) -> P:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from unitscale_jax import rules, tree as trees
 from unitscale_jax.errors import expected
 from unitscale_jax.parallel._stages import Entry, Stages, children_of
-from unitscale_jax.rules import Pattern
+from unitscale_jax.rules import Pattern, text_of
 
 
 def stack(
@@ -61,8 +61,8 @@ def stack(
     if not any(isinstance(node, Stages) for node in _nodes(stacked)):
         rules.match([(pattern, True)], seen, noun="layer")  # says which names are closest
         raise ValueError(
-            f"{_text(pattern)!r} matches the tree as a whole, or arrays in a container that is no "
-            "dict, list or tuple. Match entries of a dict or a list, such as 'layers/*'."
+            f"{text_of(pattern)!r} matches the tree as a whole, or arrays in a container that is "
+            "no dict, list or tuple. Match entries of a dict or a list, such as 'layers/*'."
         )
     return stacked
 
@@ -123,13 +123,14 @@ def _stages(
     others = {key: child for key, name, child in named if not rules.matches(pattern, name)}
     if isinstance(node, list | tuple) and others and axis is None:
         raise ValueError(
-            f"{_text(pattern)!r} matches {len(hit)} of {len(named)} entries of a list; the others "
-            "would move. Match all of them, or keep the layers in a list or a dict of their own."
+            f"{text_of(pattern)!r} matches {len(hit)} of {len(named)} entries of a list; the "
+            "others would move. Match all of them, or keep the layers in a list or a dict of their "
+            "own."
         )
     names = [name for _, name, _ in hit]
     if axis is None:
         layers, keys = _stacked(names, [x for *_, x in hit]), tuple(h[0] for h in hit)
-        word = _text(pattern).rpartition("/")[2]
+        word = text_of(pattern).rpartition("/")[2]
     else:
         (word, name, child), keys = _single(hit, pattern), axis
         layers = jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), child)
@@ -137,7 +138,7 @@ def _stages(
     count = _count(layers, names[0])
     if count % (stages * repeats):
         raise ValueError(
-            f"{count} layers match {_text(pattern)!r}, and {stages} stages with {repeats} chunks "
+            f"{count} layers match {text_of(pattern)!r}, and {stages} stages with {repeats} chunks "
             f"each need a multiple of {stages * repeats}. Choose `stages * repeats` among the "
             f"divisors of {count}, or move layers into `first` or `head` by a narrower pattern."
         )
@@ -163,7 +164,7 @@ def _as_tuple(entries: Mapping[int, Any]) -> tuple:
 def _single(hit: list, pattern: Pattern) -> Any:
     if len(hit) != 1:
         raise ValueError(
-            f"{_text(pattern)!r} matches {len(hit)} entries of one container, {hit[0][1]!r} and "
+            f"{text_of(pattern)!r} matches {len(hit)} entries of one container, {hit[0][1]!r} and "
             f"{hit[1][1]!r} among them, where `axis` says that one holds all layers."
         )
     return hit[0]
@@ -209,7 +210,3 @@ def _natural(name: str) -> list[Any]:
     """Orders "layer_10" after "layer_9"."""
     pieces = re.split(r"(\d+)", name)
     return [int(piece) if k % 2 else piece for k, piece in enumerate(pieces)]
-
-
-def _text(pattern: Pattern) -> str:
-    return pattern if isinstance(pattern, str) else pattern.pattern

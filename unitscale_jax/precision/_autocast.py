@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import rules as named_rules
-from unitscale_jax.errors import expected
+from unitscale_jax.errors import closest, expected, unknown
 from unitscale_jax.loss import around
 from unitscale_jax.precision._classes import CLASSES, OPS, OpClass
 from unitscale_jax.precision._plan import FLOAT32, Decision, Known, Plan
@@ -28,8 +28,8 @@ from unitscale_jax.trace import (
     Rewriter,
     Site,
     Staged,
-    addresses,
     dtype_of,
+    known_primitives,
     noted,
     origins,
     sites,
@@ -70,7 +70,8 @@ def autocast(
         A function of the signature of `fn`. Results have the dtypes they had.
 
     Raises:
-        ValueError: A dtype is not one to compute in; or, at the call, a rule reaches no product.
+        ValueError: A dtype is not one to compute in; or, at the call, a rule decides on no
+            product, or `ops` has a name that is no primitive's.
 
     With `compute="float32"` it is the identity on a float32 function; twice is once. A product
     that asks for `precision="highest"` or for a wider result keeps what it asks for, unless a
@@ -95,9 +96,10 @@ def autocast(
     @around(fn, "autocast")
     def autocast_fn(*args: Any, **kwargs: Any) -> Any:
         staged = stage(fn, *args, **kwargs)
+        _check_names(ops or {}, staged)
         caster = _Autocast(Plan(low, decided, table))
         results = caster.program(staged, origins(staged, args[0] if args else ()))
-        _check_used(caster.plan, staged)
+        named_rules.decided(decided, caster.plan.products, noun="product")
         return staged.finish(results)
 
     return autocast_fn
@@ -271,23 +273,20 @@ def _products(to: Products) -> tuple[np.dtype, np.dtype]:
     return given, result
 
 
+def _check_names(ops: Mapping[str, OpClass], staged: Staged) -> None:
+    """Each names a primitive of JAX or of the function; this one may lack what others have."""
+    known = OPS.keys() | known_primitives()
+    if ops.keys() <= known:
+        return
+    here = {site.name for site in sites(staged.closed.jaxpr)}
+    for name in ops:
+        if name not in known | here:
+            among = sorted(here) if closest(name, here) else sorted(known)
+            raise ValueError(f"ops: {unknown(name, among, 'primitive')}")
+
+
 def _checked(ops: Mapping[str, OpClass]) -> Mapping[str, OpClass]:
     for name, chosen in ops.items():
         if chosen not in CLASSES:
             raise ValueError(expected(f"ops[{name!r}]", chosen, CLASSES))
     return ops
-
-
-def _check_used(plan: Plan, staged: Staged) -> None:
-    """Every rule must have decided on a product."""
-    missing = [k for k in range(len(plan.rules)) if k not in plan.used]
-    if not missing:
-        return
-    met = [s for s in sites(staged.closed.jaxpr) if plan.ops.get(s.name) == "low"]
-    names = sorted({name for s in met for name in addresses(s, plan.origins[s.place])})
-    named_rules.match(plan.rules, names, noun="product")
-    pattern = plan.rules[missing[0]][0]
-    raise ValueError(
-        f"rule {missing[0]}, {pattern!r}, decided on no product: an earlier rule decides on all "
-        "that it matches. Remove it, or put it first."
-    )

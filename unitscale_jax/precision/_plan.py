@@ -76,7 +76,7 @@ class Plan(Flow[Known]):
     results: dict[Place, list[Known]] = field(default_factory=dict)  # likewise
     carries: dict[Place, list[Known]] = field(default_factory=dict)  # of loops and branches
     changed: set[Place] = field(default_factory=set)  # equations with another dtype, or one inside
-    used: set[int] = field(default_factory=set)  # rules that reached an operation
+    products: dict[Place, Sequence[str]] = field(default_factory=dict)  # by what rules name them
 
     def prepare(
         self, jaxpr: Jaxpr, origins: Sequence[Origin], parent: Site | None = None, body: int = 0
@@ -184,15 +184,13 @@ class Plan(Flow[Known]):
         if not all(map(_is_float, operands[:2])):
             return _kept(site, "kept: no floats")
         (given, result), why = self.low, "low"
-        names = addresses(site, self.origins[site.place])
-        for index, (pattern, dtypes) in enumerate(self.rules):
-            if any(named_rules.matches(pattern, name) for name in names):
-                (given, result), why = dtypes, f"rule {_text(pattern)}"
-                self.used.add(index)
-                break
-        else:
-            if _is_precise(site.eqn.params.get("precision")):
-                return _back(_kept(site, "kept: precision"), site, inputs)
+        names = self.products[site.place] = addresses(site, self.origins[site.place])
+        rule = named_rules.first_match([pattern for pattern, _ in self.rules], names)
+        if rule is not None:
+            pattern, (given, result) = self.rules[rule]
+            why = f"rule {named_rules.text_of(pattern)!r}"
+        elif _is_precise(site.eqn.params.get("precision")):
+            return _back(_kept(site, "kept: precision"), site, inputs)
         asked = site.results[0]  # wider than its operands, if the user asked for it
         wider = _widest(*operands[:2]) != asked and _bits(asked) > _bits(result)
         casts = tuple(given if _is_float(d) else None for d in operands)
@@ -258,10 +256,6 @@ def _uniform(site: Site, dtype: Any, why: str) -> Decision:
     cast = lambda traced: dtype if _is_float(traced) else None
     results = tuple(cast(d) or d for d in site.results)
     return Decision(tuple(cast(d) for d in site.operands), results, why)
-
-
-def _text(pattern: Any) -> str:
-    return repr(pattern if isinstance(pattern, str) else pattern.pattern)
 
 
 @functools.lru_cache

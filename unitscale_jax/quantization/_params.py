@@ -1,7 +1,7 @@
 """From parameters to codes, leaf by leaf."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -87,11 +87,12 @@ def quantize(
     return jax.tree.unflatten(structure, list(done.values()))
 
 
-def match(rules: Rules, params: Any) -> dict[str, DotSpec | None]:
-    """The spec of each parameter; a rule known to name activations need match none."""
+def match(rules: Rules, params: Any, skip: Collection[int] = ()) -> dict[str, DotSpec | None]:
+    """The spec of each parameter; rules known to name activations, or to skip, need match none."""
     names = trees.names(params, is_leaf=trees.is_compound)
-    pairs = [pair for pair in named_rules.pairs_of(rules) if _checked(pair).w.axes != ACTIVATIONS]
-    return named_rules.match(pairs, names)
+    specs = map(_checked, named_rules.pairs_of(rules))
+    others = [k for k, spec in enumerate(specs) if spec.w.axes == ACTIVATIONS]
+    return named_rules.match(rules, names, skip={*skip, *others})
 
 
 def _checked(pair: tuple[Any, Any]) -> DotSpec:

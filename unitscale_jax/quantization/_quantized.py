@@ -220,13 +220,9 @@ def _first_matches(
     pairs: Sequence[tuple[Any, DotSpec]], met: Mapping[Place, Sequence[str]]
 ) -> dict[Place, DotSpec]:
     """The spec of each product of activations that a rule names."""
-    found = {}
-    for place, names in met.items():
-        for pattern, spec in pairs:
-            if any(named_rules.matches(pattern, name) for name in names):
-                found[place] = spec
-                break
-    return found
+    patterns = [pattern for pattern, _ in pairs]
+    first = {place: named_rules.first_match(patterns, names) for place, names in met.items()}
+    return {place: pairs[k][1] for place, k in first.items() if k is not None}
 
 
 @dataclass(frozen=True)

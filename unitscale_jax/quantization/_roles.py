@@ -1,7 +1,6 @@
 """Which axes of a parameter share a scale: those that the function contracts it over."""
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -79,9 +78,9 @@ def resolved(rules: Rules, staged: Staged, params: Any, plain: Any) -> list[tupl
     """`resolve` for a call that is staged; `plain` are the parameters as arrays."""
     sources = origins(staged, plain)
     names = trees.names(params, is_leaf=is_quantized)
-    pairs = list(_of_activations(rules, staged, sources, names))
-    kept = [pair for pair in named_rules.pairs_of(rules) if pair[0] not in [p for p, _ in pairs]]
-    found = {name: spec for name, spec in match(kept, params).items() if spec is not None}
+    pairs, others = named_rules.pairs_of(rules), _of_activations(rules, staged, sources, names)
+    chosen = match(rules, params, others)
+    found = {name: spec for name, spec in chosen.items() if spec is not None}
     known = trees.named_leaves(params, is_leaf=is_quantized)
     for name in found:
         check_dtype(name, known[name].dtype)
@@ -90,21 +89,22 @@ def resolved(rules: Rules, staged: Staged, params: Any, plain: Any) -> list[tupl
     out = [
         (name, _filled(name, spec, met.get(name, []), given(name))) for name, spec in found.items()
     ]
-    return out + [(pattern, spec.with_axes(ACTIVATIONS)) for pattern, spec in pairs]
+    return out + [(pairs[k][0], pairs[k][1].with_axes(ACTIVATIONS)) for k in others]
 
 
 def _of_activations(
     rules: Rules, staged: Staged, sources: list[Origin], names: list[str]
-) -> Iterator[tuple[Any, DotSpec]]:
-    """The rules that name no parameter, each of which must name a product of activations."""
-    pairs = named_rules.pairs_of(rules)
-    others = [p for p in pairs if not any(named_rules.matches(p[0], name) for name in names)]
-    if not others:
-        return
-    met = activation_products(staged.closed.jaxpr, sources)
-    everything = [*names, *dict.fromkeys(itertools.chain(*met.values()))]
-    named_rules.match(pairs, everything, noun="parameter and product")
-    yield from others
+) -> list[int]:
+    """Numbers of the rules that name no parameter; each must decide on a product of activations."""
+    patterns = [pattern for pattern, _ in named_rules.pairs_of(rules)]
+    names_one = lambda k: named_rules.first_match(patterns, names, [k]) is not None
+    of_params = [k for k in range(len(patterns)) if names_one(k)]
+    others = [k for k in range(len(patterns)) if k not in of_params]
+    if others:
+        items: dict[Any, tuple[str, ...]] = {name: (name,) for name in names}
+        items |= activation_products(staged.closed.jaxpr, sources)
+        named_rules.decided(rules, items, noun="parameter and product", skip=of_params)
+    return others
 
 
 def activation_products(

@@ -6,6 +6,7 @@ other.
 """
 
 import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,6 +54,14 @@ def call_body(eqn: Equation) -> Any:
         if name in eqn.params:
             return eqn.params[name]
     raise KeyError(f"{eqn.primitive.name} has no body among its parameters {sorted(eqn.params)}")
+
+
+@functools.cache
+def known_primitives() -> frozenset[str]:
+    """Names of the primitives of this JAX, and of those of libraries that have a derivative."""
+    listed = {value for name, value in vars(core.primitives).items() if name.endswith("_p")}
+    registered = itertools.chain(listed, ad.primitive_jvps, ad.primitive_transposes)
+    return frozenset(primitive.name for primitive in registered)
 
 
 def primitives_of(params: Mapping[str, Any]) -> frozenset[str]:
