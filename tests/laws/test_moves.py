@@ -507,3 +507,38 @@ def test_hidden_channels_of_experts_are_removed_and_divided():
     mesh = jax.sharding.AbstractMesh((2,), ("tp",))
     layout = us.parallel.infer(experts_of, EXPERTS, X, mesh=mesh)
     assert "column" in str(layout) and "row" in str(layout)
+
+
+GROUPS = us.DotSpec(w=us.QSpec(group=us.Group(2)), x=us.QSpec())
+REFUSED = {  # what codes cannot move, with the sentence that says so
+    "rolled": (lambda p, x: x @ jnp.roll(p["i"], 1, 0), {"i": W8}, "equal parts"),
+    "half a rule": (joined, {"i": W8}, "quantized in one way"),
+    "two rules": (joined, {"i": W8, "o": WEIGHTS}, "quantized in one way"),
+    "a cut group": (lambda p, x: x[:, :2] @ p["i"][1:3], {"i": GROUPS}, "a group of them"),
+    "carrier": (
+        lambda p, x: x @ straight_through(jnp.round(p["i"]), p["i"]),
+        {"i": W8},
+        "round of i",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_codes_cannot_move_is_refused_with_a_reason(name):
+    fn, rules, reason = REFUSED[name]
+    codes = us.quantize(JOINED, us.resolve(rules, fn, JOINED, X))
+    with pytest.raises(ValueError, match=f"stayed in floating point: .*{reason}"):
+        us.quantized(fn)(codes, X)
+
+
+REORDERED = {
+    "reversed": lambda p, x: x @ jnp.flip(p["i"], 0),
+    "repeated": lambda p, x: jnp.concatenate([x, x], 1) @ jnp.tile(p["i"], (2, 1)),
+}
+
+
+@pytest.mark.parametrize("name", REORDERED)
+def test_whole_groups_may_be_in_another_order(name):
+    fn = REORDERED[name]
+    codes = us.quantize(JOINED, us.resolve({"i": GROUPS}, fn, JOINED, X))
+    np.testing.assert_allclose(us.quantized(fn)(codes, X), fn(JOINED, X), atol=0.1)

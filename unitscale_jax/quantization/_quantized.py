@@ -43,7 +43,7 @@ from unitscale_jax.quantization._qtensor import (
 from unitscale_jax.quantization._roles import activation_products, resolved
 from unitscale_jax.quantization._served import Unquantizable
 from unitscale_jax.quantization._spec import DotSpec
-from unitscale_jax.quantization._views import logical, partitioned, view
+from unitscale_jax.quantization._views import logical, partitioned, refusal, view
 from unitscale_jax.statistics import check_names
 from unitscale_jax.trace import (
     ACTIVATION,
@@ -325,7 +325,7 @@ class _Quantizer(Rewriter):
         if made is not None:
             return made
         with noted(quantize=f"kept: no rule for {site.name}"):
-            return site.bind(self.arrays(site, operands, "no rule for it"))
+            return site.bind(self.arrays(site, operands, refusal(site)))
 
     def _special(self, site: Site, operands: list[Any]) -> list[Any] | None:
         if site.name == "gather":

@@ -60,8 +60,12 @@ def view(site: Site, operands: list[Any]) -> list[Any] | None:
     t, name = operands[0], site.name
     if name not in MOVES or (name not in _OF_SEVERAL and not is_quantized(t)):
         return None
-    make = next((make for names, make in _VIEWS if name in names), _in_place)
-    return make(site, operands)
+    return _row(name)[0](site, operands)
+
+
+def refusal(site: Site) -> str:
+    """Why an equation on quantized arrays has no `view`."""
+    return _row(site.name)[1]
 
 
 # --------------------------------------------------------------- numbers that stay where they are
@@ -211,7 +215,7 @@ def _keeps_groups(site: Site, t: QTensor, axes: tuple[int, ...]) -> bool:
         return True
     sources, last = moved_axes(site), max(t.axes) % t.ndim
     along = [k for k, of in enumerate(sources) if last in of]
-    whole = last not in cut or site.name == "tile"
+    whole = last not in cut or site.name in ("tile", "rev")  # of whole groups
     return whole and bool(axes) and along == [max(axes) % len(sources)]
 
 
@@ -335,14 +339,23 @@ def _as_groups(operands: list[QTensor], along: int) -> bool:
 
 _OF_SEVERAL = JOINS | {"optimization_barrier"}
 
-_VIEWS: list[tuple[Collection[str], Callable[[Site, list[Any]], list[Any] | None]]] = [
-    (JOINS, _joined),
-    (SHAPED | CUTS, _shaped),
-    (PLACED, _placed),
-    (["optimization_barrier"], _barred),
-    (["convert_element_type"], _cast),
-    (["unit_scale", "unit_scale_by"], _scaled),
-    (["reduce_precision"], _rounded),
-    (["straight_through"], _carried),
+_OF_NUMBERS = "no rule for it"
+_OF_AXES = "axes that share a scale, or a group of them, would be cut or mixed"
+_OF_KINDS = "kernels are joined if quantized in one way, along what is summed over in equal parts"
+
+_VIEWS: list[tuple[Collection[str], Callable[[Site, list[Any]], list[Any] | None], str]] = [
+    (JOINS, _joined, _OF_KINDS),
+    (SHAPED | CUTS, _shaped, _OF_AXES),
+    (PLACED, _placed, _OF_NUMBERS),
+    (["optimization_barrier"], _barred, _OF_NUMBERS),
+    (["convert_element_type"], _cast, "arrays of that dtype have no codes"),
+    (["unit_scale", "unit_scale_by"], _scaled, "the factor differs between what shares a scale"),
+    (["reduce_precision"], _rounded, _OF_NUMBERS),
+    (["straight_through"], _carried, "it is the carrier of another value"),
 ]
-"""How codes move, by primitive; any other move is made `_in_place`."""
+"""How codes move, and why they would not, by primitive; other moves are made `_in_place`."""
+
+
+def _row(name: str) -> tuple[Callable[[Site, list[Any]], list[Any] | None], str]:
+    found = [(make, why) for names, make, why in _VIEWS if name in names]
+    return found[0] if found else (_in_place, _OF_NUMBERS)
