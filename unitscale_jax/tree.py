@@ -86,6 +86,16 @@ def names(tree: Any, *, is_leaf: Callable[[Any], bool] | None = None) -> list[st
     return ["/".join(map(_word, _unboxed(path, siblings))) for path in paths]
 
 
+def owners(tree: Any) -> list[str]:
+    """For each array, in the order of `jax.tree.leaves`, the name of the parameter it belongs to.
+
+    Codes and their scales belong to one parameter, whose name has no words for them.
+    """
+    leaves = jax.tree.leaves(tree, is_leaf=is_compound)
+    named = zip(names(tree, is_leaf=is_compound), leaves, strict=True)
+    return [name for name, leaf in named for _ in jax.tree.leaves(leaf)]
+
+
 def _unboxed(path: tuple, siblings: Counter) -> tuple:
     boxed = path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value"
     return path[:-1] if boxed and siblings[path[:-1]] == 1 else path

@@ -84,8 +84,8 @@ def parameter(name: str) -> Origin:
 
 def origins(staged: Staged, params: Any) -> list[Origin]:
     """Where the operands of a call come from, whose first argument is `params`."""
-    names = trees.names(params)
-    origin = lambda k: parameter(names[k]) if k < len(names) else ACTIVATION
+    owners = trees.owners(params)
+    origin = lambda k: parameter(owners[k]) if k < len(owners) else ACTIVATION
     return [origin(k) for k in staged.positions]
 
 
