@@ -174,10 +174,73 @@ def test_agrees_under_vmap_over_seeds():
     chex.assert_trees_all_close(jax.vmap(two_steps)(grads), jnp.stack([*map(two_steps, grads)]))
 
 
-@pytest.mark.parametrize("parts", [0, -1, True])
+BAD_PARTS = [0, -1, True, 2.5, "2", None, lambda: 3, lambda step, more: 3]
+
+
+@pytest.mark.parametrize("parts", BAD_PARTS)
 def test_a_number_of_parts_that_is_none_is_an_error(parts):
-    with pytest.raises(ValueError, match="expected a positive int, or a schedule"):
+    with pytest.raises(ValueError, match="`parts` is .*expected a positive int, or a schedule"):
         us.multi_steps(optax.sgd(0.1), parts)
+
+
+def test_numbers_of_parts_of_any_integer_type_are_fine():
+    for parts in (2, np.int64(2), lambda step: 2, lambda step, most=2: jnp.int32(most)):
+        tx = us.multi_steps(optax.sgd(1.0), parts)
+        state = tx.init(PARAMS)
+        for want in (0, -1):
+            updates, state = tx.update({"w": jnp.ones(2)}, state, PARAMS)
+            assert updates["w"].tolist() == [want, want]
+
+
+@pytest.mark.parametrize("returned", [2.0, jnp.ones(2, jnp.int32)])
+def test_a_schedule_that_returns_no_integer_is_an_error(returned):
+    tx = us.multi_steps(optax.sgd(1.0), lambda step: returned)
+    with pytest.raises(ValueError, match="the schedule `parts` returned.*expected an integer scal"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("grads", "words"),
+    [
+        ({"w": jnp.ones(3)}, r"gradient of 'w' has shape \(3,\); expected \(2,\)"),
+        ({"w": jnp.ones(())}, r"gradient of 'w' has shape \(\); expected \(2,\)"),
+        ({"v": jnp.ones(2)}, "'w' is among the parameters and not among the gradients"),
+        ({"w": None}, "'w' is among the parameters and not among the gradients"),
+        ({"w": jnp.ones(2), "v": jnp.ones(2)}, "'v' is among the gradients and not among the para"),
+        ({"w": [jnp.ones(2)]}, "'w' is among the parameters and not among the gradients"),
+    ],
+)
+def test_gradients_of_other_parameters_name_the_leaf(grads, words):
+    tx = us.multi_steps(optax.sgd(1.0), 2)
+    for update in (tx.update, jax.jit(tx.update)):
+        with pytest.raises(ValueError, match=words):
+            update(grads, tx.init(PARAMS), PARAMS)
+
+
+def test_a_weight_is_a_scalar_of_at_least_zero():
+    tx = us.multi_steps(optax.sgd(1.0), 2)
+    for weight in (-1.0, -2, np.float32(-0.5), jnp.float32(-3)):
+        with pytest.raises(ValueError, match="`weight` is .*at least 0"):
+            tx.update(PARAMS, tx.init(PARAMS), PARAMS, weight=weight)
+    with pytest.raises(ValueError, match=r"`weight` has shape \(2,\); expected \(\)"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS, weight=jnp.ones(2))
+
+
+def test_a_part_whose_traced_weight_is_negative_is_left_out():
+    tx = us.multi_steps(optax.sgd(1.0), 2)
+    update, state = jax.jit(tx.update), tx.init(PARAMS)
+    for grad, weight in ((5.0, -1.0), (3.0, 2.0)):
+        updates, state = update({"w": jnp.full(2, grad)}, state, PARAMS, weight=weight)
+    assert updates["w"].tolist() == [-3, -3] and state.dropped == 1
+
+
+def test_a_value_is_the_mean_of_the_parts_that_had_one():
+    seen = lambda u, s, p=None, *, value=0.0, **_: (jax.tree.map(lambda g: 0 * g + value, u), s)
+    tx = us.multi_steps(optax.GradientTransformationExtraArgs(lambda p: (), seen), 3)
+    state = tx.init(PARAMS)
+    for extra in ({}, {"value": 2.0, "weight": 3.0}, {"value": 4.0}):
+        updates, state = tx.update({"w": jnp.ones(2)}, state, PARAMS, **extra)
+    assert updates["w"].tolist() == [2.5, 2.5]
 
 
 def test_integer_parameters_are_refused_by_name():

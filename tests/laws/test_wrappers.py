@@ -153,6 +153,20 @@ def test_a_shard_map_gives_what_is_outside(name, spec, check_vma):
     assert_same_bits(jax.jit(mapped)(params, grads), whole)
 
 
+@pytest.mark.parametrize("name", SKIPS)
+def test_without_the_checks_of_shard_map_devices_agree_also_if_no_axis_is_named(name):
+    """No type says that gradients differ between devices there."""
+    tx, (params, grads) = WRAPPERS[name](INNER), case(name)
+    mapped = jax.shard_map(
+        lambda p, g: scanned(tx, p, g)[0],
+        mesh=two_devices(),
+        in_specs=(P("dp"), P(None, "dp")),
+        out_specs=P("dp"),
+        check_vma=False,
+    )
+    assert_same_bits(jax.jit(mapped)(params, grads), outside(name)[0])
+
+
 @pytest.mark.parametrize("name", sorted(MASKS - {"sr_ste"}))
 def test_masks_of_shards_are_refused(name):
     tx, (params, grads) = WRAPPERS[name](INNER), case(name)
@@ -275,7 +289,15 @@ def test_a_score_of_a_user_that_adds_up_gradients_is_found_by_tracing():
         tx.init(params_of("float32"))
 
 
-@pytest.mark.parametrize("score", [prune.magnitude(), prune.saliency(), prune.random(0)])
+def mixed(state, grads, params, count):
+    """A score that a factor of the gradients would change."""
+    return jax.tree.map(lambda w, g: jnp.abs(w) + 9 * jnp.abs(g), params, grads)
+
+
+MIXED = prune.Score(lambda _: (), lambda state, *_: state, mixed)
+
+
+@pytest.mark.parametrize("score", [prune.saliency(), prune.random(0), MIXED])
 def test_other_scores_see_true_gradients_in_either_order(score):
     masked = lambda tx: prune.masked(tx, SPEC, prune.OneShot(2), score)
     params, grads = case("loss_scaled")

@@ -97,6 +97,12 @@ def test_flags_of_a_loss_scale_are_stacked_as_its_parameters():
     assert us.overflowing(state, params) == ["layers/1"]
 
 
+def test_flags_of_a_scanned_stack_are_those_of_its_array():
+    params, tx = {"layers": jnp.ones((2, 4))}, us.loss_scaled(optax.sgd(0.1), us.DynamicScale())
+    state = us.parallel.unstack(tx.init(us.parallel.stack(params, "layers", 2, axis=1)))
+    chex.assert_trees_all_equal(state, tx.init(params))
+
+
 def test_a_scanned_stack_becomes_stages_along_the_axis_of_its_layers():
     for axis in (0, 1):
         kernels = jnp.moveaxis(jnp.arange(24.0).reshape(4, 2, 3), 0, axis)
