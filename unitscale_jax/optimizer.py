@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
-from unitscale_jax.errors import wrong_shape
 from unitscale_jax.loss import Mean
 from unitscale_jax.trace import varying, varying_axes
 from unitscale_jax.typing import Axes, Params
@@ -250,21 +249,15 @@ def no_update(update: Any) -> jax.Array:
 
 
 def _check_state(old: Any, new: Any) -> None:
-    if jax.tree.structure(old) != jax.tree.structure(new):
+    change = trees.difference(old, new)
+    if change:
+        name, was, now = change
         raise TypeError(
-            "the inner transform changes the structure of its state from "
-            f"{jax.tree.structure(old)} to {jax.tree.structure(new)}; a step that can be skipped "
-            "needs both to be the same. Initialize with the parameters you update."
+            f"the inner transform changes its state {name!r} from {was} to {now}; a step that can "
+            "be skipped needs both to be the same. Initialize with the parameters you update; if "
+            "they are 16 bits wide and gradients float32, wrap it: "
+            "loss_scaled(low_precision_weights(inner, ...), ...)."
         )
-    before, after = jax.tree.leaves(old), jax.tree.leaves(new)
-    for name, x, y in zip(trees.names(old), before, after, strict=True):
-        if (jnp.shape(x), jnp.result_type(x)) != (y.shape, y.dtype):
-            raise TypeError(
-                f"the inner transform changes its state {name!r} from {jnp.result_type(x)}"
-                f"{jnp.shape(x)} to {y.dtype}{y.shape}; a step that can be skipped needs both to "
-                "be the same. If parameters are 16 bits wide and gradients float32, wrap it: "
-                "loss_scaled(low_precision_weights(inner, ...), ...)."
-            )
 
 
 # ------------------------------------------------------------------------- what gradients are like
@@ -301,7 +294,8 @@ def flaws(grads: Params, flags: Any, dropped: Any, *beside: Any, axes: Axes | No
         ValueError: The gradients have another structure than the flags, or vary over a manual axis
             that `axes` lacks.
     """
-    check_gradients(grads, flags, shapes=False)
+    names = lambda tree: jax.tree.map(lambda _: 0, tree)
+    check_gradients(names(grads), names(flags))
     bad = jax.tree.map(_is_bad, flags, grads)
     some, useless = _is_any(dropped), none_left(dropped) | ~trees.is_finite(beside)
     vector = jnp.concatenate([jnp.ravel(x) for x in (*jax.tree.leaves(bad), some, useless)])
@@ -317,32 +311,14 @@ def none_left(dropped: Any) -> jax.Array:
     return jnp.asarray(dropped.total) >= jnp.asarray(dropped.weight)
 
 
-def check_gradients(grads: Any, like: Any, *, shapes: bool = True) -> None:
-    """Raises `ValueError` naming the first gradient that is not that of a parameter.
-
-    Args:
-        grads: The gradients.
-        like: A tree in the structure of the parameters.
-        shapes: Whether its leaves have their shapes, too.
-    """
-    got, want = trees.named_leaves(grads), trees.named_leaves(like)
-    for name in [*want, *got]:
-        if (name in got) != (name in want):
-            here, there = ("gradients", "parameters")[:: 1 if name in got else -1]
-            raise ValueError(
-                f"{name or 'the tree'!r} is among the {here} and not among the {there}. Pass "
-                "gradients of the parameters that the optimizer was initialized with."
-            )
-        if shapes and jnp.shape(got[name]) != jnp.shape(want[name]):
-            what = f"the gradient of {name or 'the parameters'!r}"
-            raise ValueError(
-                f"{wrong_shape(what, jnp.shape(got[name]), jnp.shape(want[name]))} Pass gradients "
-                "of the parameters that the optimizer was initialized with."
-            )
-    if jax.tree.structure(grads) != jax.tree.structure(like):
+def check_gradients(grads: Any, like: Any) -> None:
+    """Raises `ValueError` naming the first gradient without its parameter's name or shape."""
+    change = trees.difference(like, grads, dtypes=False)
+    if change:
+        name, was, now = change
         raise ValueError(
-            f"gradients have the structure {jax.tree.structure(grads)}, and the parameters "
-            f"{jax.tree.structure(like)}. Pass both in the same containers."
+            f"the gradient of {name or 'the parameters'!r} is {now}, and the parameter is {was}. "
+            "Pass gradients of the parameters that the optimizer was initialized with."
         )
 
 

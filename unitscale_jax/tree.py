@@ -271,6 +271,26 @@ def select(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), on_true, on_false)
 
 
+def difference(old: Any, new: Any, *, dtypes: bool = True) -> tuple[str, str, str] | None:
+    """Where one tree first differs from another, in leaves, shapes, dtypes or containers.
+
+    Returns:
+        `(name, what it is in old, what it is in new)`; None if the trees are alike.
+
+    Example:
+        >>> difference({"w": jnp.ones(3)}, {"w": jnp.ones(2)}), difference({"w": 1}, {"w": 2})
+        (('w', 'float32(3,)', 'float32(2,)'), None)
+    """
+    kind = lambda x: f"{jnp.result_type(x) if dtypes else ''}{jnp.shape(x)}"
+    kinds = lambda tree: {name: kind(leaf) for name, leaf in named_leaves(tree).items()}
+    was, now = kinds(old), kinds(new)
+    for name in (*was, *now):
+        if was.get(name) != now.get(name):
+            return name, was.get(name, "nothing"), now.get(name, "nothing")
+    before, after = jax.tree.structure(old), jax.tree.structure(new)
+    return None if before == after else ("", str(before), str(after))
+
+
 def size(tree: Any) -> int:
     """How many numbers the leaves hold."""
     return sum(int(np.prod(np.shape(leaf))) for leaf in jax.tree.leaves(tree))

@@ -279,7 +279,7 @@ def test_what_is_no_gradient_station_or_no_optimizer_is_refused():
 def test_a_state_that_changes_its_structure_is_named():
     tx = scaled(INNER)
     state = tx.init(PARAMS)
-    with pytest.raises(ValueError, match="'var' is None, and before it was float32"):
+    with pytest.raises(ValueError, match="'var' is nothing, and before it was float32"):
         us.unless_skipped(state, {"mean": jnp.ones(2)}, {"mean": jnp.ones(2), "var": jnp.ones(2)})
-    with pytest.raises(ValueError, match=r"'mean' is float16\[2\], and before it was float32\[2\]"):
+    with pytest.raises(ValueError, match=r"'mean' is float16\(2,\), and .* float32\(2,\)"):
         us.unless_skipped(state, {"mean": jnp.ones(2, jnp.float16)}, {"mean": jnp.ones(2)})
