@@ -119,13 +119,3 @@ def test_a_solver_is_shown_with_its_equations():
     inside = [row for row in us.explain(solve)(PARAMS, X).rows if "not entered" in row.warnings]
     assert "triangular_solve" in [row.name for row in inside]
     assert not [w for _, w in us.explain(model)(PARAMS, X).warnings]
-
-
-def test_codes_bear_the_name_of_their_parameter():
-    """Rules and reports name parameters, whatever arrays stand for them."""
-    params, x = {"a": jnp.ones((4, 3)), "b": jnp.ones((4, 3))}, jnp.ones((2, 4))
-    joined = lambda p, x: x @ jnp.concatenate([p["a"], p["b"]], axis=1)
-    rules = {"*": us.DotSpec(w=us.QSpec(), x=us.QSpec())}
-    codes = us.quantize(params, us.resolve(rules, joined, params, x))
-    (row,) = us.explain(us.quantized(joined))(codes, x).products.rows
-    assert row.parameters == ("a", "b") and row.operands == ("int8", "int8")
