@@ -8,6 +8,7 @@ adds the way out, which it alone knows:
 """
 
 import difflib
+import pathlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -93,3 +94,33 @@ def _divisors(size: int) -> str:
         return "it is empty"
     low = [d for d in range(1, int(size**0.5) + 1) if size % d == 0]
     return f"its divisors are {', '.join(map(str, sorted({*low, *(size // d for d in low)})))}"
+
+
+def check_type(what: str, got: Any, kind: Any, wanted: str) -> None:
+    """Raises `TypeError` unless a value is of a type."""
+    if not isinstance(got, kind):
+        raise TypeError(expected(what, got, wanted))
+
+
+def check_callable(what: str, got: Any) -> None:
+    """Raises `TypeError` unless a value can be called."""
+    if not callable(got):
+        raise TypeError(expected(what, got, "a function"))
+
+
+def check_array(what: str, got: Any, ndim: int = 0) -> None:
+    """Raises `TypeError` unless a value is an array, and `ValueError` if it has too few axes."""
+    if not (hasattr(got, "shape") and hasattr(got, "dtype")):
+        raise TypeError(expected(what, got, "an array"))
+    if len(got.shape) < ndim:
+        raise ValueError(wrong_shape(what, got.shape, f"at least {ndim} axes"))
+
+
+def check_folder(path: pathlib.Path) -> None:
+    """Raises `OSError` unless a file may be written there, in words of the path that was asked."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory; expected the name of a file in it.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"{path} cannot be written: no such directory as {path.parent}. Make it first."
+        )

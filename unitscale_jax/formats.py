@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unitscale_jax.errors import check_type
 from unitscale_jax.typing import Array, DType, Key
 
 
@@ -125,6 +126,7 @@ def integers(bits: int, *, signed: bool = True) -> Format:
         >>> integers(8).min, integers(8).max, integers(4, signed=False).max
         (-128.0, 127.0, 15.0)
     """
+    check_type("bits", bits, int, "a number of bits")
     magnitude = bits - signed
     return Format(
         exponent_bits=0,

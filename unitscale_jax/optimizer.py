@@ -18,9 +18,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
+from unitscale_jax.errors import expected
 from unitscale_jax.loss import Mean
-from unitscale_jax.trace import varying, varying_axes
+from unitscale_jax.trace import devices_over, varying, varying_axes
 from unitscale_jax.typing import Axes, Params
+
+
+def check_optimizer(tx: Any, technique: str) -> None:
+    """Raises `TypeError` unless `tx` is an optimizer."""
+    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+        raise TypeError(
+            expected(f"what {technique} goes around", tx, "an optimizer, as optax.adam(1e-3)")
+        )
+
 
 # ----------------------------------------------------------------------- states, inside to outside
 
@@ -363,6 +373,7 @@ def _anywhere(flags: jax.Array, axes: Axes | None) -> jax.Array:
             f"devices would disagree about the scale. Pass axes={(*axes, *forgotten)}."
         )
     over = sorted(own) if axes is None else [*axes]
+    devices_over(over)
     # Without the checks of `shard_map` not even the index of a device varies, by its type.
     if not any(varying_axes(jax.lax.axis_index(axis)) for axis in manual):
         over = [*dict.fromkeys((*over, *manual))]

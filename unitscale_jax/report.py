@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 
+from unitscale_jax.errors import check_callable
 from unitscale_jax.trace import (
     PRODUCTS,
     Cost,
@@ -158,6 +159,7 @@ def explain(fn: Callable[..., Any]) -> Callable[..., Report]:
         >>> report.rows[-3].notes
         {'autocast': 'low', 'before': 'float32 float32'}
     """
+    check_callable("fn", fn)
 
     def explain_fn(*args: Any, **kwargs: Any) -> Report:
         with taking_notes() as notes:

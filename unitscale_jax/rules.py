@@ -17,7 +17,7 @@ from typing import Any, TypeAlias, TypeVar
 import jax
 
 from unitscale_jax import tree as trees
-from unitscale_jax.errors import closest
+from unitscale_jax.errors import check_type, closest
 
 Value = TypeVar("Value")
 Item = TypeVar("Item", bound=Hashable)
@@ -130,6 +130,7 @@ def pairs_of(rules: Rules[Value]) -> list[tuple[Pattern, Value]]:
     Raises:
         TypeError: A rule is not a pair of a pattern and a value.
     """
+    check_type("rules", rules, Mapping | Iterable, "pairs (pattern, value), or a dict")
     pairs = list(rules.items()) if isinstance(rules, Mapping) else list(rules)
     for index, pair in enumerate(pairs):
         good = isinstance(pair, tuple | list) and len(pair) == 2
@@ -150,6 +151,7 @@ def matches(pattern: Pattern, name: str) -> bool:
         >>> matches(re.compile(r".*layer_[02]/.*"), "decoder/layer_2/kernel")
         True
     """
+    check_type("pattern", pattern, str | re.Pattern, "a glob or a compiled regular expression")
     regex = _glob(pattern) if isinstance(pattern, str) else pattern
     return regex.fullmatch(name) is not None
 
@@ -183,4 +185,5 @@ def _hidden(index: int, patterns: Sequence[Pattern], earlier: Sequence[int], cou
 
 def text_of(pattern: Pattern) -> str:
     """A pattern as the user wrote it."""
+    check_type("pattern", pattern, str | re.Pattern, "a glob or a compiled regular expression")
     return pattern if isinstance(pattern, str) else pattern.pattern

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unitscale_jax.errors import closest
+from unitscale_jax.errors import check_callable, closest
 from unitscale_jax.typing import DType
 
 
@@ -67,6 +67,7 @@ def values_of(leaf: Any) -> Any:
 
 def over_values(change: Callable[..., Any], leaf: Any, *others: Any) -> Any:
     """`change` of the arrays that are the parameter, put where that of the first leaf was."""
+    check_callable("change", change)
     new = change(*map(values_of, (leaf, *others)))
     return leaf.with_values(new) if is_compound(leaf) else new
 
@@ -139,6 +140,7 @@ def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
         >>> map_named(lambda name, x: f"{name}={x}", {"a": 1, "b": 2})
         {'a': 'a=1', 'b': 'b=2'}
     """
+    check_callable("fn", fn)
     keys = jax.tree.unflatten(jax.tree.structure(tree), names(tree))
     return jax.tree.map(lambda leaf, name, *others: fn(name, leaf, *others), tree, keys, *rest)
 
@@ -221,6 +223,7 @@ def partition(tree: Any, predicate: Callable[[str, Any], bool]) -> tuple[Any, An
         >>> selected, rest, combine(selected, rest)
         ({'step': None, 'w': 1.5}, {'step': 2, 'w': None}, {'step': 2, 'w': 1.5})
     """
+    check_callable("predicate", predicate)
     leaves, structure = jax.tree.flatten(tree, is_leaf=is_compound)
     named = list(zip(names(tree, is_leaf=is_compound), leaves, strict=True))
     chosen = [predicate(name, leaf) for name, leaf in named]

@@ -78,7 +78,7 @@ def test_a_quantized_parameter_stays_if_the_spec_is_its_own():
     ("leaf", "chosen", "message"),
     [
         (weight(8, 4), us.DotSpec(), "rule for a/w does not say which axes share a scale.*resolve"),
-        (jnp.ones((8, 4), int), INT8, "a/w is int32; only floating parameters are quantized"),
+        (jnp.ones((8, 4), int), INT8, "a/w is int32; only floats have codes"),
         (weight(8), INT8, r"a/w has shape \(8,\) and no axes \(-2,\)"),
         (
             weight(12, 4),

@@ -32,7 +32,16 @@ from unitscale_jax.loss import (
     split,
     weight_slice,
 )
-from unitscale_jax.trace import Traced, agree, as_arrays, trace, varying, varying_axes, zeros
+from unitscale_jax.trace import (
+    Traced,
+    agree,
+    as_arrays,
+    devices_over,
+    trace,
+    varying,
+    varying_axes,
+    zeros,
+)
 from unitscale_jax.typing import Axes, Batch, Loss, Params, State
 
 
@@ -93,6 +102,7 @@ def accumulated(
     def call(params: Params, batch: Batch, given: Given) -> tuple[Terms, Any, Params]:
         if nonfinite == "drop":
             _check_drop(given.denominators)
+        devices_over(axes)
         rows, state = row_count(batch), given.state
         key = keys_of_rows(given.key, rows, start=_first_row(axes, rows))
         stacked = split(batch, key, given.valid, rows, parts, mask)

@@ -23,6 +23,7 @@ from unitscale_jax.optimizer import (
     MultiStepsState,
     applied,
     check_gradients,
+    check_optimizer,
     find_state,
     flaws,
     step_or_skip,
@@ -71,6 +72,7 @@ def multi_steps(
         -0.0
         -0.2
     """
+    check_optimizer(inner, "multi_steps")
     _check_parts(parts)
     inner = optax.with_extra_args_support(inner)
 

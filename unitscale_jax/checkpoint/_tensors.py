@@ -27,6 +27,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from unitscale_jax.checkpoint import _files
+from unitscale_jax.errors import check_folder
 
 _DTYPES = {  # safetensors' name of each dtype that a file may hold
     "float64": "F64",
@@ -104,7 +105,7 @@ def replace_file(path: pathlib.Path, put: Callable[[BinaryIO], Any]) -> None:
         FileNotFoundError: Its folder does not exist.
         IsADirectoryError: It is a directory.
     """
-    _check_place(path)
+    check_folder(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with unfinished.open("wb") as opened:
@@ -114,15 +115,6 @@ def replace_file(path: pathlib.Path, put: Callable[[BinaryIO], Any]) -> None:
         _files.sync(path.absolute().parent)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def _check_place(path: pathlib.Path) -> None:
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a directory; expected the name of a file in it.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(
-            f"{path} cannot be written: no such directory as {path.parent}. Make it first."
-        )
 
 
 def on_host(name: str, array: Any) -> np.ndarray:

@@ -26,6 +26,7 @@ from unitscale_jax.distill._losses import (
     normalizer,
     sum_dtype,
 )
+from unitscale_jax.errors import check_array, check_callable, check_type
 
 
 @functools.partial(
@@ -68,6 +69,7 @@ def top_k(logits: jax.Array, k: int, temperature: float = 1.0) -> TopK:
         >>> cache.indices.tolist(), round(abs(cache.log_z.item()), 6)
         ([1, 3], 0.0)
     """
+    check_array("logits", logits, 1)
     check_temperature(temperature)
     if not is_known(temperature):
         raise ValueError(
@@ -106,6 +108,7 @@ def kl_top_k(cache: TopK, s: jax.Array, *, renormalized: bool = False) -> jax.Ar
         >>> round(kl_top_k(top_k(t, 2), t, renormalized=True).item(), 4)
         0.2877
     """
+    check_type("cache", cache, TopK, "what us.distill.top_k returns")
     s = jnp.asarray(s)
     size, k = s.shape[-1], cache.indices.shape[-1]
     if cache.indices.shape[:-1] != s.shape[:-1] or k > size:
@@ -146,6 +149,7 @@ def cache_top_k(
         >>> [cache.indices.tolist() for cache in cache_top_k(squares, [jnp.array([1.0, -1.0])], 1)]
         [[[3], [0]]]
     """
+    check_callable("teacher", teacher)
     check_temperature(temperature)
     step = jax.jit(lambda *inputs: top_k(teacher(*inputs), k, temperature))
     inputs = (batch if isinstance(batch, tuple) else (batch,) for batch in batches)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 
 from unitscale_jax import rules, tree as trees
+from unitscale_jax.errors import check_type
 from unitscale_jax.loss import around
 from unitscale_jax.trace import (
     Conv,
@@ -64,6 +65,7 @@ def features(
         >>> y.shape, found["hidden"].shape
         ((3, 1), (3, 2))
     """
+    check_type("named", named, Mapping, "addresses by name")
     wanted = {feature: _parsed(feature, address) for feature, address in named.items()}
 
     @around(apply, "features")

@@ -33,7 +33,7 @@ from unitscale_jax.distill._heads import (
     times,
 )
 from unitscale_jax.distill._losses import check_temperature, divergence
-from unitscale_jax.errors import expected, wrong_shape
+from unitscale_jax.errors import check_array, expected, wrong_shape
 from unitscale_jax.trace import varying, varying_axes
 
 
@@ -79,6 +79,7 @@ def chunked_kl(
         >>> bool(jnp.allclose(pieces, us.distill.kl(h @ w, h @ (2 * w)).sum()))
         True
     """
+    check_array("h_t", h_t, 1)
     _check(h_t, w_t, h_s, w_s, chunk, over, axis_name)
     check_temperature(temperature)
     rows = h_s.shape[:-1]

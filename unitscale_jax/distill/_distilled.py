@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from unitscale_jax import tree as trees
 from unitscale_jax.distill._losses import is_known, sum_dtype
+from unitscale_jax.errors import check_callable
 from unitscale_jax.loss import Mean, around, check_names
 from unitscale_jax.typing import Apply, Batch, DType, Loss, Params
 
@@ -145,6 +146,7 @@ def teacher(apply: Apply, params: Params, *, dtype: DType | None = None) -> jax.
         >>> double(3.0).item(), jax.grad(double)(3.0).item(), jax.tree.leaves(double)[0].item()
         (6.0, 0.0, 2.0)
     """
+    check_callable("apply", apply)
     params = params if dtype is None else trees.cast(params, dtype)
     return jax.tree_util.Partial(_Frozen(apply), params)
 

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax.distill._losses import divergence_of_logits, fixed, sum_dtype
+from unitscale_jax.errors import check_type
 
 
 def hidden_mse(
@@ -193,6 +194,7 @@ def layer_map(teacher: int, student: int) -> tuple[int, ...]:
         >>> layer_map(12, 4)  # the last of each three
         (2, 5, 8, 11)
     """
+    check_type("teacher", teacher, int, "how many layers the teacher has")
     if student < 1 or teacher % student:
         raise ValueError(
             f"{student} layers of the student do not divide the teacher's {teacher}. Choose pairs "

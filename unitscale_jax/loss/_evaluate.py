@@ -30,6 +30,8 @@ def _call(loss: Loss, params: Params, batch: Batch, given: Given) -> tuple[dict[
     terms, aux = out if isinstance(out, tuple) and len(out) == 2 else (out, None)
     named = terms if isinstance(terms, Mapping) else {"loss": terms}
     named = {str(name): term for name, term in named.items()}
+    if not named:
+        raise ValueError("the loss returned no terms; expected a us.Mean, or a dict with one.")
     check_names(named, RESERVED, "the stations around it, as us.accumulated,")
     return named, aux
 

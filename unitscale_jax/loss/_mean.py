@@ -1,6 +1,7 @@
 """A sum and how many items it sums over, the form in which every loss and metric travels."""
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from unitscale_jax import tree as trees
+from unitscale_jax.errors import check_type
 from unitscale_jax.typing import DType
 
 
@@ -67,5 +69,6 @@ def loss_value(terms: Terms) -> jax.Array:
         >>> float(loss_value({"ce": us.Mean(6.0, 3), "z": us.Mean(8.0, 4, coef=0.5)}))
         3.0
     """
+    check_type("terms", terms, Mapping, "the terms of a us.Grad, by name")
     values = [m.value * jnp.asarray(m.coef, m.value.dtype) for m in terms.values()]
     return functools.reduce(jnp.add, values) if values else jnp.float32(0)

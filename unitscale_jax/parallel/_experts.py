@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from unitscale_jax import tree as trees
-from unitscale_jax.trace import varying
+from unitscale_jax.trace import devices_over, varying
 from unitscale_jax.typing import Array, Params
 
 
@@ -116,7 +116,7 @@ class _Route(NamedTuple):
 
 def _route(choices: jax.Array, local: int, axis: str, capacity: int | None) -> _Route:
     """Sorts choices by expert; those of one device's experts stand together, the earlier first."""
-    n, (rows, k) = lax.axis_size(axis), choices.shape
+    n, (rows, k) = devices_over(axis), choices.shape
     most = rows if capacity is None else min(capacity, rows)
     slots = min(rows * min(k, local), local * most)
     flat = choices.reshape(-1)

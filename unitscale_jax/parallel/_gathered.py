@@ -19,11 +19,20 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from unitscale_jax import tree as trees
+from unitscale_jax.errors import check_type
 from unitscale_jax.loss import around
 from unitscale_jax.parallel._context import under
 from unitscale_jax.parallel._layout import Layout
 from unitscale_jax.parallel._specs import Held, held, spec_of
-from unitscale_jax.trace import MOVES, Rewriter, Site, primitives_of, stage, varying
+from unitscale_jax.trace import (
+    MOVES,
+    Rewriter,
+    Site,
+    devices_over,
+    primitives_of,
+    stage,
+    varying,
+)
 
 
 def gathered(fn: Callable[..., Any], layout: Layout, over: str = "dp") -> Callable[..., Any]:
@@ -60,6 +69,7 @@ def gathered(fn: Callable[..., Any], layout: Layout, over: str = "dp") -> Callab
         >>> bool(jnp.allclose(grads["layers"], us.value_and_grad(loss)(params, x)[2]["layers"]))
         True
     """
+    check_type("layout", layout, Layout, "a us.parallel.Layout")
     laid = layout.over(over)
 
     @around(fn, "gathered")
@@ -140,7 +150,7 @@ def _gather(
 
 
 def _shares(params: Any, layout: Layout, laid: Layout, over: str) -> list[Any]:
-    n, out = lax.axis_size(over), []
+    n, out = devices_over(over), []
     for name, leaf in trees.named_leaves(params).items():
         by = held(laid.by_name[name], leaf.ndim)
         dim = next((k for k, axes in enumerate(by) if over in axes), None)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec as P
 
 from unitscale_jax import tree as trees
+from unitscale_jax.errors import check_callable
 from unitscale_jax.parallel._divide import Graph, divided
 from unitscale_jax.parallel._layout import Layout, Missing, abstract, no_axis
 from unitscale_jax.parallel._meets import Factors, factors_of
@@ -83,6 +84,7 @@ def infer(
         all                                  272  on each device
         forward sum of (4, 8): down
     """
+    check_callable("fn", fn)
     leaves = trees.named_leaves(params, is_leaf=trees.is_compound)
     for name, leaf in leaves.items():
         if trees.is_compound(leaf):

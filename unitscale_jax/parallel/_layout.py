@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec as P
 
 from unitscale_jax import rules as named_rules, tree as trees
-from unitscale_jax.errors import unknown
+from unitscale_jax.errors import check_type, unknown
 from unitscale_jax.parallel._specs import (
     WHOLE,
     fitted,
@@ -229,6 +229,7 @@ def shard(tree: Any, layout: Layout) -> Any:
         >>> us.parallel.shard(params, lay)["w"].addressable_shards[0].data.shape
         (8, 4)
     """
+    check_type("layout", layout, Layout, "a us.parallel.Layout")
     return jax.tree.map(_put, tree, layout.shardings(tree))
 
 

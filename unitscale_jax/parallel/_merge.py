@@ -20,8 +20,9 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from unitscale_jax import tree as trees
+from unitscale_jax.errors import check_type
 from unitscale_jax.parallel._context import axis_size
-from unitscale_jax.trace import varying, varying_axes
+from unitscale_jax.trace import devices_over, varying, varying_axes
 from unitscale_jax.typing import Apply, Params
 
 How: TypeAlias = Literal["sum", "mean", "concat", "weighted", "vote"] | Callable[[Any], Any]
@@ -66,6 +67,7 @@ def merged(
         >>> float(value), float(grad)
         (15.0, 8.0)
     """
+    check_type("fns", fns, Callable | Sequence, "a function, or one for each sub-model")
     if not (callable(how) or how in HOWS):
         raise ValueError(f"how={how!r}; choose one of {HOWS}, or give a function of the outputs.")
 
@@ -162,6 +164,7 @@ def pack(forest: Sequence[Any]) -> Packed:
         >>> pack([{"w": jnp.ones((4, 8))}, {"w": jnp.ones((4, 2)), "b": jnp.ones(2)}])
         Packed(2 trees, 128 B a row, 256 B in all, 88 B of padding)
     """
+    check_type("forest", forest, Sequence, "trees of parameters")
     if not forest:
         raise ValueError("pack got no trees; give one for each sub-model.")
     flat = [jax.tree.flatten(jax.tree.map(jnp.asarray, tree)) for tree in forest]
@@ -184,6 +187,7 @@ def unpack(packed: Packed, i: int, row: Any = None) -> Any:
     Returns:
         A pytree as it was packed.
     """
+    check_type("packed", packed, Packed, "what us.parallel.pack returns")
     form, ends, out = packed.forms[i], dict.fromkeys(packed.rows, 0), []
     for shape, name in form.leaves:
         start, size = ends[name], int(np.prod(shape, dtype=object))
@@ -212,7 +216,7 @@ def _body(
 ) -> Any:
     """Outputs of the device's sub-models, merged as far as it goes without the others."""
     count = len(models)
-    each = count // lax.axis_size(axis)
+    each = count // devices_over(axis)
     inputs, weights = varying((inputs, weights), [axis])
     made = []
     for k in range(each):

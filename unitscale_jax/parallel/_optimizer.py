@@ -8,6 +8,7 @@ from typing import Any
 
 import optax
 
+from unitscale_jax.optimizer import check_optimizer
 from unitscale_jax.parallel._layout import Layout, shard
 from unitscale_jax.typing import Params
 
@@ -39,6 +40,7 @@ def sharded(
         >>> jax.jit(tx.update)(params, state, params)[0]["w"].sharding.is_fully_replicated
         True
     """
+    check_optimizer(inner, "sharded")
     inner = optax.with_extra_args_support(inner)
     held = layout if state is None else state
 

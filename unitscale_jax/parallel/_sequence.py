@@ -20,9 +20,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from unitscale_jax import tree as trees
+from unitscale_jax.errors import check_array, check_type
 from unitscale_jax.fwd_bwd import match_vma
 from unitscale_jax.parallel._tensor import around
-from unitscale_jax.trace import agree, varying
+from unitscale_jax.trace import agree, devices_over, varying
 from unitscale_jax.typing import Array
 
 
@@ -73,6 +74,7 @@ def ring_attention(
     Law: attention of one device over the whole sequence, with its gradients. There is no forward
     mode.
     """
+    check_array("query", query, 3)
     _check(query, key, value, causal, deterministic or not dropout_rate)
     heads = key.shape[-2], query.shape[-2] // key.shape[-2]
     q = query.reshape(*query.shape[:-2], *heads, query.shape[-1])
@@ -111,7 +113,8 @@ def ulysses_attention(
     Law: `attention_fn` of one device, with its gradients. Four messages of the size of the
     device's rows, whatever n is, where a ring sends all keys and values.
     """
-    n = lax.axis_size(axis)
+    check_array("query", query, 3)
+    n = devices_over(axis)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.shape[-2] % n:
             raise ValueError(
@@ -141,6 +144,7 @@ def stripe(x: Array, parts: int, dim: int = 1) -> jax.Array:
         >>> us.parallel.stripe(jnp.arange(6), 2, dim=0).tolist()
         [0, 2, 4, 1, 3, 5]
     """
+    check_array("x", x, 1)
     shape, dim = jnp.shape(x), dim % jnp.ndim(x)
     split = jnp.reshape(x, (*shape[:dim], shape[dim] // parts, parts, *shape[dim + 1 :]))
     return split.swapaxes(dim, dim + 1).reshape(shape)
@@ -153,6 +157,7 @@ def unstripe(x: Array, parts: int, dim: int = 1) -> jax.Array:
         >>> us.parallel.unstripe(us.parallel.stripe(jnp.arange(6), 2, dim=0), 2, dim=0).tolist()
         [0, 1, 2, 3, 4, 5]
     """
+    check_array("x", x, 1)
     return stripe(x, jnp.shape(x)[dim] // parts, dim)
 
 
@@ -167,6 +172,8 @@ def row_positions(rows: int, axis: str, *, striped: bool = False) -> jax.Array:
     Returns:
         `(rows,)`, int32.
     """
+    check_type("rows", rows, int, "how many rows the device has")
+    devices_over(axis)
     return _positions(lax.axis_index(axis), rows, axis, striped)
 
 
@@ -283,7 +290,7 @@ def _around(
     ring: _Ring, with_block: Callable[..., Any], start: Any, block: Any, traveling: Any = None
 ) -> tuple[Any, Any]:
     """Meets every device's block once; what is added to a block's `traveling` sums goes with it."""
-    n = lax.axis_size(ring.axis)
+    n = devices_over(ring.axis)
     send = lambda tree: jax.tree.map(lambda x: lax.ppermute(x, ring.axis, around(n)), tree)
 
     def meet(kept: Any, block: Any, sums: Any, step: Any) -> tuple[Any, Any]:
@@ -314,7 +321,7 @@ def _scores(
     """`(.., kv_heads, rows, groups, keys)` of a piece, -inf where a query may not see a key."""
     part = q[..., piece, :, :, :]
     scores = _einsum("...nhgd,...khd->...hngk", part, k, trees.wide(q.dtype)) * ring.scale
-    n, me = lax.axis_size(ring.axis), lax.axis_index(ring.axis)
+    n, me = devices_over(ring.axis), lax.axis_index(ring.axis)
     where = functools.partial(_positions, axis=ring.axis, striped=ring.striped)
     theirs = where((me - step) % n, k.shape[-3])
     if ring.causal:
@@ -350,7 +357,7 @@ def _padded(x: jax.Array, rows: int) -> jax.Array:
 
 def _positions(device: Any, rows: int, axis: str, striped: bool) -> jax.Array:
     index = jnp.arange(rows, dtype=jnp.int32)
-    return index * lax.axis_size(axis) + device if striped else device * rows + index
+    return index * devices_over(axis) + device if striped else device * rows + index
 
 
 def _finite(x: jax.Array) -> jax.Array:
@@ -365,7 +372,7 @@ def _of_all_keys(mask: Any, keys: int, heads: tuple[int, int], axis: str) -> Any
     """A mask `(.., heads, rows, all keys)` as scores are laid out."""
     if mask is None:
         return None
-    n = lax.axis_size(axis)
+    n = devices_over(axis)
     if mask.shape[-1] != keys * n:
         raise ValueError(
             f"ring_attention got a mask of {mask.shape[-1]} keys; {axis}={n} devices have "

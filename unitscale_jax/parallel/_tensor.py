@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from unitscale_jax.trace import varying, zeros
+from unitscale_jax.errors import check_array
+from unitscale_jax.trace import devices_over, varying, zeros
 from unitscale_jax.typing import Array
 
 
@@ -41,6 +42,7 @@ def column(x: Array, w: Array, bias: Array | None = None) -> jax.Array:
         ...     bool((split(x, w) == x @ w).all())
         True
     """
+    check_array("x", x, 1)
     y = jnp.tensordot(x, w, 1)
     return y if bias is None else y + bias
 
@@ -68,6 +70,8 @@ def row(h: Array, w: Array, bias: Array | None = None, *, axis: str) -> jax.Arra
         ...     bool((split(h, w) == h @ w).all())
         True
     """
+    check_array("h", h, 1)
+    devices_over(axis)
     y = lax.psum(jnp.tensordot(h, w, jnp.ndim(w) - 1), axis)
     return y if bias is None else y + bias
 
@@ -83,6 +87,8 @@ def enter_sequence(x: Array, axis: str, *, dim: int = -2) -> jax.Array:
     Returns:
         `(.., rows, width)`. All devices have the same, though its type varies over the axis.
     """
+    check_array("x", x, 1)
+    devices_over(axis)
     return lax.all_gather(x, axis, axis=dim % jnp.ndim(x), tiled=True)
 
 
@@ -114,6 +120,7 @@ def exit_sequence(partial: Array, axis: str, *, dim: int = -2) -> jax.Array:
         ...     bool((split(h, w) == h @ w).all())
         True
     """
+    check_array("partial", partial, 1)
     dim %= jnp.ndim(partial)
     check_rows(jnp.shape(partial)[dim], axis, "exit_sequence")
     return lax.psum_scatter(partial, axis, scatter_dimension=dim, tiled=True)
@@ -138,8 +145,9 @@ def ring_matmul(x: Array, w: Array, axis: str, *, dim: int = -2) -> jax.Array:
     Raises:
         ValueError: `dim` is the last axis, which the product sums over.
     """
+    check_array("x", x, 1)
     dim = _rows_dim(x, dim, "ring_matmul")
-    n, me, rows = lax.axis_size(axis), lax.axis_index(axis), x.shape[dim]
+    n, me, rows = devices_over(axis), lax.axis_index(axis), x.shape[dim]
     x, out = varying(x, [axis]), None
     for k in range(n):
         coming = lax.ppermute(x, axis, around(n)) if k < n - 1 else x
@@ -171,8 +179,9 @@ def ring_scatter(h: Array, w: Array, axis: str, *, dim: int = -2) -> jax.Array:
     Raises:
         ValueError: The axis does not divide the rows, or `dim` is the last axis.
     """
+    check_array("h", h, 1)
     dim = _rows_dim(h, dim, "ring_scatter")
-    n, me = lax.axis_size(axis), lax.axis_index(axis)
+    n, me = devices_over(axis), lax.axis_index(axis)
     rows = check_rows(h.shape[dim], axis, "ring_scatter")
     # The sum that ends here was begun by the next device, and each has added what it has of it.
     piece = lambda k: lax.dynamic_slice_in_dim(h, (me - k - 1) % n * rows, rows, dim)
@@ -193,7 +202,7 @@ def check_rows(rows: int, axis: str, name: str) -> int:
     Raises:
         ValueError: The axis does not divide them.
     """
-    n = lax.axis_size(axis)
+    n = devices_over(axis)
     if rows % n:
         raise ValueError(
             f"{name} splits {rows} rows over {axis}={n}, which does not divide them. Pad the rows "

@@ -13,7 +13,9 @@ import numpy as np
 from jax import lax
 
 from unitscale_jax import tree as trees
+from unitscale_jax.errors import check_array
 from unitscale_jax.parallel._tensor import exit_sequence
+from unitscale_jax.trace import devices_over
 from unitscale_jax.typing import Array
 
 
@@ -43,6 +45,8 @@ def vocab_loss(logits: Array, labels: Array, axis: str, *, vocab: int | None = N
         >>> [round(g, 3) for g in grads[0].tolist()]  # softmax, less one at the label
         [0.1, 0.2, -0.7, 0.4]
     """
+    check_array("logits", logits, 1)
+    devices_over(axis)
     logits = _real(logits, axis, vocab)
     at_label = _words(logits, axis) == jnp.asarray(labels).astype(jnp.int32)[..., None]
     target = lax.psum(jnp.sum(jnp.where(at_label, logits, 0), axis=-1), axis)
@@ -60,6 +64,8 @@ def vocab_logsumexp(logits: Array, axis: str, *, vocab: int | None = None) -> ja
     Returns:
         `(..)`, float32 or wider, the same on all devices; -inf where all logits are.
     """
+    check_array("logits", logits, 1)
+    devices_over(axis)
     logits = _real(logits, axis, vocab)
     # The largest is a constant of the equation, and pmax has no derivative.
     largest = lax.pmax(lax.stop_gradient(jnp.max(logits, axis=-1)), axis)
@@ -78,6 +84,8 @@ def vocab_argmax(logits: Array, axis: str, *, vocab: int | None = None) -> jax.A
     Returns:
         `(..)`, int32 over the whole vocabulary, the same on all devices.
     """
+    check_array("logits", logits, 1)
+    devices_over(axis)
     logits = _real(logits, axis, vocab)
     logits = jnp.where(jnp.isnan(logits), jnp.inf, logits)  # first, as for jnp.argmax
     best = jnp.max(logits, axis=-1)
@@ -110,6 +118,8 @@ def vocab_embed(table: Array, ids: Array, axis: str, *, sequence: int | None = N
         ...     split(table, ids).tolist()
         [[0.0, 1.0], [10.0, 11.0], [14.0, 15.0]]
     """
+    check_array("table", table, 2)
+    devices_over(axis)
     rows = table.shape[0]
     here = jnp.asarray(ids).astype(jnp.int32) - lax.axis_index(axis) * rows
     mine = (here >= 0) & (here < rows)

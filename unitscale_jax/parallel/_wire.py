@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from unitscale_jax.trace import devices_over
+
 WireDType: TypeAlias = Literal["bfloat16", "int8"]
 BLOCK = 2048
 """Numbers that share a scale: a scale of 4 bytes is then 0.2 % of their codes."""
@@ -47,7 +49,7 @@ def summed(x: jax.Array, axis: str, wire: WireDType | None, *, dim: int | None =
         if dim is None:
             return Summed(lax.psum(x, axis), None)
         return Summed(lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True), None)
-    n, exact = lax.axis_size(axis), x.astype(jnp.float32)
+    n, exact = devices_over(axis), x.astype(jnp.float32)
     shares = _dealt(exact, n) if dim is None else _cut(exact, n, dim)  # (n, share), row j for j
     sent = _encoded(shares, wire)
     swap = lambda codes: lax.all_to_all(codes, axis, 0, 0, tiled=True)

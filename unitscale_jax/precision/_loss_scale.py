@@ -29,6 +29,7 @@ from unitscale_jax.loss import Mean
 from unitscale_jax.optimizer import (
     LossScaleState,
     applied,
+    check_optimizer,
     find_state,
     flaws,
     step_or_skip,
@@ -80,6 +81,7 @@ def loss_scaled(
         >>> updates == 0, current_scale(state).item(), state.skipped.item()
         (Array(True, dtype=bool), 8.0, 1)
     """
+    check_optimizer(inner, "loss_scaled")
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Params) -> Any:

@@ -21,6 +21,7 @@ from unitscale_jax.optimizer import (
     LowPrecisionState,
     MaskedState,
     MultiStepsState,
+    check_optimizer,
     refuse_inside,
 )
 from unitscale_jax.typing import Key, Params
@@ -71,6 +72,7 @@ def low_precision_weights(
         >>> params.item(), state.owed.item()
         (1.0078125, 0.0)
     """
+    check_optimizer(inner, "low_precision_weights")
     _check_rounding(rounding, key)
     inner = optax.with_extra_args_support(inner)
 

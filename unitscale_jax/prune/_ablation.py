@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from unitscale_jax.errors import check_callable
 from unitscale_jax.loss import Mean, Terms, evaluate, loss_value
 from unitscale_jax.prune._compact import compact
 from unitscale_jax.prune._compacted import compacted
@@ -44,6 +45,7 @@ def loss_increase(
         >>> loss_increase(loss, params, [x], plans).tolist()  # 1 / 2 and 9 / 2, of 10 / 2
         [-4.5, -0.5]
     """
+    check_callable("loss", loss)
     those = list(batches)
     if not those:
         raise ValueError("there are no batches to try plans on; an iterator may have been used up.")
@@ -76,6 +78,7 @@ def layer_losses(
     Raises:
         ValueError: The graph has no group of layers; as `loss_increase`.
     """
+    check_callable("loss", loss)
     those = list(batches)
     layers = [group for group in graph.groups if "layer" in group.flags]
     if not layers:

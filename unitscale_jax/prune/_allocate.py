@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from unitscale_jax import rules as named_rules
+from unitscale_jax.errors import check_type
 from unitscale_jax.prune._select import MOST
 
 EVERYWHERE = ""
@@ -64,6 +65,7 @@ def kept(n: int, sparsity: float) -> int:
         >>> kept(10, 0.25), kept(10, 0.35), kept(6, 0.25), kept(200_000_003, 0.9)
         (8, 6, 4, 20000000)
     """
+    check_type("n", n, int | np.integer, "how many there are")
     return n - round(n * float(sparsity))
 
 
@@ -74,6 +76,7 @@ def uniform(layers: Sequence[Layer], sparsity: float) -> Counts:
         >>> uniform([Layer("a", (2, 5), 10), Layer("b", (2, 3), 6)], 0.25)
         {'a': array(8, dtype=int32), 'b': array(4, dtype=int32)}
     """
+    check_type("layers", layers, Sequence, "a list of layers")
     return {layer.name: np.asarray(kept(layer.units, sparsity), np.int32) for layer in layers}
 
 
@@ -94,6 +97,7 @@ def erk(layers: Sequence[Layer], sparsity: float) -> Counts:
         >>> {name: int(count) for name, count in counts.items()}
         {'a': 18714, 'b': 6906, 'c': 1000}
     """
+    check_type("layers", layers, Sequence, "a list of layers")
     copies = [(n, sum(layer.shape) / math.prod(layer.shape)) for n, layer in _copies(layers, "erk")]
     sizes, ratios = (np.array(column, np.float64) for column in _columns(copies))
     total = kept(int(sizes.sum()), sparsity)
@@ -112,6 +116,7 @@ def global_(layers: Sequence[Layer], sparsity: float) -> Counts:
         >>> global_([Layer("a", (2, 5), 10), Layer("b", (2, 3), 6)], 0.25)
         {'': array(12, dtype=int32)}
     """
+    check_type("layers", layers, Sequence, "a list of layers")
     total = sum(n for n, _ in _copies(layers, "global_"))
     if total > MOST:
         raise ValueError(

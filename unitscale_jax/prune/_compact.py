@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
+from unitscale_jax.errors import check_type
 from unitscale_jax.prune._groups import Plan
 
 
@@ -40,6 +41,7 @@ def compact(params: Any, plan: Plan) -> Any:
         >>> us.tree.named_leaves(jax.tree.map(jnp.shape, compact(params, plan)))
         {'down/0': 3, 'down/1': 4, 'up/0': 8, 'up/1': 3}
     """
+    check_type("plan", plan, Plan, "what us.prune.plan or plan_of returns")
     return _over_axes(_taken, params, plan, plan.shapes, "dense")
 
 
@@ -49,6 +51,7 @@ def expand(params: Any, plan: Plan) -> Any:
     Law: `compact(expand(small, plan), plan) == small`, and
     `expand(compact(params, plan), plan) == mask(params, plan)`.
     """
+    check_type("plan", plan, Plan, "what us.prune.plan or plan_of returns")
     return _over_axes(_put, params, plan, plan.new_shapes, "compact")
 
 
@@ -57,6 +60,7 @@ def mask(params: Any, plan: Plan) -> Any:
 
     A NaN in a channel that is not kept is gone.
     """
+    check_type("plan", plan, Plan, "what us.prune.plan or plan_of returns")
     return expand(compact(params, plan), plan)
 
 
@@ -68,6 +72,7 @@ def masks(params: Any, plan: Plan) -> Any:
     Raises:
         ValueError: A leaf is not in the plan, or does not have its dense shape.
     """
+    check_type("plan", plan, Plan, "what us.prune.plan or plan_of returns")
 
     def leaf_mask(path: str, x: Any) -> jax.Array:
         _check(path, np.shape(x), plan, plan.shapes, "dense")

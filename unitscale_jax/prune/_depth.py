@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import rules as named_rules
+from unitscale_jax.errors import check_type
 from unitscale_jax.prune._budget import scans_of
 from unitscale_jax.prune._groups import Graph, Plan, groups, plan_of
 from unitscale_jax.rules import Pattern
@@ -72,6 +73,7 @@ def layer_scores(
         >>> scores["angle:0"].round(3).tolist()
         [0.0, 1.0, 2.0]
     """
+    check_type("graph", graph, Graph, "what us.prune.groups returns")
     layers = [group.name for group in graph.groups if "layer" in group.flags]
     if not layers:
         raise ValueError(
@@ -121,6 +123,7 @@ def without(
         >>> small["down"].shape, bool((us.prune.compacted(block, gone)(small, x) == x).all())
         ((0, 4), True)
     """
+    check_type("graph", graph, Graph, "what us.prune.groups returns")
     found = named_rules.match([(p, True) for p in branches], graph.by_name, False, noun="group")
     empty = [name for name, named in found.items() if named]
     kept = ({} if plan is None else dict(plan.kept)) | {name: () for name in empty}

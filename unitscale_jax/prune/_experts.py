@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import rules as named_rules
+from unitscale_jax.errors import check_type
 from unitscale_jax.prune._groups import Graph, groups
 from unitscale_jax.prune._named_axes import named_axes
 from unitscale_jax.rules import Pattern
@@ -60,6 +61,7 @@ def expert_scores(
         >>> expert_scores(graph, fn, params, [x], ["expert:0"])["expert:0"].tolist()
         [1.5, 4.5]
     """
+    check_type("graph", graph, Graph, "what us.prune.groups returns")
     found = named_rules.match([(p, True) for p in experts], graph.by_name, False, noun="group")
     names = [name for name, named in found.items() if named]
 

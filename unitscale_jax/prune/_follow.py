@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from unitscale_jax import tree as trees
+from unitscale_jax.errors import check_type
 from unitscale_jax.prune._compact import compact
 from unitscale_jax.prune._cuts import Cuts
 from unitscale_jax.prune._groups import Plan
@@ -65,6 +66,7 @@ def follow(
         >>> momentum.trace["up"].shape, reset
         ((8, 3), ())
     """
+    check_type("plan", plan, Plan, "what us.prune.plan or plan_of returns")
     small = compact(params, plan)
     target = jax.eval_shape(tx.init, small)
     structure = jax.tree.structure(state)

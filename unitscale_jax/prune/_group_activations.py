@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unitscale_jax.errors import check_type
 from unitscale_jax.prune._group_scores import Scores, chosen
 from unitscale_jax.prune._groups import Graph, groups
 from unitscale_jax.prune._named_axes import along, named_axes, places
@@ -71,6 +72,7 @@ def activation(
         >>> activation(us.prune.groups(fn, params, x), fn, params, [x])["down:0"].tolist()
         [0.5, 1.5]
     """
+    check_type("graph", graph, Graph, "what us.prune.groups returns")
     names = chosen(graph, only)
 
     def measured(params: Any, *inputs: Any, **kwargs: Any) -> tuple[Any, dict[str, jax.Array]]:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import rules as named_rules, tree as trees
+from unitscale_jax.errors import check_type
 from unitscale_jax.prune._groups import Graph
 from unitscale_jax.prune._named_axes import along, places
 from unitscale_jax.rules import Pattern, Rules
@@ -57,6 +58,7 @@ def l2(
         >>> l2(graph, params)["down:0"].tolist()  # 1 and 3, by their mean
         [0.5, 1.5]
     """
+    check_type("graph", graph, Graph, "what us.prune.groups returns")
     sums = _sums(graph, params, only, counted, jnp.square)
     return {name: _normalized(x) for name, x in sums.items()}
 
@@ -95,6 +97,7 @@ def taylor(
         >>> taylor(graph, params, grads, squared=False)["down:0"].tolist()  # 4 and 12
         [0.5, 1.5]
     """
+    check_type("graph", graph, Graph, "what us.prune.groups returns")
     _check_shapes(graph, grads, "grads")
     other = dict(zip(trees.names(params), jax.tree.leaves(grads), strict=True))
     products = trees.map_named(lambda path, w: _wide(w) * _wide(other[path]), params)

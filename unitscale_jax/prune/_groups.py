@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from unitscale_jax import tree as trees
+from unitscale_jax.errors import check_callable, check_type
 from unitscale_jax.trace import Dims, Group, Member, Refused, Traced, dims, trace
 
 Term: TypeAlias = tuple[str | int, ...]
@@ -47,6 +48,7 @@ def groups(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) ->
         >>> [(group.name, group.size) for group in groups(mlp, params, jnp.ones((2, 8))).groups]
         [('down:0', 16)]
     """
+    check_callable("fn", fn)
     traced = trace(fn, params, *args, **kwargs)
     shapes = {path: np.shape(leaf) for path, leaf in trees.named_leaves(params).items()}
     return Graph(dims(traced), traced, shapes)
@@ -233,6 +235,7 @@ def plan_of(
         ValueError: A group does not exist, has no such channel, would lose its last one, or is
             not exact.
     """
+    check_type("graph", graph, Graph, "what us.prune.groups returns")
     for name, channels in kept.items():
         _check_group(graph, name, channels, exact_only, name in empty)
     whole = lambda name, channels: len(channels) == graph.by_name[name].size

@@ -22,6 +22,7 @@ from unitscale_jax.optimizer import (
     LossScaleState,
     MaskedState,
     MultiStepsState,
+    check_optimizer,
     common_dtype,
     find_state,
     no_update,
@@ -88,6 +89,7 @@ def masked(
         >>> masks_of(state)["w"].tolist()
         [True, True, False]
     """
+    check_optimizer(tx, "masked")
 
     def start(params: Params) -> Any:
         _falling(spec, schedule, sticky)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
+from unitscale_jax.errors import check_callable
 from unitscale_jax.prune._spec import quantized_message
 from unitscale_jax.typing import Apply, Params
 
@@ -66,6 +67,7 @@ def with_masks(apply: Apply, masks: Any) -> Apply:
         >>> masked_apply({"w": jnp.array([2.0, 3.0])}, 1.0).tolist()
         [2.0, 0.0]
     """
+    check_callable("apply", apply)
 
     @functools.wraps(apply)
     def masked_apply(params: Params, *inputs: Any, **kwargs: Any) -> Any:

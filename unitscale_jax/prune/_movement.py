@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import fwd_bwd
+from unitscale_jax.errors import check_callable, check_type
 from unitscale_jax.prune._masked import full
 from unitscale_jax.prune._patterns import Unstructured
 from unitscale_jax.prune._schedules import Schedule
@@ -46,6 +47,7 @@ def add_scores(params: Params, spec: SparsitySpec) -> Scored:
         >>> add_scores({"w": jnp.ones(2)}, spec).scores["w"].tolist()
         [0.0, 0.0]
     """
+    check_type("spec", spec, SparsitySpec, "a us.prune.SparsitySpec")
     zeros = lambda mask: jnp.zeros_like(mask, dtype=jnp.float32)
     return Scored(params, jax.tree.map(zeros, full(spec, params)))
 
@@ -84,6 +86,7 @@ def movement_masked(
         >>> value.item(), grads.params["w"].tolist(), grads.scores["w"].tolist()
         (6.0, [2.0, 0.0], [6.0, 5.0])
     """
+    check_callable("apply", apply)
 
     @functools.wraps(apply)
     def movement_masked_fn(scored: Scored, *inputs: Any, **kwargs: Any) -> Any:
@@ -127,6 +130,7 @@ def movement_masks(
         >>> movement_masks(both, spec, threshold=0.01)["w"].tolist()
         [True, True]
     """
+    check_type("scored", scored, Scored, "what us.prune.add_scores returns")
     scores = jax.lax.stop_gradient(scored.scores)
     if threshold is not None:
         _check_threshold(scored.params, spec, schedule, threshold)
@@ -158,6 +162,7 @@ def movement_penalty(scored: Scored) -> jax.Array:
         >>> movement_penalty(Scored({"w": jnp.ones(2)}, {"w": jnp.zeros(2)})).item()
         0.5
     """
+    check_type("scored", scored, Scored, "what us.prune.add_scores returns")
     scores = [s for s in jax.tree.leaves(scored.scores) if np.ndim(s)]
     total = sum((jnp.sum(jax.nn.sigmoid(s)) for s in scores), start=jnp.zeros((), jnp.float32))
     return total / max(sum(s.size for s in scores), 1)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import rules as named_rules, tree as trees
+from unitscale_jax.errors import check_type
 from unitscale_jax.loss import around
 from unitscale_jax.prune._masks import paired
 from unitscale_jax.typing import Apply, Params
@@ -130,6 +131,7 @@ def unpack(packed: Packed) -> Params:
         >>> jax.grad(total)(held.values).tolist()
         [2.0, 6.0]
     """
+    check_type("packed", packed, Packed, "what us.prune.pack returns")
     leaves, structure = jax.tree.flatten(packed.values, is_leaf=trees.is_compound)
     names = trees.names(packed.values, is_leaf=trees.is_compound)
     odd = sorted(packed.bits.keys() - set(names))

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from unitscale_jax import rules as named_rules
+from unitscale_jax.errors import check_type
 from unitscale_jax.prune._allocate import kept
 from unitscale_jax.prune._budget import Budget
 from unitscale_jax.prune._groups import Graph, Group, Plan, plan_of
@@ -76,6 +77,7 @@ def plan(
         >>> plan(graph, scores, keep=0.25, tp=2).kept
         {'down:0': (6, 7, 14, 15)}
     """
+    check_type("graph", graph, Graph, "what us.prune.groups returns")
     if (keep is None) == (budget is None):
         raise ValueError("say how much stays: either keep=.. or budget=.., and not both.")
     if isomorphic and budget is None:

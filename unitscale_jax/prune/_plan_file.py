@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from unitscale_jax import tree as trees
-from unitscale_jax.errors import expected
+from unitscale_jax.errors import check_folder, check_type, expected
 from unitscale_jax.prune._groups import Plan
 
 FORMAT = 1
@@ -42,7 +42,9 @@ def save_plan(path: str | os.PathLike[str], plan: Plan) -> None:
         ...     load_plan(f"{folder}/plan.json", params) == plan
         True
     """
+    check_type("plan", plan, Plan, "what us.prune.plan or plan_of returns")
     path = pathlib.Path(path)
+    check_folder(path)
     written = {
         "format": FORMAT,
         "kept": {name: list(channels) for name, channels in plan.kept.items()},

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from unitscale_jax.errors import check_type
 from unitscale_jax.prune._patterns import NofM
 from unitscale_jax.prune._spec import SparsitySpec, selected
 from unitscale_jax.trace import Meeting, meetings, stage
@@ -43,6 +44,7 @@ def resolve(
         >>> {name: pattern.axis for name, pattern in spec.patterns.items()}
         {'in': -2, 'out': -1}
     """
+    check_type("spec", spec, SparsitySpec, "a us.prune.SparsitySpec")
     chosen = selected(spec, params)
     if not any(is_open(pattern) for pattern in chosen.values()):
         return spec

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from unitscale_jax.optimizer import MaskedState
+from unitscale_jax.optimizer import MaskedState, check_optimizer
 from unitscale_jax.prune._masked import evolving, full, ranked, sunk
 from unitscale_jax.prune._patterns import Balanced, NofM
 from unitscale_jax.prune._schedules import Schedule
@@ -79,6 +79,7 @@ def rigl(
         >>> us.prune.masks_of(state)["w"].astype(int).tolist()
         [1, 1, 1, 0, 0, 1, 0, 0]
     """
+    check_optimizer(tx, "rigl")
     of_gradient = lambda number, grads, _: magnitude().value((), None, grads, number)
     return _moving("rigl", tx, spec, schedule, of_gradient, score, drop, end)
 
@@ -120,6 +121,7 @@ def set_(
         >>> int(us.prune.masks_of(state)["w"].sum())
         8
     """
+    check_optimizer(tx, "set_")
     draw = random(seed)
     at_random = lambda number, grads, params: draw.value((), grads, params, number)
     return _moving("set_", tx, spec, schedule, at_random, draw, drop, end)

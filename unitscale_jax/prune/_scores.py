@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
+from unitscale_jax.errors import check_type
 from unitscale_jax.typing import Params
 
 
@@ -111,6 +112,7 @@ def fisher(decay: float = 0.99) -> Score:
         >>> [round(s, 4) for s in score.value(state, g, w, 1).tolist()]
         [4.5, 0.5]
     """
+    check_type("decay", decay, int | float, "a number in [0, 1)")
     if not 0 <= decay < 1:
         raise ValueError(
             f"fisher: decay is {decay}; it is in [0, 1), 0 for the last gradient only."

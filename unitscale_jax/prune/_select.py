@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from unitscale_jax import tree as trees
-from unitscale_jax.errors import not_divisible
+from unitscale_jax.errors import check_array, check_type, not_divisible
 from unitscale_jax.trace import varying, varying_axes
 
 MOST = 2**31 - 1
@@ -52,6 +52,7 @@ def exact_k(scores: Any, k: Any, *, balanced: str | int | None = None) -> jax.Ar
         >>> exact_k(jnp.array([9.0, 8, 7, 6, 1, 2, 3, 4]), 4, balanced=2).astype(int).tolist()
         [1, 1, 0, 0, 0, 0, 1, 1]
     """
+    check_array("scores", scores)
     if isinstance(balanced, int):
         return _in_parts(scores, k, balanced)
     if balanced is not None:
@@ -79,6 +80,7 @@ def exact_k_of(scores: Sequence[Any], k: Any) -> list[jax.Array]:
         >>> a.astype(int).tolist(), b.astype(int).tolist()
         ([1, 0, 1], [0, 0, 1])
     """
+    check_type("scores", scores, Sequence, "a list of arrays")
     _check_count(k, _size(scores))
     if not _size(scores):  # no arrays, or of branches that were taken out
         return [jnp.zeros(key.shape, bool) for key in _keys(scores)]
@@ -108,6 +110,7 @@ def n_of_m(scores: Any, n: int, m: int, axis: int) -> jax.Array:
         >>> n_of_m(jnp.abs(w), 2, 4, axis=0).astype(int).tolist()
         [[1, 1], [1, 1], [0, 0], [0, 0]]
     """
+    check_array("scores", scores, 1)
     size = np.shape(scores)[axis]
     if not 1 <= n <= m:
         raise ValueError(f"{n} of {m}: n is from 1 to m, how many of m neighbors stay.")

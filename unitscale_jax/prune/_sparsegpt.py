@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
+from unitscale_jax.errors import check_type
 from unitscale_jax.prune._patterns import NofM, Unstructured
 from unitscale_jax.prune._refit import singular
 from unitscale_jax.prune._shares import counts_of_parts
@@ -124,6 +125,7 @@ def sparsegpt(
         >>> pruned["w"].round(1).tolist(), masks["w"].tolist()
         ([[0.0], [1.5]], [[False], [True]])
     """
+    check_type("spec", spec, SparsitySpec, "a us.prune.SparsitySpec")
     if not damp >= 0 or block < 1:
         raise ValueError(f"damp is {damp}, block {block}; they are at least 0 and 1.")
     chosen = selected(spec, params)

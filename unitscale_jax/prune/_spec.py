@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import rules as named_rules, tree as trees
+from unitscale_jax.errors import check_type
 from unitscale_jax.prune._allocate import (
     EVERYWHERE,
     Allocation,
@@ -198,6 +199,7 @@ def make_masks(scores: Any, spec: SparsitySpec, at: float | None = None) -> Any:
         >>> make_masks(jnp.array([[4.0, 1.0, 3.0, 2.0]]), spec).astype(int).tolist()
         [[1, 0, 1, 0]]
     """
+    check_type("spec", spec, SparsitySpec, "a us.prune.SparsitySpec")
     table = counts(spec, scores, [spec.sparsity if at is None else at])
     return masks_from(spec, scores, {name: row[0] for name, row in table.items()})
 

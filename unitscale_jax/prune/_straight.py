@@ -17,8 +17,9 @@ import numpy as np
 import optax
 
 from unitscale_jax import fwd_bwd, tree as trees
+from unitscale_jax.errors import check_type
 from unitscale_jax.loss import around
-from unitscale_jax.optimizer import LossScaleState, MaskedState, refuse_inside
+from unitscale_jax.optimizer import LossScaleState, MaskedState, check_optimizer, refuse_inside
 from unitscale_jax.prune._scores import magnitude
 from unitscale_jax.prune._spec import SparsitySpec, make_masks
 from unitscale_jax.typing import Apply, Params
@@ -83,6 +84,7 @@ def sr_ste(
         >>> updates["w"].tolist()
         [-0.0, -0.5]
     """
+    check_optimizer(tx, "sr_ste")
     if not decay >= 0:
         raise ValueError(f"decay is {decay}; it is how fast pruned weights go to zero, at least 0.")
     inner = optax.with_extra_args_support(tx)
@@ -127,6 +129,7 @@ def magnitude_masks(params: Params, spec: SparsitySpec) -> Any:
         >>> magnitude_masks({"w": jnp.array([3.0, 1.0])}, spec)["w"].tolist()
         [True, False]
     """
+    check_type("spec", spec, SparsitySpec, "a us.prune.SparsitySpec")
     still = jax.tree.map(jax.lax.stop_gradient, params)
     return make_masks(magnitude().value((), None, still, 0), spec)
 

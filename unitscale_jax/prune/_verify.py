@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
+from unitscale_jax.errors import check_callable
 from unitscale_jax.prune._compact import compact, mask
 from unitscale_jax.prune._compacted import compacted
 from unitscale_jax.prune._groups import Plan
@@ -97,6 +98,7 @@ def verify(
         >>> verify(mlp, plan, params, x).outputs
         0.0
     """
+    check_callable("fn", fn)
     given = Arguments.of(args, {**named, **(kwargs or {})})
     allowed = _tolerance(fn, params, given) if tolerance is None else tolerance
 

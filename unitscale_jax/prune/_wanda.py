@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
+from unitscale_jax.errors import check_type
 from unitscale_jax.prune._allocate import global_
 from unitscale_jax.prune._patterns import Unstructured
 from unitscale_jax.prune._select import exact_k
@@ -109,6 +110,7 @@ def wanda_masks(params: Any, stats: Mapping[str, Stat], spec: SparsitySpec) -> A
         >>> wanda_masks(params, stats, spec)["w"].astype(int).tolist()
         [[1, 1], [0, 0]]
     """
+    check_type("spec", spec, SparsitySpec, "a us.prune.SparsitySpec")
     chosen = selected(spec, params)
     leaves = trees.named_leaves(params, is_leaf=trees.is_compound)
     required(stats, "squares", params, chosen)
@@ -158,6 +160,7 @@ def owl_ratios(params: Any, stats: Mapping[str, Stat], m: float = 5.0) -> dict[s
         >>> owl_ratios(params, stats, m=3)
         {'w': 0.25}
     """
+    check_type("stats", stats, Mapping, "what us.calibrate or us.observed returns")
     required(stats, "squares", params)
     leaves = trees.named_leaves(params)
     return {name: _ratio(_score(leaves[name], of), of.layout, m) for name, of in stats.items()}

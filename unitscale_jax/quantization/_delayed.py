@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unitscale_jax.errors import check_type
 from unitscale_jax.quantization._spec import QSpec
 from unitscale_jax.statistics import Stat
 
@@ -147,6 +148,7 @@ def amax_history(stats: Mapping[str, Stat], length: int = 16) -> AmaxHistory:
         [-8.0, 8.0]
         [-1.0, 1.0]
     """
+    check_type("stats", stats, Mapping, "what us.calibrate or us.observed returns")
     if not stats or type(length) is not int or length < 1:
         raise ValueError(
             f"a history has one step or more, of one parameter or more; got length={length!r} and "

@@ -1,7 +1,9 @@
 """From parameters to codes, leaf by leaf."""
 
+import contextlib
 import functools
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -147,6 +149,30 @@ def _quantized(name: str, leaf: Any, spec: DotSpec, x_range: Any) -> QTensor:
     if not isinstance(made.scale, jax.core.Tracer) and not bool(jnp.isfinite(made.scale).all()):
         raise ValueError(f"{name} has NaN or infinite values, which no scale fits; mend it first.")
     return replace(made, x_range=x_range)
+
+
+@contextlib.contextmanager
+def widths_by_name(args: tuple[Any, ...]) -> Iterator[None]:
+    """Names the codes that what meets them does not fit, where JAX gives two shapes alone."""
+    try:
+        yield
+    except TypeError as error:
+        found = re.search(
+            r"contracting dimensions .*got \(([\d, ]+)\) and \(([\d, ]+)\)", str(error)
+        )
+        widths = (
+            [] if found is None else [int(n) for n in re.findall(r"\d+", " ".join(found.groups()))]
+        )
+        params = args[0] if args and widths else ()
+        for name, t in trees.named_leaves(params, is_leaf=is_quantized).items():
+            own = [t.shape[axis] for axis in t.axes] if is_quantized(t) else []
+            for size in (size for size in own if size in widths):
+                other = next((n for n in widths if n != size), size)
+                raise TypeError(
+                    f"{name} has {size} input channels, and what meets it has {other}. Give it "
+                    f"what it was quantized for. ({error})"
+                ) from None
+        raise
 
 
 def check_leaf(name: str, leaf: Any, spec: DotSpec) -> None:

@@ -32,6 +32,7 @@ from unitscale_jax.quantization._params import (
     encode,
     inside,
     range_of,
+    widths_by_name,
 )
 from unitscale_jax.quantization._qtensor import (
     QTensor,
@@ -131,7 +132,8 @@ def quantized(
     def quantized_fn(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = entered((args, kwargs))
         plain, plain_kwargs = logical((args, kwargs))
-        staged = stage(fn, *plain, **plain_kwargs)
+        with widths_by_name(args):
+            staged = stage(fn, *plain, **plain_kwargs)
         leaves = jax.tree.leaves((args, kwargs), is_leaf=is_quantized)
         operands = [leaves[k] for k in staged.positions]
         params, sources = (args[0], plain[0]) if args else ((), ())

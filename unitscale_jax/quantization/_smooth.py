@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
+from unitscale_jax.errors import check_callable
 from unitscale_jax.quantization._degrees import (
     ZERO,
     Degree,
@@ -87,6 +88,7 @@ def smoothquant(
         >>> smooth["gain"].tolist(), bool((fn(smooth, x) == fn(params, x)).all())
         ([4.0, 1.0], True)
     """
+    check_callable("fn", fn)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; it is between 0, all stays, and 1, all moves.")
 
@@ -124,6 +126,7 @@ def awq(fn: Callable[..., Any], params: Any, stats: Stats, rules: Rules) -> Any:
     Raises:
         ValueError: As `smoothquant`.
     """
+    check_callable("fn", fn)
     plans, specs = _plans(fn, params, stats, rules, ["channels", "hessian"])
 
     def scale(plan: "_Plan", weights: Mapping[str, Any]) -> np.ndarray:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import rules as named_rules, tree as trees
-from unitscale_jax.errors import expected
+from unitscale_jax.errors import check_callable, expected
 from unitscale_jax.rules import Pattern
 from unitscale_jax.statistics._measure import CHANNELS, Operand
 from unitscale_jax.statistics._observe import Observer, observe, over_batches
@@ -162,6 +162,7 @@ def calibrate(
         >>> us.prune.wanda_masks(params, stats, spec)["w"].astype(int).tolist()
         [[1, 0], [0, 1]]
     """
+    check_callable("fn", fn)
     measure = functools.partial(observed, fn, rules, collect=collect, valid=valid)
     folded = functools.partial(over_batches, params=params, shared=kwargs, merge=merge_stats)
     stats = folded(measure(), batches=batches)

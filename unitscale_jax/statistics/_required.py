@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from unitscale_jax import tree as trees
+from unitscale_jax.errors import check_type
 from unitscale_jax.statistics._stat import Stat
 
 
@@ -17,6 +18,7 @@ def check_names(stats: Mapping[str, Any] | None, names: Collection[str]) -> None
     Raises:
         ValueError: They name others, whose statistics would be lost silently.
     """
+    check_type("stats", {} if stats is None else stats, Mapping, "what us.calibrate returns")
     odd = [] if stats is None else sorted(stats.keys() - set(names))
     if odd:
         raise ValueError(
@@ -40,6 +42,7 @@ def required(
         ValueError: They lack the kind, and which `collect=` gives it; or they are of other
             parameters, or of other shapes.
     """
+    check_type("stats", stats, Mapping, "what us.calibrate or us.observed returns")
     leaves = trees.named_leaves(params, is_leaf=trees.is_compound)
     check_names(stats, leaves)
     names = list(stats if names is None else names)

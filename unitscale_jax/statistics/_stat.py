@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unitscale_jax.errors import check_type
 from unitscale_jax.statistics._measure import (
     CHANNELS,
     Measure,
@@ -295,6 +296,7 @@ def merge_stats(stats: Mapping[str, Stat], more: Mapping[str, Stat]) -> Stats:
         >>> merge_stats(see(jnp.array([[2.0]])), see(jnp.array([[4.0]])))["w"].range.tolist()
         [-3.0, 3.0]
     """
+    check_type("stats", stats, Mapping, "what us.calibrate or us.observed returns")
     if stats.keys() != more.keys():
         odd = sorted(stats.keys() ^ more.keys())
         raise ValueError(f"only one of the two has statistics of {', '.join(odd)}.")

@@ -8,6 +8,7 @@ import jax
 
 from unitscale_jax import rules
 from unitscale_jax.accumulate import accumulated
+from unitscale_jax.errors import check_callable
 from unitscale_jax.loss import Grad, loss_value
 from unitscale_jax.testing._close import assert_close
 from unitscale_jax.typing import Batch, Params
@@ -52,6 +53,7 @@ def check_parts(
 over rows?
           params: largest difference 4.76e-02 of the leaf's largest entry, ratio of norms 0.9524
     """
+    check_callable("grad_fn", grad_fn)
     terms, _, whole = jax.jit(grad_fn)(params, batch, **inputs)
     for number in parts:
         in_parts = accumulated(grad_fn, number, reduce=reduce, mask=mask)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from unitscale_jax.errors import check_callable
 from unitscale_jax.parallel import mesh as make_mesh
 from unitscale_jax.testing._close import assert_close
 from unitscale_jax.trace import Collective, collectives
@@ -56,6 +57,7 @@ def check_sharded(
           params: largest difference 3.00e+00 of the leaf's largest entry, ratio of norms 4 = size \
 of axis dp
     """
+    check_callable("step", step)
     forms = [("float32", args, rtol, False)]
     if rtol64 is not None:
         forms.append(("float64", _in_float64(args), rtol64, True))
@@ -100,6 +102,8 @@ def check_collectives(
         >>> program = jax.jit(total).lower(jnp.ones((8, 64))).compile()
         >>> us.testing.check_collectives(program, mesh, {("all-reduce", "dp"): 1})
     """
+    if not isinstance(program, str):
+        check_callable("program.as_text", getattr(program, "as_text", program))
     found = [c for c in collectives(program, mesh) if c.bytes >= ignore_below]
     counts: dict[tuple[str, str], int] = {}
     for c in found:

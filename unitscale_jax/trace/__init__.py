@@ -1,6 +1,6 @@
 """A function seen as dataflow: what every op-level technique of the library is built on."""
 
-from unitscale_jax.trace._axes import agree, varying, zeros
+from unitscale_jax.trace._axes import agree, devices_over, varying, zeros
 from unitscale_jax.trace._capture import Capture, captured
 from unitscale_jax.trace._compat import (
     ClosedJaxpr,
@@ -154,6 +154,7 @@ __all__ = [
     "coupled",
     "device_sums",
     "damped_moments",
+    "devices_over",
     "dims",
     "dtype_of",
     "expanded",

@@ -14,6 +14,22 @@ import jax.numpy as jnp
 from unitscale_jax.trace._compat import varying_axes
 
 
+def devices_over(axes: str | Sequence[str]) -> int:
+    """How many devices there are along a manual mesh axis, or along several.
+
+    Raises:
+        ValueError: No `shard_map` around has them.
+    """
+    try:
+        return jax.lax.axis_size(axes if isinstance(axes, str) else tuple(axes))
+    except NameError:
+        what = f"axis={axes!r}" if isinstance(axes, str) else f"axes={tuple(axes)}"
+        raise ValueError(
+            f"{what} outside of a shard_map that has them. Call it inside of one over a mesh with "
+            "them, or leave them out."
+        ) from None
+
+
 def varying(tree: Any, axes: Sequence[str]) -> Any:
     """The same values, typed as differing over `axes`; axes they differ over already stay."""
 

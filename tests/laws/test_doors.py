@@ -1,0 +1,234 @@
+"""Laws of doors: what cannot be meant is refused where it enters, in a sentence that says why.
+
+The first law goes over all public functions with something else as their first argument; the table
+below it are single slips, each with the words that its message must have.
+"""
+
+import inspect
+import os
+import tempfile
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+
+import unitscale_jax as us
+from unitscale_jax import errors
+
+NAMESPACES = {"us": us} | {
+    name: getattr(us, name)
+    for name in ("prune", "parallel", "distill", "testing", "tree", "rules", "formats", "fwd_bwd")
+}
+
+
+def public():
+    """Every public function, by name."""
+    found = {}
+    for space, module in NAMESPACES.items():
+        names = getattr(module, "__all__", None) or [n for n in vars(module) if n[0] != "_"]
+        for name in names:
+            value = getattr(module, name)
+            home = getattr(value, "__module__", "")
+            ours = isinstance(value, types.FunctionType) and home.startswith("unitscale_jax")
+            ours = ours and home != errors.__name__ and bool(inspect.signature(value).parameters)
+            if ours and value not in found.values():
+                found[f"{space}.{name}"] = value
+    return found
+
+
+PARAMS = {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 3))}
+X = jnp.ones((2, 4))
+LAYOUT = types.SimpleNamespace()
+
+
+def fn(params, x):
+    return jax.nn.relu(x @ params["a"]) @ params["b"]
+
+
+def loss(params, x):
+    return us.Mean(jnp.sum(fn(params, x) ** 2, -1), jnp.ones(len(x)))
+
+
+def valid():
+    """Something that fits each name of an argument."""
+    rules = {"*": us.DotSpec(w=us.QSpec(axes=(-2,)), x=us.QSpec())}
+    stats = us.calibrate(fn, PARAMS, [(X,)], rules, collect=("range", "hessian"))
+    graph = us.prune.groups(fn, PARAMS, X)
+    spec = us.prune.SparsitySpec(sparsity=0.5, patterns={"a": us.prune.Unstructured()})
+    masks = jax.tree.map(lambda x: jnp.ones(x.shape, bool), PARAMS)
+    mesh = us.parallel.mesh(dp=8)
+    return {
+        "params": PARAMS, "x": X, "fn": fn, "apply": fn, "loss": loss, "rules": rules,
+        "stats": stats, "moments": stats, "graph": graph, "spec": spec, "masks": masks,
+        "plan": us.prune.plan_of(graph, {}), "plans": [], "batches": [(X,)], "batch": X,
+        "optimizer": optax.sgd(0.1), "tx": optax.sgd(0.1), "parts": 2, "axis": "dp", "mesh": mesh,
+        "key": jax.random.key(0), "like": PARAMS, "grads": PARAMS, "named": {"a": "a:output"},
+        "meshes": [mesh], "layout": us.parallel.layout(PARAMS, {}, mesh), "k": 1, "n": 2, "m": 4,
+        "schedule": us.prune.OneShot(0), "terms": [], "policy": us.Policy(), "names": ["a"],
+        "variables": {"params": {}}, "format": "int8", "sparsity": 0.5, "expected": {}, "i": 0,
+        "experts": {}, "branches": [], "kept": {}, "heads": 2, "teacher": 2, "student": 2,
+        "path": "x", "index": 0, "rows": 2, "size": 4, "chunk": 1, "predicate": lambda n, x: True,
+        "dtype": "float32", "tree": PARAMS, "opt_state": (), "seconds": 1.0, "scored": None,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def arguments():
+    return valid()
+
+
+# What takes anything: a pytree whose leaves may be anything, or a question about any value.
+ANYTHING = {
+    *("us.dequantize", "us.is_quantized", "us.unless_skipped", "prune.random", "parallel.unstack"),
+    *(
+        "tree.partition",
+        "tree.combine",
+        "tree.is_compound",
+        "tree.named_leaves",
+        "tree.names",
+        "tree.size",
+    ),
+    *(
+        "tree.owners",
+        "tree.values_of",
+        "us.observed",
+        "parallel.watchdog",
+        "parallel.pipelined",
+        "us.save",
+        "us.load",
+    ),
+}
+
+
+class Wrong:
+    """What no function takes."""
+
+    def __repr__(self):
+        return "Wrong()"
+
+
+RAW = ("has no attribute", "not subscriptable", "not iterable", "unsupported operand")
+RAW += ("not callable", "missing 1 required", "is ambiguous", "not supported between")
+
+
+@pytest.mark.parametrize("name", sorted(public().keys() - ANYTHING))
+def test_a_wrong_first_argument_is_refused_in_a_sentence(name, arguments):
+    function = public()[name]
+    first, *rest = inspect.signature(function).parameters.values()
+    positional = (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD)
+    needed = [p for p in rest if p.default is p.empty]
+    beside = [arguments.get(p.name, X) for p in needed if p.kind in positional]
+    beside += [X for p in rest if p.kind == p.VAR_POSITIONAL and p.name in ("inputs", "args")]
+    named = {p.name: arguments.get(p.name, X) for p in needed if p.kind == p.KEYWORD_ONLY}
+    before = os.listdir()
+    with pytest.raises((TypeError, ValueError)) as raised:
+        function(Wrong(), *beside, **named)
+    text = str(raised.value)
+    assert len(text.split()) >= 4 and not any(words in text for words in RAW), text
+    assert os.listdir() == before
+
+
+# --- single slips
+
+W = {"w": jax.random.normal(jax.random.key(0), (4, 3))}
+W8 = us.DotSpec(w=us.QSpec(), x=us.QSpec())
+DENSE = linen.Dense(3)
+VARIABLES = DENSE.init(jax.random.key(0), X)
+LINEAR = lambda: nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+product = lambda p, x: x @ p["w"]
+grad_fn = us.value_and_grad(loss)
+in_codes = lambda params=W: us.quantize(
+    params, {"w": us.DotSpec(w=us.QSpec(axes=(-2,)), x=us.QSpec())}
+)
+tx = us.multi_steps(optax.sgd(1.0), 2)
+
+SLIPS = {
+    "parameters for variables": (
+        lambda: us.from_linen(DENSE, VARIABLES["params"]),
+        r"variables has no 'params'; did you pass variables\['params'\]\?",
+    ),
+    "no linen module": (lambda: us.from_linen(3, {}), "from_linen is 3; expected a module of flax"),
+    "a class": (lambda: us.from_linen(linen.Dense, {}), "built and not its class"),
+    "nnx as linen": (lambda: us.from_linen(LINEAR(), {}), "Bridge it by from_nnx"),
+    "linen as nnx": (lambda: us.from_nnx(DENSE), "Bridge it by from_linen"),
+    "no nnx module": (lambda: us.from_nnx(3), "from_nnx is 3; expected a module of flax.nnx"),
+    "no variables": (lambda: us.from_linen(DENSE, [1]), r"variables is \[1\]; expected what"),
+    "no policy": (lambda: us.cast(fn, "bfloat61"), "'bfloat61'.*closest: 'bfloat16'"),
+    "a number for a policy": (lambda: us.cast(fn, 3), "Policy.compute is 3"),
+    "trees that overlap": (
+        lambda: us.tree.combine({"a": 1, "b": None}, {"a": 2, "b": 3}),
+        "2 trees have a leaf 'a'; expected one",
+    ),
+    "no terms": (
+        lambda: us.accumulated(us.value_and_grad(lambda p, b: {}), 2)(W, X),
+        "the loss returned no terms",
+    ),
+    "axes outside of shard_map": (
+        lambda: us.accumulated(grad_fn, 2, axes=("dp",))(PARAMS, X),
+        r"axes=\('dp',\) outside of a shard_map that has them",
+    ),
+    "axes of a loss scale": (
+        lambda: (lambda t: t.update(W, t.init(W), W))(
+            us.loss_scaled(optax.sgd(1.0), us.StaticScale(1.0), axes=("dp",))
+        ),
+        r"axes=\('dp',\) outside of a shard_map that has them",
+    ),
+    "an axis of a collective": (
+        lambda: us.parallel.row(X, jnp.ones((4, 3)), axis="tp"),
+        "axis='tp' outside of a shard_map that has them",
+    ),
+    "gradients of another tree": (lambda: tx.update({"v": X}, tx.init(W), W), "gradient of 'w'"),
+    "codes of another shape": (
+        lambda: us.quantized(product)(in_codes(), jnp.ones((2, 5))),
+        "w has 4 input channels, and what meets it has 5",
+    ),
+    "integer weights": (
+        lambda: us.resolve({"w": W8}, product, {"w": jnp.ones((4, 3), int)}, X.astype(int)),
+        "w is int32; only floats have codes",
+    ),
+    "a gradient for an optimizer": (
+        lambda: us.multi_steps(fn, 2),
+        "what multi_steps goes around is .*; expected an optimizer",
+    ),
+}
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_a_slip_is_refused_in_words_that_lead_to_its_cause(slip):
+    call, words = SLIPS[slip]
+    with pytest.raises((TypeError, ValueError), match=words):
+        call()
+
+
+@pytest.mark.parametrize("verb", ["save", "save_plan"])
+def test_a_file_in_no_folder_is_named_by_the_path_that_was_asked(verb, tmp_path):
+    graph = us.prune.groups(fn, PARAMS, X)
+    write = {
+        "save": lambda path: us.save(path, W),
+        "save_plan": lambda path: us.prune.save_plan(path, us.prune.plan_of(graph, {})),
+    }[verb]
+    with pytest.raises(FileNotFoundError, match=r"nowhere/at/all cannot be .* no such directory"):
+        write(tmp_path / "nowhere/at/all")
+    with pytest.raises(IsADirectoryError, match=f"{tmp_path.name} is a directory"):
+        write(tmp_path)
+
+
+def test_a_folder_is_no_file():
+    folder = tempfile.mkdtemp()
+    with pytest.raises(IsADirectoryError, match=f"{folder} is a directory"):
+        us.load(folder)
+
+
+def test_a_dtype_is_a_policy():
+    expected = us.cast(product, us.Policy(compute="bfloat16"))(W, X)
+    for dtype in ("bfloat16", jnp.bfloat16, np.dtype(jnp.bfloat16)):
+        np.testing.assert_array_equal(us.cast(product, dtype)(W, X), expected)
+
+
+def test_a_module_without_parameters_says_so():
+    apply, params, _ = us.from_linen(linen.Dropout(0.5, deterministic=True), {})
+    assert params == {} and apply(params, X).shape == X.shape
