@@ -587,7 +587,7 @@ def test_codes_of_another_spec_are_an_error():
 
 def test_groups_that_do_not_divide_are_an_error_with_the_divisors():
     rules = {"w": DotSpec(w=QSpec(format="int4", group=Group(5)))}
-    with pytest.raises(ValueError, match="w has 16 elements.*groups of 5.*among 2, 4, 8, 16"):
+    with pytest.raises(ValueError, match="w along axis -2 has 16.*groups of 5.*2, 4, 8, 16"):
         us.quantized(dense, rules)(DENSE, X)
 
 
