@@ -1,11 +1,14 @@
 """Laws of graphs and plans: consent, names, and two plans one after the other."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import unitscale_jax as us
 from tests.support import zoo
 from unitscale_jax.prune import compact, compacted, groups, plan, plan_of
 
@@ -85,3 +88,19 @@ def test_groups_that_are_not_exact_need_consent():
         plan(graph, {"down:0": np.arange(6)}, keep=0.5)
     assert plan_of(graph, {"down:0": [0, 1]}, exact_only=False).new_sizes == {"down:0": 2}
     assert plan_of(graph, {"down:0": range(6)}).kept == {}, "what stays whole needs no consent"
+
+
+def test_statistics_that_are_closed_over_are_refused_with_the_way_out():
+    """As a parameter the same array is cut with the channels that meet it."""
+    mean, x = jnp.arange(8.0), jnp.ones((2, 4))
+    params = {"up": jnp.ones((4, 8)), "down": jnp.ones((8, 3))}
+    normed = lambda p, mean, x: jax.nn.relu(x @ p["up"] - mean) @ p["down"]
+    closed = us.prune.groups(lambda p, x: normed(p, mean, x), params, x)
+    way_out = r"Pass them as parameters: {\"params\": \.\., \"state\": \.\.}"
+    assert re.search(way_out, str(closed))
+    with pytest.raises(ValueError, match=rf"'up:1' is refused, constant.*{way_out}"):
+        us.prune.plan_of(closed, {"up:1": [0, 1]})
+    both = {"params": params, "state": mean}
+    passed = us.prune.groups(lambda p, x: normed(p["params"], p["state"], x), both, x)
+    assert [group.size for group in passed.groups] == [8]
+    assert "constant" not in str(passed)

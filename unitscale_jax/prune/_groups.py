@@ -313,6 +313,8 @@ def _check_group(
     graph: Graph, name: str, channels: Sequence[int], exact_only: bool, may_be_empty: bool
 ) -> None:
     sizes = {group.name: group.size for group in graph.groups}
+    if name not in sizes and (why := graph.dims.why_refused(name)):
+        raise ValueError(f"no group is named {name!r}. {why}")
     _check_channels(name, sorted(channels), sizes)
     group = graph.by_name[name]
     if not len(channels) and not may_be_empty:

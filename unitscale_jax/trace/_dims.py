@@ -24,6 +24,11 @@ from unitscale_jax.trace._walk import Place, walk
 from unitscale_jax.trace._zero_rules import Known
 from unitscale_jax.trace._zeros import Zeros
 
+CLOSED_OVER = (
+    "constant: meets an array that the function closes over, such as batch statistics, which no "
+    'plan can cut. Pass them as parameters: {"params": .., "state": ..}'
+)
+
 
 class Member(NamedTuple):
     """Where a factor stands: in the axis `axis` of the parameter `path`.
@@ -114,7 +119,17 @@ class Dims:
         widths = [max(len(row[k]) for row in rows) for k in (0, 1)]
         lines = [f"{n:>{widths[0]}}  {why:<{widths[1]}}  {who}" for n, why, who in rows]
         lines += [f"no rule for {name}, which occurs {n} x" for name, n in self.unknown.items()]
+        if any("constant" in other.reasons for other in self.refused):
+            lines.append(CLOSED_OVER)
         return "\n".join(lines)
+
+    def why_refused(self, name: str) -> str:
+        """Why an axis such as "up:1" is of no group, as a sentence."""
+        named = lambda other: name in self._members(other).split(" ")
+        reasons = next((other.reasons for other in self.refused if named(other)), ())
+        if "constant" in reasons:
+            return f"{name!r} is refused, {CLOSED_OVER}."
+        return f"{name!r} is refused: {', '.join(reasons)}." if reasons else ""
 
     def _members(self, of: Group | Refused) -> str:
         return " ".join(_name(member, self._axes) for member in of.members)
