@@ -105,7 +105,8 @@ def test_float64_is_reported():
 
 def test_what_a_transform_left_is_listed_with_its_reason():
     precise = lambda p, x: jnp.matmul(x, p["w"], precision="highest")
-    (row,) = us.explain(us.autocast(precise))(PARAMS, X).left
+    with pytest.warns(UserWarning, match="1 of 1 products"):
+        (row,) = us.explain(us.autocast(precise))(PARAMS, X).left
     assert row.notes["autocast"] == "kept: precision"
 
 

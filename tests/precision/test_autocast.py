@@ -456,19 +456,22 @@ def test_8_bit_convolutions_have_gradients_too():
 def test_integers_stay():
     fn = lambda params, x: x @ params["w"]
     args = {"w": jnp.eye(4, dtype=jnp.int32)}, jnp.ones((3, 4), jnp.int32)
-    assert source(autocast(fn), *args) == source(fn, *args)
+    with pytest.warns(UserWarning, match="1 of 1 products: their operands are integers"):
+        assert source(autocast(fn), *args) == source(fn, *args)
 
 
 def test_64_bits_stay():
     with jax.enable_x64(True):
         args = {"w": jnp.eye(4, dtype=jnp.float64)}, jnp.ones((3, 4), jnp.float64)
         fn = lambda params, x: jax.nn.softmax(x @ params["w"])
-        assert source(autocast(fn), *args) == source(fn, *args)
+        with pytest.warns(UserWarning, match="neither 16 nor 32 bits wide"):
+            assert source(autocast(fn), *args) == source(fn, *args)
 
 
 def test_the_highest_precision_stays_unless_a_rule_names_it():
     fn = lambda params, x: jnp.dot(x, params["w"], precision="highest")
-    assert products(autocast(fn), {"w": jnp.eye(4)}, X) == [FULL]
+    with pytest.warns(UserWarning, match="asks for precision='highest'"):
+        assert products(autocast(fn), {"w": jnp.eye(4)}, X) == [FULL]
     assert products(autocast(fn, rules={"w": "bfloat16"}), {"w": jnp.eye(4)}, X) == [LOW]
 
 

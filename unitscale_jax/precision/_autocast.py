@@ -8,6 +8,8 @@ Compose as `grad(autocast(fn))`: a cast's transpose is the cast back, and float3
 float32 gradients.
 """
 
+import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -76,7 +78,9 @@ def autocast(
     With `compute="float32"` it is the identity on a float32 function; twice is once. A product
     that asks for `precision="highest"` or for a wider result keeps what it asks for, unless a
     rule names it. Integers, 64-bit and 8-bit floats, and primitives it does not know stay as they
-    are; `unitscale_jax.explain` shows them.
+    are; `unitscale_jax.explain` shows them. A call in which no product was lowered warns, and says
+    why. A product on codes is one in the compute dtype: inside of `quantized` or around it,
+    autocast gives the same dtypes.
 
     Example:
         >>> fn = lambda params, x: jax.nn.softmax(x @ params["w"])
@@ -100,6 +104,7 @@ def autocast(
         caster = _Autocast(Plan(low, decided, table))
         results = caster.program(staged, origins(staged, args[0] if args else ()))
         named_rules.decided(decided, caster.plan.products, noun="product")
+        _check_lowered(caster.plan)
         return staged.finish(results)
 
     return autocast_fn
@@ -290,3 +295,24 @@ def _checked(ops: Mapping[str, OpClass]) -> Mapping[str, OpClass]:
         if chosen not in CLASSES:
             raise ValueError(expected(f"ops[{name!r}]", chosen, CLASSES))
     return ops
+
+
+def _check_lowered(plan: Plan) -> None:
+    """Warns where there are products, and the reason is the same for most that none is narrower."""
+    products = list(plan.reasons.values())
+    if not products or not all(why in _REASONS for why in products):
+        return
+    reason, count = Counter(products).most_common(1)[0]
+    warnings.warn(
+        f"autocast lowered nothing: {count} of {len(products)} products: {_REASONS[reason]}.",
+        stacklevel=3,
+    )
+
+
+_REASONS = {
+    "kept: precision": "the model asks for precision='highest'; a rule that names them decides "
+    "against it",
+    "no floats": "their operands are integers",
+    "kept: no floats": "one of their operands is of integers",
+    "kept: not a float of 16 or 32 bits": "their operands are neither 16 nor 32 bits wide",
+}

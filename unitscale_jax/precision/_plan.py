@@ -7,7 +7,7 @@ Forwards, the dtypes: each equation's from those of its operands, loops to a fix
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import jax
@@ -25,6 +25,7 @@ from unitscale_jax.trace import (
     Site,
     addresses,
     bodies,
+    dtypes_meant,
     is_call,
     provenance,
 )
@@ -50,16 +51,20 @@ class Decision:
         operands: The dtype each operand is cast to; None leaves it.
         results: The dtype of each result.
         why: The class of the primitive, or the rule that decided.
+        widens: Whether an operand that autocast made narrow is cast back.
     """
 
     operands: DTypes
     results: DTypes
     why: str
 
+    widens: bool = False
+
     @property
     def meant(self) -> dict[str, bool]:
-        """The note that float32 is what the operation needs, for those where it is."""
-        return {"wide": True} if self.why in ("float32", "prefix of float32") else {}
+        """The note that float32 is meant: the operation needs it, or autocast itself chose it."""
+        needed = self.why in ("float32", "prefix of float32")
+        return {"wide": True} if needed or self.widens else {}
 
 
 @dataclass
@@ -77,6 +82,8 @@ class Plan(Flow[Known]):
     carries: dict[Place, list[Known]] = field(default_factory=dict)  # of loops and branches
     changed: set[Place] = field(default_factory=set)  # equations with another dtype, or one inside
     products: dict[Place, Sequence[str]] = field(default_factory=dict)  # by what rules name them
+    reasons: dict[Place, str] = field(default_factory=dict)  # what decided on each product
+    coded: np.dtype | None = None  # of the result of the product on codes that is walked through
 
     def prepare(
         self, jaxpr: Jaxpr, origins: Sequence[Origin], parent: Site | None = None, body: int = 0
@@ -103,6 +110,8 @@ class Plan(Flow[Known]):
             return self.demand(bodies(eqn)[0][0], wide, site)
         for number, (inner, _) in enumerate(bodies(eqn)):
             self.demand(inner, [False] * len(inner.outvars), site, number)
+        if dtypes_meant(site):
+            return [False] * len(eqn.invars)
         if self._class(site) == "float32":
             return [True] * len(eqn.invars)
         if self._class(site) == "prefix" and any(wide):
@@ -147,7 +156,11 @@ class Plan(Flow[Known]):
     def visit(self, site: Site, inputs: list[Known]) -> list[Known]:
         """Decides on an equation."""
         decision = self._decide(site, inputs)
+        if any(map(_is_widened, inputs, site.operands, decision.operands)):
+            decision = replace(decision, widens=True)
         self.decisions[site.place] = decision
+        if self.ops.get(site.name) == "low":
+            self.reasons[site.place] = decision.why
         casts = zip(decision.operands, site.operands, strict=True)
         if decision.results != site.results or any(to not in (None, of) for to, of in casts):
             self._change(site)
@@ -170,6 +183,9 @@ class Plan(Flow[Known]):
             site = site.parent
 
     def _decide(self, site: Site, inputs: list[Known]) -> Decision:
+        meant = dtypes_meant(site)
+        if meant:
+            return self._meant(site, meant, inputs)
         traced = [*site.operands, *site.results]
         floats = [dtype for dtype in traced if _is_float(dtype)]
         if not floats:
@@ -183,18 +199,48 @@ class Plan(Flow[Known]):
         operands = site.operands
         if not all(map(_is_float, operands[:2])):
             return _kept(site, "kept: no floats")
-        (given, result), why = self.low, "low"
-        names = self.products[site.place] = addresses(site, self.origins[site.place])
-        rule = named_rules.first_match([pattern for pattern, _ in self.rules], names)
-        if rule is not None:
-            pattern, (given, result) = self.rules[rule]
-            why = f"rule {named_rules.text_of(pattern)!r}"
-        elif _is_precise(site.eqn.params.get("precision")):
-            return _back(_kept(site, "kept: precision"), site, inputs)
+        given, result, why = self._dtypes(site)
+        if why == "kept: precision":
+            return _back(_kept(site, why), site, inputs)
         asked = site.results[0]  # wider than its operands, if the user asked for it
         wider = _widest(*operands[:2]) != asked and _bits(asked) > _bits(result)
         casts = tuple(given if _is_float(d) else None for d in operands)
         return Decision(casts, (asked if wider else result,), why)
+
+    def _dtypes(self, site: Site) -> tuple[np.dtype, np.dtype, str]:
+        """Of the operands and the result of a product, and what decided on them."""
+        names = self.products[site.place] = addresses(site, self.origins[site.place])
+        rule = named_rules.first_match([pattern for pattern, _ in self.rules], names)
+        if rule is not None:
+            pattern, (given, result) = self.rules[rule]
+            return given, result, f"rule {named_rules.text_of(pattern)!r}"
+        precise = _is_precise(site.eqn.params.get("precision"))
+        return *self.low, "kept: precision" if precise else "low"
+
+    def _meant(self, site: Site, meant: str, inputs: list[Known]) -> Decision:
+        """An equation of a product on codes, which computes as traced, or its result.
+
+        The result has the dtype that the product of the arrays would have, so that it does not
+        matter which of two transforms is around the other.
+        """
+        kept = _kept(site, "as traced")
+        if self.ops.get(site.name) == "low":
+            given, self.coded, why = self._dtypes(site)
+            floats = all(map(_is_float, site.operands[:2])) and _bits(site.operands[0]) >= 16
+            if why == "kept: precision" and not floats:  # floats on codes ask for it themselves
+                self.coded = FLOAT32
+            if floats and why != "kept: precision":
+                casts = tuple(given if _is_float(d) else None for d in site.operands)
+                return Decision(casts, site.results, why)
+            return replace(kept, why="low" if floats else why)
+        if meant == "result" and site.results[0] == FLOAT32:
+            dtype, self.coded = self.coded or self.low[1], None
+            return replace(kept, results=(dtype,), why="low")
+        if meant == "operand" and site.results[0] == FLOAT32:
+            dtype = self.low[0] if _bits(self.low[0]) >= 16 else self.low[1]
+            dtype = inputs[0].dtype if _bits(inputs[0].dtype) < 32 else dtype
+            return Decision((dtype,), (dtype,), "low")
+        return kept
 
     def _float32(self, site: Site, inputs: list[Known], why: str = "float32") -> Decision:
         del inputs
@@ -256,6 +302,11 @@ def _uniform(site: Site, dtype: Any, why: str) -> Decision:
     cast = lambda traced: dtype if _is_float(traced) else None
     results = tuple(cast(d) or d for d in site.results)
     return Decision(tuple(cast(d) for d in site.operands), results, why)
+
+
+def _is_widened(known: Known, traced: Any, to: Any) -> bool:
+    """Whether autocast made a value narrow, and casts it back to what it was."""
+    return to == traced and known.dtype != traced and _is_float(traced)
 
 
 @functools.lru_cache

@@ -24,7 +24,7 @@ from unitscale_jax.quantization._ops import (
 from unitscale_jax.quantization._qtensor import QTensor, is_quantized, value_of
 from unitscale_jax.quantization._served import EXACT, Unquantizable, grouped, reach, varying
 from unitscale_jax.quantization._spec import DotSpec, QSpec
-from unitscale_jax.trace import Conv, DeviceSum, Dot, Product, varying_axes
+from unitscale_jax.trace import Conv, DeviceSum, Dot, Product, operand_enters, varying_axes
 from unitscale_jax.typing import Key
 
 INT32 = 2**31
@@ -109,8 +109,9 @@ def activation(
     `over` are manual mesh axes that the rows are split over.
     """
     axes = product.contracted(side)
-    v = on_grid(jax.lax.stop_gradient(x))
-    latent = x
+    with operand_enters():
+        v = jax.lax.stop_gradient(x)
+    v, latent = on_grid(v), x
     if x_range is not None:
         flat = [1] * x.ndim
         finite = jnp.all(jnp.isfinite(v), axis=axes, keepdims=True)

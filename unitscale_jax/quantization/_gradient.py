@@ -17,7 +17,18 @@ from unitscale_jax.quantization._served import Unquantizable, served
 from unitscale_jax.quantization._spec import DotSpec
 from unitscale_jax.quantization._transposed import transposed
 from unitscale_jax.quantization._views import view
-from unitscale_jax.trace import Conv, Dot, Product, Site, not_before, noted, product_of, zeros
+from unitscale_jax.trace import (
+    Conv,
+    Dot,
+    Product,
+    Site,
+    as_traced,
+    not_before,
+    noted,
+    operand_enters,
+    product_of,
+    zeros,
+)
 from unitscale_jax.typing import Key
 
 Multiply = Callable[..., Any]
@@ -31,9 +42,10 @@ def straight_through(
     `multiply` makes the products of a quantized backward pass.
     """
     carriers = [t.latent if is_quantized(t) else t for t in sides]
-    parts = [
-        replace(t, latent=None) if is_quantized(t) else jax.lax.stop_gradient(t) for t in sides
-    ]
+    with operand_enters():
+        parts = [
+            replace(t, latent=None) if is_quantized(t) else jax.lax.stop_gradient(t) for t in sides
+        ]
     if all(c is None for c in carriers):
         return served(product, parts, spec)
     beside = (product.extra, key)  # data, so they go in as arguments
@@ -173,7 +185,7 @@ def _quantized_backward(
 def _multiplied(
     inner: Product, operands: list[Any], spec: DotSpec, draws: Key | None, multiply: Multiply
 ) -> jax.Array:
-    with noted(quantize=str(spec)):
+    with noted(quantize=str(spec)), as_traced(low=True):
         out, verdict = multiply(inner, *operands, spec, draws=draws)
     if verdict.kept:
         raise Unquantizable(verdict.kept.removeprefix("kept: "))

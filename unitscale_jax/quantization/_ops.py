@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax.quantization._spec import QSpec
-from unitscale_jax.trace import varying_axes
+from unitscale_jax.trace import made_result, varying_axes
 from unitscale_jax.typing import Key
 
 
@@ -34,8 +34,11 @@ def fence(x: jax.Array) -> jax.Array:
 def emit(y: jax.Array, dtype: Any) -> jax.Array:
     """A float32 result in its dtype, rounded aloud."""
     info = jnp.finfo(dtype)
-    fenced = fence(y)
-    if info.bits < 32:
+    if info.bits >= 32:
+        with made_result():
+            fenced = fence(y)
+    else:
+        fenced = fence(y)
         fenced = jax.lax.reduce_precision(fenced, info.nexp, info.nmant)
     return fenced.astype(dtype)
 

@@ -61,6 +61,7 @@ from unitscale_jax.trace import (
     Rewriter,
     Site,
     above,
+    as_traced,
     device_sums,
     dtype_of,
     meetings,
@@ -204,7 +205,8 @@ def _entered(
         return x
     check_leaf(name, x, spec)
     x, axes = jnp.asarray(x), over.get(name, ())
-    t = replace(encode(x, spec, axes), x_range=range_of(stats, name))
+    with as_traced():
+        t = replace(encode(x, spec, axes), x_range=range_of(stats, name))
     latent = jnp.where(inside(x, t, axes), x, jax.lax.stop_gradient(x)) if spec.w.clips else x
     return replace(t, latent=latent)
 
@@ -343,16 +345,19 @@ class _Quantizer(Rewriter):
     def _product(self, product: Product, operands: list[Any]) -> Any:
         site, (left, right) = product.site, operands[:2]
         spec, across = self.activations.get(site.place), self.sums.get(site.place)
-        if spec is not None and not is_quantized(right):
-            right = activation(product, 1, right, spec.w, over=axes_of(across))
-        spec = spec or _spec_of(left, right)
-        with noted(quantize=str(spec)):
+        codes = [is_quantized(x) for x in (left, right)]
+        bits = [jnp.finfo(dtype).bits for dtype in (*site.operands[:2], product.dtype)]
+        low = bits[2] <= max(bits[:2])  # else the user asked for a wider result
+        with noted(quantize=str(spec or _spec_of(left, right))), as_traced(low=low):
+            if spec is not None and not codes[1]:
+                right = activation(product, 1, right, spec.w, over=axes_of(across))
+            spec = spec or _spec_of(left, right)
             try:
                 own = draw(self.key, site.place)
                 out, verdict = multiply(product, left, right, spec, own, across=across)
             except Unquantizable as error:
                 raise ValueError(f"{self.account.named(site)} {error}") from None
-        self._judge(site, verdict, spec, [is_quantized(x) for x in operands[:2]])
+        self._judge(site, verdict, spec, codes)
         return Summed(out) if verdict.across else out
 
     def _judge(self, site: Site, verdict: Verdict, spec: DotSpec, codes: Sequence[bool]) -> None:
@@ -462,12 +467,13 @@ def _looked_up(site: Site, operands: list[Any]) -> list[Any] | None:
             [t.zero_point, indices], slice_sizes=small, fill_value=_zero_fill(params)
         )[0]
         codes = codes - point.astype(jnp.float32)
-    scale = site.bind([t.scale, indices], slice_sizes=small)[0]
-    with noted(quantize=f"{t.spec.w} rows"):
-        value = emit(codes * scale, t.dtype)
-    if t.latent is None:
-        return [value]
-    return [straight_through(value, site.bind([t.latent.astype(t.dtype), indices])[0])]
+    with noted(quantize=f"{t.spec.w} rows"), as_traced(low=True):
+        scale = site.bind([t.scale, indices], slice_sizes=small)[0]
+        value = codes * scale
+        if t.latent is not None:
+            rows = site.bind([t.latent.astype(t.dtype), indices])[0]
+            value = straight_through(value, rows.astype(jnp.float32))
+        return [emit(value, t.dtype)]
 
 
 def _zero_fill(params: Mapping[str, Any]) -> int | None:

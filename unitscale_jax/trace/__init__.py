@@ -46,7 +46,17 @@ from unitscale_jax.trace._meetings import (
     observable,
     stacks_of,
 )
-from unitscale_jax.trace._notes import noted, notes_at, scope_without_notes, taking, taking_notes
+from unitscale_jax.trace._notes import (
+    as_traced,
+    dtypes_meant,
+    made_result,
+    noted,
+    notes_at,
+    operand_enters,
+    scope_without_notes,
+    taking,
+    taking_notes,
+)
 from unitscale_jax.trace._op_cost import OpCost, cost_of
 from unitscale_jax.trace._operands import (
     channel_rows,
@@ -137,6 +147,7 @@ __all__ = [
     "Traced",
     "above",
     "addresses",
+    "as_traced",
     "agree",
     "as_arrays",
     "as_on_one_device",
@@ -169,8 +180,11 @@ __all__ = [
     "meetings",
     "new_axes",
     "not_before",
+    "dtypes_meant",
+    "made_result",
     "noted",
     "notes_at",
+    "operand_enters",
     "observable",
     "opaque",
     "origins",

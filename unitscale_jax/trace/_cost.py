@@ -17,6 +17,7 @@ from unitscale_jax.trace import _compat
 from unitscale_jax.trace._compat import Equation, Jaxpr
 from unitscale_jax.trace._function import Traced, trace
 from unitscale_jax.trace._live import live
+from unitscale_jax.trace._notes import scope_without_notes
 from unitscale_jax.trace._op_cost import OpCost, cost_of, is_counted, operand_dtype
 from unitscale_jax.trace._walk import Site, bodies
 
@@ -95,7 +96,7 @@ class Cost:
     @property
     def by_scope(self) -> dict[str, OpCost]:
         """Totals by named scope, "" for what has none."""
-        return self.by(lambda site: site.scope)
+        return self.by(scope_without_notes)
 
     @property
     def by_primitive(self) -> dict[str, OpCost]:

@@ -13,15 +13,16 @@ import contextlib
 import contextvars
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
-from unitscale_jax.trace._compat import traced_apart
+from unitscale_jax.trace._compat import scope, traced_apart
 from unitscale_jax.trace._walk import Site
 
 _TAKEN: contextvars.ContextVar[list[dict[str, Any]] | None] = contextvars.ContextVar("notes")
 _MARK = re.compile(r"note:(\d+):")
+_OWN = re.compile(r"note:\d+:|as_traced:|entered:|result:")
 
 
 @contextlib.contextmanager
@@ -52,6 +53,51 @@ def noted(**note: Any) -> Iterator[None]:
         yield
 
 
+def as_traced(*, low: bool = False) -> contextlib.AbstractContextManager[Any]:
+    """The equations made inside compute in the dtypes they have: their precision is their own.
+
+    Products on codes, and the making of codes, are such. What changes dtypes finds it at the
+    equations (see `dtypes_meant`), wherever they went.
+
+    Args:
+        low: Whether together they are one product, whose result (`made_result`) has the dtype that
+            one of the operands' arrays would have had.
+    """
+    return jax.named_scope("as_traced:low:" if low else "as_traced:")
+
+
+def operand_enters() -> contextlib.AbstractContextManager[Any]:
+    """The `stop_gradient` made inside is where an array enters what is `as_traced` around."""
+    return jax.named_scope("entered:")
+
+
+def made_result() -> contextlib.AbstractContextManager[Any]:
+    """The select made inside is the result of what is `as_traced` around."""
+    return jax.named_scope("result:")
+
+
+def dtypes_meant(site: Site) -> Literal["", "inside", "operand", "result"]:
+    """Whether an equation is one of those `as_traced`.
+
+    Returns:
+        "" for any other; of a product that is low "operand" where one of its arrays enters and
+        "result" where it is made; "inside" for the rest. In the backward pass of a custom
+        derivative what is around the call does not count.
+    """
+    scopes: list[str] = []
+    at: Site | None = site
+    while at is not None:
+        scopes += [part for part in scope(at.eqn).split("/") if "transpose(" not in part]
+        backward = at.body == 2 and at.parent is not None and at.parent.name == "custom_vjp_call"
+        at = None if backward else at.parent
+    text = "/".join(scopes)
+    if "as_traced:low:" in text:
+        if "result:" in text and site.name == "select_n":
+            return "result"
+        return "operand" if "entered:" in text and site.name == "stop_gradient" else "inside"
+    return "inside" if "as_traced:" in text else ""
+
+
 def notes_at(site: Site, notes: list[dict[str, Any]]) -> dict[str, Any]:
     """All notes at an equation in one dict, of two with one name the innermost."""
     out: dict[str, Any] = {}
@@ -62,4 +108,4 @@ def notes_at(site: Site, notes: list[dict[str, Any]]) -> dict[str, Any]:
 
 def scope_without_notes(site: Site) -> str:
     """The named scopes that are the user's own."""
-    return "/".join(part for part in site.scope.split("/") if not _MARK.search(part))
+    return "/".join(part for part in site.scope.split("/") if not _OWN.search(part))

@@ -13,6 +13,7 @@ from typing import Any
 from unitscale_jax import tree as trees
 from unitscale_jax.trace._compat import Equation, Jaxpr
 from unitscale_jax.trace._function import Staged
+from unitscale_jax.trace._notes import scope_without_notes
 from unitscale_jax.trace._primitives import moved
 from unitscale_jax.trace._walk import Flow, Place, Site, walk
 
@@ -142,7 +143,7 @@ def addresses(site: Site, origins: Sequence[Origin]) -> list[str]:
     found = [name for origin in origins for name in origin.names]
     if found:
         return list(dict.fromkeys(found))
-    return [name for name in (site.scope, kind(site.eqn)) if name]
+    return [name for name in (scope_without_notes(site), kind(site.eqn)) if name]
 
 
 def kind(eqn: Equation) -> str:
