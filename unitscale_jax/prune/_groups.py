@@ -314,7 +314,9 @@ def _check_group(
 ) -> None:
     sizes = {group.name: group.size for group in graph.groups}
     if name not in sizes and (why := graph.dims.why_refused(name)):
-        raise ValueError(f"no group is named {name!r}. {why}")
+        raise ValueError(
+            f"no group is named {name!r}. There are {', '.join(sizes) or 'none'}. {why}"
+        )
     _check_channels(name, sorted(channels), sizes)
     group = graph.by_name[name]
     if not len(channels) and not may_be_empty:
