@@ -5,6 +5,8 @@ here words the first two, so that one slip reads alike wherever it is made. The 
 adds the way out, which it alone knows:
 
     raise ValueError(f"{not_divisible(name, size, 'groups of 4')} Pad it to {up}.")
+
+Those named `check_` raise themselves: what a public function asks of its first argument.
 """
 
 import difflib
