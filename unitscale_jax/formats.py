@@ -11,6 +11,7 @@ https://arxiv.org/abs/2206.02915), OCP microscaling (e2m3fn, e3m2fn, e2m1fn), IE
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, Literal, TypeAlias
@@ -391,6 +392,7 @@ def _dtype_name(dtype: DType) -> str:
         return repr(dtype)
 
 
+@functools.partial(jax.jit, inline=True)  # traced once for a shape, however often it is used
 def on_grid(x: Any) -> jax.Array:
     """The values of a 16 or 32-bit float array as float32, on the grid of their dtype."""
     info = jnp.finfo(jnp.result_type(x))

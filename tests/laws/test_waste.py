@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import unitscale_jax as us
@@ -121,3 +122,47 @@ def test_a_divergence_has_a_derivative_by_its_temperature(loss):
     value = functools.partial(loss, t, s)
     by_steps = (value(2.01) - value(1.99)) / 0.02
     np.testing.assert_allclose(jax.grad(value)(2.0), by_steps, atol=2e-3)
+
+
+# ------------------------------------------------------------------- outside of any jit
+
+
+def weighted(params, batch):
+    rows = (batch["x"] @ params["w"] - batch["y"]) ** 2
+    return us.Mean(jnp.sum(rows), jnp.float32(len(rows)))
+
+
+def half(params):
+    del params
+    return us.prune.SparsitySpec(patterns={"*": us.prune.Unstructured()}, sparsity=0.5)
+
+
+WRAPPERS = {
+    "accumulated": lambda: us.accumulated(us.value_and_grad(weighted), 2),
+    "drop": lambda: us.accumulated(us.value_and_grad(weighted), 2, nonfinite="drop"),
+    "masked": lambda: us.prune.masked(optax.sgd(0.1), half(None), us.prune.OneShot(1)),
+    "loss_scaled": lambda: us.loss_scaled(optax.sgd(0.1), us.DynamicScale()),
+    "multi_steps": lambda: us.multi_steps(optax.sgd(0.1), 2),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_wrapper_outside_of_jit_is_compiled_once(name):
+    wrapped, params = WRAPPERS[name](), {"w": jnp.arange(4.0)}
+    batch = {"x": jnp.arange(16.0).reshape(4, 4), "y": jnp.ones(4)}
+    if isinstance(wrapped, us.Grad):
+        call = functools.partial(wrapped, params, batch)
+    else:
+        call = functools.partial(wrapped.update, params, wrapped.init(params), params)
+    first, compilations = call(), []
+    note = lambda event, *_, **__: compilations.append(event) if "compile" in event else None
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        again = call()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert not compilations
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(jax.tree.leaves(jax.jit(call)()), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -36,6 +36,7 @@ from unitscale_jax.trace import (
     Traced,
     agree,
     as_arrays,
+    compiled_once,
     devices_over,
     trace,
     varying,
@@ -125,7 +126,7 @@ def accumulated(
         terms, aux, grads = _whole(sums, kinds, rows, axes)
         return (terms if kept is None else _counted(terms, kept, axes)), aux, grads
 
-    return Grad(loss=grad_fn.loss, call=call)
+    return Grad(loss=grad_fn.loss, call=compiled_once(call))
 
 
 class _Sums(NamedTuple):

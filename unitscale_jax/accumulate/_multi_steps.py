@@ -7,6 +7,7 @@ denominators, or when all parts are at hand, use `accumulated`, which also reduc
 once.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +29,7 @@ from unitscale_jax.optimizer import (
     flaws,
     step_or_skip,
 )
+from unitscale_jax.trace import compiled_once
 from unitscale_jax.typing import Params
 
 
@@ -104,7 +106,6 @@ def multi_steps(
         dropped: Mean | jax.Array | int = 0,
         **extra: Any,
     ) -> tuple[Params, MultiStepsState]:
-        _check_weight(weight)
         check_gradients(updates, state.total)
         state = _take(state, updates, jnp.asarray(weight, jnp.float32), value, dropped)
         target = _checked_target(parts(state.step)) if callable(parts) else parts
@@ -130,7 +131,14 @@ def multi_steps(
             applied=_judged(state.applied, emit, inner_state), inner=inner_state
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    compiled_fn = compiled_once(update_fn)
+
+    @functools.wraps(update_fn)
+    def checked_fn(*args: Any, weight: Any = 1.0, **options: Any) -> tuple[Params, MultiStepsState]:
+        _check_weight(weight)  # out here, where its number is known
+        return compiled_fn(*args, weight=weight, **options)
+
+    return optax.GradientTransformationExtraArgs(init_fn, checked_fn)
 
 
 def _take(

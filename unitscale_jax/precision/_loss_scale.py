@@ -37,6 +37,7 @@ from unitscale_jax.optimizer import (
     without_scale,
 )
 from unitscale_jax.precision._scale import DynamicScale, StaticScale
+from unitscale_jax.trace import compiled_once
 from unitscale_jax.typing import Axes, Params
 
 Scale: TypeAlias = StaticScale | DynamicScale
@@ -112,7 +113,7 @@ def loss_scaled(
         }
         return updates, dataclasses.replace(spec.after(state, ~found.some), **fields)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, compiled_once(update_fn))
 
 
 def current_scale(opt_state: Any) -> jax.Array:

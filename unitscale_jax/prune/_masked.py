@@ -35,7 +35,7 @@ from unitscale_jax.prune._masks import zeroed_leaf
 from unitscale_jax.prune._schedules import OneShot, Schedule
 from unitscale_jax.prune._scores import Score, magnitude
 from unitscale_jax.prune._spec import SparsitySpec, counts, masks_from, selected
-from unitscale_jax.trace import reach, trace, varying_axes
+from unitscale_jax.trace import compiled_once, reach, trace, varying_axes
 from unitscale_jax.typing import Params
 
 
@@ -166,6 +166,11 @@ def evolving(
         _check_inside(inner_state, name, rests or _adds_up(score, score_state, seen))
         return MaskedState(masks, zero(), zero(), score_state, inner_state)
 
+    # Only this, since the inner transform has to give its own bits.
+    @compiled_once
+    def renewed(due: jax.Array, state: MaskedState, params: Params, *given: Any) -> tuple:
+        return _renewed(due, lambda: renew(state, *given), state, params)
+
     def update_fn(
         updates: Params, state: Any, params: Params | None = None, **extra: Any
     ) -> tuple[Params, MaskedState]:
@@ -179,7 +184,7 @@ def evolving(
         score_state = trees.select(good, score.update(state.score, *seen), state.score)
         new = state._replace(count=state.count + 1, score=score_state)
         due = good & (state.done < scheduled)
-        masks, before = _renewed(due, lambda: renew(new, *seen, scheduled), new, params)
+        masks, before = renewed(due, new, params, *seen, scheduled)
 
         def step(grads: Params, inner_state: Any) -> tuple[Params, Any]:
             return inner.update(grads, inner_state, zeroed(masks, params), **extra)

@@ -27,6 +27,7 @@ from unitscale_jax.trace import (
     noted,
     operand_enters,
     product_of,
+    taking,
     zeros,
 )
 from unitscale_jax.typing import Key
@@ -40,7 +41,29 @@ def straight_through(
     """`served`, whose derivative is that of the float product at the values served.
 
     `multiply` makes the products of a quantized backward pass.
+
+    A model has few kinds of products, and both passes of a kind are traced once; not where notes
+    are taken, or devices sum, since those differ from place to place.
     """
+    if taking() or product.across is not None:
+        return _straight_through(product, sides, spec, key, multiply)
+    kind = _kind(product, sides, spec)
+    if kind not in _PROGRAMS:
+        # Of the program that the product stands in, nothing is kept but its own equation.
+        alone = replace(product, site=Site(product.site.eqn, 0), extra=(), note={})
+        run = lambda extra, sides, key: _straight_through(
+            replace(alone, extra=extra), sides, spec, key, multiply
+        )
+        _PROGRAMS[kind] = jax.jit(run, inline=True)
+    return _PROGRAMS[kind](product.extra, sides, key)
+
+
+_PROGRAMS: dict[Any, Callable[..., jax.Array]] = {}
+
+
+def _straight_through(
+    product: Product, sides: list[Any], spec: DotSpec, key: Key | None, multiply: Multiply
+) -> jax.Array:
     carriers = [t.latent if is_quantized(t) else t for t in sides]
     with operand_enters():
         parts = [
@@ -59,13 +82,17 @@ def straight_through(
         like = [None if c is None else c.reshape(-1)[:0] for c in carriers]  # dtypes, no numbers
         return served(replace(product, extra=beside[0]), parts, spec), (parts, beside, like)
 
-    def bwd(kept: Any, g: jax.Array) -> tuple[Any, None, None]:
+    def back(kept: Any, g: jax.Array) -> Any:
         parts, (extra, key), like = kept
         g = g if product.across is None else product.across.transposed(g)
         open_product = replace(product, extra=extra)
         backward = lambda side: _backward(open_product, parts, side, g, spec, key, multiply)
-        back = [None if c is None else backward(k).astype(c.dtype) for k, c in enumerate(like)]
-        return back, None, None
+        return [None if c is None else backward(k).astype(c.dtype) for k, c in enumerate(like)]
+
+    traced_back = back if taking() else jax.jit(back, inline=True)
+
+    def bwd(kept: Any, g: jax.Array) -> tuple[Any, None, None]:
+        return traced_back(kept, g), None, None
 
     call.defvjp(fwd, bwd)
     return call(carriers, parts, beside)
@@ -107,29 +134,48 @@ def refusals(
 ) -> tuple[str, ...]:
     """Why a backward pass that was to be quantized will be in floating point, operand by operand.
 
-    Nothing is computed: the backward pass is traced on a cotangent of zeros. Only of what is
-    trained; codes that are served have no backward pass to speak of.
+    Nothing is computed: the backward pass is traced on a cotangent of zeros, once for products that
+    are alike. Only of what is trained; codes that are served have no backward pass to speak of.
     """
     parts = [replace(t, latent=None) if is_quantized(t) else t for t in sides]
     weights = [t for t in sides if is_quantized(t) and t.spec.x is not None]
     if weights and all(t.latent is None for t in weights):
         return ()
-    shape, dtype = product.result_shape, product.dtype
-    found = []
-    for side, name in enumerate(("left", "right")):
-        other = parts[1 - side]
-        if not is_quantized(other):
-            continue
+    alike = _kind(product, parts, spec)
+    if alike not in _REFUSALS:
+        found = (_refusal(product, parts, side, spec, multiply) for side in (0, 1))
+        _REFUSALS[alike] = tuple(why for why in found if why is not None)
+    return _REFUSALS[alike]
 
-        def attempt(side: int = side, other: QTensor = other) -> jax.Array:
-            g = zeros(shape, dtype, like=other.codes)
-            return _quantized_backward(product, other, side, g, spec, None, multiply)
 
-        try:
-            jax.eval_shape(attempt)
-        except Unquantizable as error:
-            found.append(f"the derivative by its {name} operand: {error}")
-    return tuple(found)
+# Sentences about products that were seen, by what they depend on: a model has few kinds of them.
+_REFUSALS: dict[Any, tuple[str, ...]] = {}
+
+
+def _kind(product: Product, parts: list[Any], spec: DotSpec) -> Any:
+    """All that a backward pass is chosen by: the equation, the types of its operands, the spec."""
+    leaves, structure = jax.tree.flatten(parts)
+    params = frozenset(product.site.eqn.params.items())
+    types = tuple(map(jax.typeof, leaves))
+    return product.site.name, params, product.site.operands, product.dtype, structure, types, spec
+
+
+def _refusal(
+    product: Product, parts: list[Any], side: int, spec: DotSpec, multiply: Multiply
+) -> str | None:
+    other = parts[1 - side]
+    if not is_quantized(other):
+        return None
+
+    def attempt() -> jax.Array:
+        g = zeros(product.result_shape, product.dtype, like=other.codes)
+        return _quantized_backward(product, other, side, g, spec, None, multiply)
+
+    try:
+        jax.eval_shape(attempt)
+    except Unquantizable as error:
+        return f"the derivative by its {('left', 'right')[side]} operand: {error}"
+    return None
 
 
 def _waiting(t: QTensor, g: jax.Array) -> QTensor:

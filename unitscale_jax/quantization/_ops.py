@@ -10,6 +10,7 @@ keeps a product from being fused with the sum after it; and scales are always as
 `f32(acc) * (s_x * s_w)`.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,6 +23,10 @@ from unitscale_jax.quantization._spec import QSpec
 from unitscale_jax.trace import made_result, varying_axes
 from unitscale_jax.typing import Key
 
+# The layers of a model have few shapes and specs, and many operands: what is computed for each of
+# them is traced once for a shape and a spec, and stands in the program as if it were traced there.
+_inlined = functools.partial(jax.jit, inline=True)
+
 
 def fence(x: jax.Array) -> jax.Array:
     """The identity, opaque to the compiler: no fused multiply-add across it.
@@ -31,6 +36,7 @@ def fence(x: jax.Array) -> jax.Array:
     return jnp.where(x == x, x, np.float32(np.nan))
 
 
+@functools.partial(_inlined, static_argnames="dtype")
 def emit(y: jax.Array, dtype: Any) -> jax.Array:
     """A float32 result in its dtype, rounded aloud."""
     info = jnp.finfo(dtype)
@@ -63,6 +69,7 @@ def scales(m: jax.Array, spec: QSpec) -> tuple[jax.Array, jax.Array]:
     return power(exponent, step), jnp.where(zero, 0.0, power(-exponent, 1 / step))
 
 
+@functools.partial(_inlined, static_argnames="spec")
 def symmetric(x: jax.Array, m: jax.Array, spec: QSpec, key: Key | None = None) -> Any:
     """Codes and scale.
 
@@ -95,6 +102,7 @@ def as_codes(whole: jax.Array, spec: QSpec) -> jax.Array:
     return whole.astype(jnp.int8).astype(spec.code_dtype)
 
 
+@functools.partial(_inlined, static_argnames="spec")
 def asymmetric(x: jax.Array, low: jax.Array, high: jax.Array, spec: QSpec) -> Any:
     """Codes, scale and zero point for a range that contains zero."""
     n = 2**spec.grid.bits - 1
@@ -158,7 +166,13 @@ def bounds_of(
 
     `over` are manual mesh axes that the axes are split over: devices share the largest.
     """
-    axes = tuple(sorted(axes))
+    return _bounds(x, tuple(sorted(axes)), spec, tiles, tuple(over))
+
+
+@functools.partial(_inlined, static_argnums=(1, 2, 3, 4))
+def _bounds(
+    x: jax.Array, axes: tuple[int, ...], spec: QSpec, tiles: int, over: tuple[str, ...]
+) -> jax.Array:
     if tiles == 1:
         return shared(_bound(x, axes, spec), over)
     last = axes[-1]

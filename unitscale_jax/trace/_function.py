@@ -1,11 +1,13 @@
 """A function as an equation list: traced once, then asked about and evaluated, whole or in part."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unitscale_jax.trace._compat import ClosedJaxpr, as_function
 
@@ -181,6 +183,37 @@ def stage(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Staged:
         return out_structure.unflatten(next(arrays) if x is None else x[0] for x in outline)
 
     return Staged(closed, given.arrays, given.positions, finish)
+
+
+def compiled_once(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Evaluates a pure `fn` as it is while something is traced, and else by a program of its own.
+
+    A loop or a branch that is built anew in each call is compiled anew in each call, and JAX keeps
+    all of these programs. One jitted function that lives as long as `fn` is compiled once for each
+    structure and each shape of its arguments. Arguments that are no data, such as a function that
+    a line search calls, leave `fn` as it is.
+
+    Example:
+        >>> traced = []
+        >>> fn = compiled_once(lambda x: traced.append(x) or jax.lax.abs(x))
+        >>> [fn(x).item() for x in (1.0, -2.0, 3.0)], len(traced)
+        ([1.0, 2.0, 3.0], 1)
+    """
+    jitted = jax.jit(fn)
+
+    @functools.wraps(fn)
+    def compiled_fn(*args: Any, **kwargs: Any) -> Any:
+        leaves = jax.tree.leaves((args, kwargs))
+        return (jitted if all(map(_is_data, leaves)) else fn)(*args, **kwargs)
+
+    return compiled_fn
+
+
+def _is_data(leaf: Any) -> bool:
+    if isinstance(leaf, jax.core.Tracer):
+        return False
+    number = isinstance(leaf, bool | int | float | complex | np.ndarray | np.generic)
+    return number or isinstance(leaf, jax.Array)
 
 
 def is_array(leaf: Any) -> bool:
