@@ -74,8 +74,8 @@ overrides=(('**/norm/*', 'float32'),))
             >>> Policy.parse("param=float32,compute=bf16")
             Traceback (most recent call last):
                 ...
-            ValueError: Policy.compute is 'bf16', which names no dtype to compute in; did you \
-mean 'bfloat16'? Use float16, bfloat16, float32 or float64.
+            ValueError: Policy.compute is 'bf16', which names no dtype to compute in; \
+closest: 'bfloat16'. Use float16, bfloat16, float32 or float64.
         """
         fields: dict[str, Any] = {}
         for item in text.split(","):

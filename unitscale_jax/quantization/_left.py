@@ -1,7 +1,8 @@
 """What a rewrite left in floating point, and whether a rule decided on anything at all.
 
-A rule ends somewhere: a parameter that has one, and meets products, is multiplied as codes in one
-of them at least, or it is an error that names what is in the way.
+A rule ends somewhere: the codes of a parameter that has one, and meets products, reach one of them
+at least, or it is an error that names what is in the way. A product that codes have reached may
+still be one of floats, as where scales cross its sum; that is listed, and refused by `strict`.
 """
 
 import functools
@@ -46,14 +47,14 @@ class Account:
         jaxpr: The equations of the function.
         sources: What its inputs are.
         left: What was left in floating point.
-        multiplied: Sides of products that were multiplied as codes.
+        reached: Sides of products that came as codes.
         bodies: Forward passes of custom derivatives, whose equations are not among the function's.
     """
 
     jaxpr: Jaxpr
     sources: Sequence[Origin]
     left: list[Left] = field(default_factory=list)
-    multiplied: list[tuple[Site, int]] = field(default_factory=list)
+    reached: list[tuple[Site, int]] = field(default_factory=list)
     bodies: list[tuple[Site, Jaxpr]] = field(default_factory=list)
 
     @functools.cached_property
@@ -79,7 +80,7 @@ class Account:
         return "; ".join(dict.fromkeys(each))
 
     def check(self, met: Mapping[str, Sequence[Meeting]], specs: Mapping[str, DotSpec]) -> None:
-        """Whether each parameter with a rule that meets products was multiplied in one of them.
+        """Whether each parameter with a rule that meets products reached one of them as codes.
 
         A rule for weights alone asks for no product of integers: where its codes are dequantized,
         they are weights of as few values all the same.
@@ -87,7 +88,7 @@ class Account:
         Raises:
             ValueError: It was not; the message names it and the equations in the way.
         """
-        done = {name for site, side in self.multiplied for name in self._held(site, side)}
+        done = {name for site, side in self.reached for name in self._held(site, side)}
         for name, spec in specs.items():
             products = [m for m in met.get(name, ()) if m.kind == "product"]
             if products and spec.x is not None and name not in done:

@@ -363,8 +363,7 @@ class _Quantizer(Rewriter):
     def _judge(self, site: Site, verdict: Verdict, spec: DotSpec, codes: Sequence[bool]) -> None:
         if verdict.kept:
             self.account.left.append(Left(site, verdict.kept.removeprefix("kept: ")))
-        else:
-            self.account.multiplied += [(site, side) for side in (0, 1) if codes[side]]
+        self.account.reached += [(site, side) for side in (0, 1) if codes[side]]
         own = any(parent.name.startswith("custom_") for parent in above(site))
         users = ("the derivative is the user's own",) if own and spec.g is not None else ()
         why = users or verdict.backward
