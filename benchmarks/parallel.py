@@ -3,7 +3,8 @@
 1. One reduction a step for any number of parts, of as many bytes as ZeRO says, over float32 and
    narrow wires; tensor-parallel sums as the inferred layout predicts them.
 2. The memory of 1F1B does not grow with the parts; that of GPipe does.
-3. On a mesh of one device a layout costs no FLOPs and no bytes.
+3. Parameters gathered layer by layer take less memory than those gathered once a step.
+4. On a mesh of one device a layout costs no FLOPs and no bytes.
 
 Where libtpu is installed (`pip install libtpu`) the programs of 1 and 2 are also compiled, ahead of
 time, for a TPU v5e of 2 x 4 chips.
@@ -184,7 +185,39 @@ def pipeline_memory(mesh, smallest, where):
         )
 
 
-# --- 3: one device -------------------------------------------------------------------------------
+# --- 3: layers gathered one at a time -------------------------------------------------------------
+
+
+def by_layer_memory(smallest):
+    width, _, rows, _ = sizes(smallest)
+    n, kernel = 4, functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    mesh = us.parallel.mesh(devices=jax.devices()[:n], dp=n)
+    params = {"up": kernel((8, width, 4 * width)), "down": kernel((8, 4 * width, width))}
+    layout = us.parallel.layout(params, {}, mesh)
+    x = kernel((n * rows, width), sharding=NamedSharding(mesh, P("dp")))
+
+    def loss(params, x):
+        layer = lambda h, w: (h + jnp.tanh(h @ w["up"]) @ w["down"], None)
+        h = jax.lax.scan(jax.checkpoint(layer), x, params)[0]
+        return us.Mean(jnp.sum(h * h, -1), jnp.ones(len(x)))
+
+    temp = {}
+    for gather, fn in {"step": loss, "layer": us.parallel.gathered(loss, layout)}.items():
+        options = dict(zero=3, gather=gather, layout=layout)
+        reduced = us.parallel.reduced(us.value_and_grad(fn), **options)
+        args = abstract(params, layout.over("dp").shardings()), x
+        program = compiled(lambda p, x, fn=reduced: fn(p, x)[2], mesh, *args)
+        temp[gather] = program.memory_analysis().temp_size_in_bytes
+    harness.claim(
+        "zero 3 by layer: at most 0.75x the temporary memory of zero 3 by step, for 8 "
+        "rematerialized layers on 4 devices",
+        temp["layer"] <= 0.75 * temp["step"],
+        temp_bytes=temp,
+        ratio=harness.ratio(temp["layer"], temp["step"]),
+    )
+
+
+# --- 4: one device -------------------------------------------------------------------------------
 
 
 def one_device(smallest):
@@ -241,6 +274,7 @@ def main():
         one_reduction(rows_and_tensors, options.smallest, where)
         tensor_sums(rows_and_tensors, options.smallest, where)
         pipeline_memory(stages, options.smallest, where)
+    by_layer_memory(options.smallest)
     one_device(options.smallest)
 
 

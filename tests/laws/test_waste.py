@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import unitscale_jax as us
 from unitscale_jax.distill import jsd, kl, kl_top_k, reverse_kl, top_k
@@ -166,3 +167,31 @@ def test_a_wrapper_outside_of_jit_is_compiled_once(name):
         np.testing.assert_array_equal(a, b)
     for a, b in zip(jax.tree.leaves(jax.jit(call)()), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+# ------------------------------------------------------------------- parameters in shares
+
+
+def scanned(params, x):
+    layer = lambda h, w: (h + jnp.tanh(h @ w["up"]) @ w["down"], None)
+    h = jax.lax.scan(jax.checkpoint(layer), x, params["layers"])[0]
+    return us.Mean(jnp.sum(h * h, -1), jnp.ones(len(x)))
+
+
+@pytest.mark.parametrize("devices", [4, 8])
+def test_gathering_by_layer_takes_less_memory_than_once_a_step(devices):
+    mesh = us.parallel.mesh(dp=devices, devices=jax.devices()[:devices])
+    params = {"layers": {"up": floats(8, 64, 256), "down": floats(8, 256, 64)}}
+    layout = us.parallel.layout(params, {}, mesh)
+    assert layout.over("dp").by_name["layers/up"] == P("dp")  # along the layers themselves
+    share = lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)
+    args = jax.tree.map(share, params, layout.over("dp").shardings()), floats(8 * devices, 64)
+
+    def of(gather, loss):
+        options = dict(zero=3, gather=gather, layout=layout)
+        fn = us.parallel.reduced(us.value_and_grad(loss), **options)
+        with jax.set_mesh(mesh):
+            return temp(lambda *args: fn(*args)[2], *args)
+
+    by_layer = of("layer", us.parallel.gathered(scanned, layout))
+    assert by_layer <= 0.75 * of("step", scanned)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
 
 import unitscale_jax as us
 from unitscale_jax.loss import Mean
@@ -125,15 +124,37 @@ def test_less_memory_than_gathering_once_a_step():
     assert by_layer < 0.5 * compiled.memory_analysis().temp_size_in_bytes
 
 
-def test_a_stack_that_is_cut_along_its_layers_is_gathered_before_the_loop():
-    mesh = us.parallel.mesh(dp=4, tp=2)  # 4 divides the layers, the first dimension
+@pytest.mark.parametrize("sizes", [(4, 1), (2, 4)])
+def test_a_stack_that_is_cut_along_its_layers_is_cut_anew_before_the_loop(sizes):
+    (dp, tp), devices = sizes, jax.devices()[: sizes[0] * sizes[1]]
+    mesh = us.parallel.mesh(dp=dp, tp=tp, devices=devices)  # dp divides the 4 layers
     with jax.set_mesh(mesh):
-        layout = us.parallel.layout(PARAMS, {}, mesh)
-        assert layout.over("dp").by_name["layers/up"] == P("dp")
-        got = jax.jit(grad_of(layout))(us.parallel.shard(PARAMS, layout.over("dp")), X)[2]
+        layout = us.parallel.layout(PARAMS, RULES, mesh)
+        assert layout.over("dp").by_name["layers/up"][0] == "dp"
+        placed = us.parallel.shard(PARAMS, layout.over("dp"))
+        run = jax.jit(lambda p, x: grad_of(layout, 1)(p, x)[2]).lower(placed, X).compile()
+        got = run(placed, X)
     want = us.value_and_grad(loss)(PARAMS, X)[2]
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-6)
+    rows = [c for c in collectives(run, mesh) if c.axes == ("dp",)]
+    layer, sent = 4 * WIDTH * HIDDEN // tp, {c.kind: c for c in rows if c.loops}
+    assert sent["all-gather"].bytes == layer and sent["reduce-scatter"].bytes == layer // dp
+    assert all(c.bytes <= LAYERS * layer // dp for c in rows if not c.loops)  # a share
+
+
+def test_a_stack_that_cannot_be_cut_anew_is_gathered_before_the_loop():
+    mesh = us.parallel.mesh(dp=4, devices=jax.devices()[:4])
+    params, x = {"layers": normal(5, 4, 3, 3)}, normal(6, 8, 3)
+    layer = lambda h, w: (jnp.tanh(h @ w), None)
+    fn = lambda p, x: Mean(jnp.sum(jax.lax.scan(layer, x, p["layers"])[0], -1), jnp.ones(len(x)))
+    with jax.set_mesh(mesh):
+        layout = us.parallel.layout(params, {}, mesh)
+        by_layer = us.value_and_grad(us.parallel.gathered(fn, layout))
+        run = us.parallel.reduced(by_layer, zero=3, gather="layer", layout=layout)
+        got = jax.jit(run)(us.parallel.shard(params, layout.over("dp")), x)[2]
+    want = us.value_and_grad(fn)(params, x)[2]
+    np.testing.assert_allclose(got["layers"], want["layers"], rtol=1e-5, atol=1e-6)
 
 
 def test_what_is_no_share_is_named():

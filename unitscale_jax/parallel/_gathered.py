@@ -3,10 +3,12 @@
     forward:  gather, use, forget        backward:  gather again, use, scatter the gradient's sum
 
 A share goes through the equations of a function in place of its parameter until something computes
-with it, inside of loops too, so that of stacked layers one is whole at any moment. What is gathered
-is not kept for the backward pass, nor a cast of it. The transposed gather is a scattered sum: the
-gradient of a share is the share of the whole gradient. Where a function casts a parameter before it
-uses it, the cast share travels, and its gradient is still summed in the parameter's dtype.
+with it, inside of loops too, so that of stacked layers one is whole at any moment. A stack whose
+layers themselves are shared out is cut anew ahead of a loop over them: each device trades its layers
+for a share of every layer. What is gathered is not kept for the backward pass, nor a cast of it. The
+transposed gather is a scattered sum: the gradient of a share is the share of the whole gradient.
+Where a function casts a parameter before it uses it, the cast share travels, and its gradient is
+still summed in the parameter's dtype.
 """
 
 import functools
@@ -23,13 +25,14 @@ from unitscale_jax.errors import check_type
 from unitscale_jax.loss import around
 from unitscale_jax.parallel._context import under
 from unitscale_jax.parallel._layout import Layout
-from unitscale_jax.parallel._specs import Held, held, spec_of
+from unitscale_jax.parallel._specs import Held, held, spec_of, zero_spec
 from unitscale_jax.trace import (
     MOVES,
     Rewriter,
     Site,
     devices_over,
     primitives_of,
+    scan_counts,
     stage,
     varying,
 )
@@ -41,8 +44,9 @@ def gathered(fn: Callable[..., Any], layout: Layout, over: str = "dp") -> Callab
     Args:
         fn: `fn(params, *args)`: a loss or an `apply`.
         layout: The layout of the parameters over the other mesh axes; as `layout.over(over)` says,
-            each device has its share. Layers that are stacked for a loop are best divided along
-            another dimension than that of the layers, which a loop cannot take one by one.
+            each device has its share. Layers that are stacked for a loop may be divided along any
+            dimension; those without one that the axis divides, beside that of the layers, are
+            gathered before the loop.
         over: The mesh axis of the shares, manual where this is called: inside `reduced(..., zero=3,
             gather="layer")`, or a `shard_map` of your own.
 
@@ -129,6 +133,20 @@ class Share:
         own = self.local.dtype
         return _gather(self.over, axis, others, self.dtype or own, own)(self.local)
 
+    def of_each_row(self) -> "Share | None":
+        """Of a share that is some rows, the like share of all rows; None if no dimension will do.
+
+        An all-to-all, whose transpose is another: both ways it sends no more than a share.
+        """
+        rank, n = self.local.ndim, devices_over(self.over)
+        others = self.others[len(self.others) - rank :]
+        free = zero_spec(self.local.shape[1:], self.over, n, spec_of(others[1:]))
+        if not free:
+            return None
+        dim = len(free)  # the last that `free` names, counted with the rows
+        trade = lambda x: lax.all_to_all(x, self.over, dim, 0, tiled=True)
+        return replace(self, local=under(spec_of(others), trade)(self.local), dim=dim - rank)
+
 
 @functools.cache
 def _gather(
@@ -182,7 +200,8 @@ class _Gatherer(Rewriter):
         if not self.touches(site, operands):
             return site.bind(operands)
         if site.name == "scan":
-            operands = [_of_stack(x) for x in operands]
+            first = sum(scan_counts(site.eqn))  # of what the loop takes one by one
+            operands = [_for_loop(x, k >= first) for k, x in enumerate(operands)]
         elif site.name == "convert_element_type" and operands[0].dtype is None:
             return [replace(operands[0], dtype=site.results[0])]
         elif site.name not in _ENTERED:
@@ -215,6 +234,8 @@ def _whole(x: Any) -> Any:
     return x.whole() if isinstance(x, Share) else x
 
 
-def _of_stack(x: Any) -> Any:
-    """What a loop over layers cannot take one by one, because it is divided along them."""
-    return x.whole() if isinstance(x, Share) and -x.dim == x.local.ndim else x
+def _for_loop(x: Any, stacked: bool) -> Any:
+    """A share that a loop can take: not one along the layers, which it would take one by one."""
+    if not isinstance(x, Share) or -x.dim < x.local.ndim:
+        return x
+    return (x.of_each_row() if stacked else None) or x.whole()

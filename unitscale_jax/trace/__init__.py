@@ -10,6 +10,7 @@ from unitscale_jax.trace._compat import (
     known_primitives,
     not_before,
     primitives_of,
+    scan_counts,
     shape_of,
     varying_axes,
 )
@@ -197,6 +198,7 @@ __all__ = [
     "provenance",
     "reach",
     "rewritten",
+    "scan_counts",
     "scope_without_notes",
     "second_moments",
     "segments",
