@@ -304,7 +304,11 @@ def with_patterns(patterns, **fields):
             "mlp/b has the shape \\(4,\\), of which 1 axes are stacked",
         ),
         (lambda: with_patterns(NofM()), ValueError, "mlp/kernel: NofM.*us.prune.resolve"),
-        (lambda: with_patterns(NofM(axis=0)), ValueError, "mlp/kernel along axis 0 has 6, .*1, 2, 3, 6"),
+        (
+            lambda: with_patterns(NofM(axis=0)),
+            ValueError,
+            "mlp/kernel along axis 0 has 6, .*1, 2, 3, 6",
+        ),
         (
             lambda: with_patterns(Balanced(parts=2, axis=0), allocate=global_),
             ValueError,
