@@ -4,11 +4,11 @@
 
 A share goes through the equations of a function in place of its parameter until something computes
 with it, inside of loops too, so that of stacked layers one is whole at any moment. A stack whose
-layers themselves are shared out is cut anew ahead of a loop over them: each device trades its layers
-for a share of every layer. What is gathered is not kept for the backward pass, nor a cast of it. The
-transposed gather is a scattered sum: the gradient of a share is the share of the whole gradient.
-Where a function casts a parameter before it uses it, the cast share travels, and its gradient is
-still summed in the parameter's dtype.
+layers themselves are shared out is cut anew ahead of a loop over them: each device trades its
+layers for a share of every layer. What is gathered is not kept for the backward pass, nor a cast of
+it. The transposed gather is a scattered sum: the gradient of a share is the share of the whole
+gradient. Where a function casts a parameter before it uses it, the cast share travels, and its
+gradient is still summed in the parameter's dtype.
 """
 
 import functools
