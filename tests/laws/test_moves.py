@@ -542,3 +542,52 @@ def test_whole_groups_may_be_in_another_order(name):
     fn = REORDERED[name]
     codes = us.quantize(JOINED, us.resolve({"i": GROUPS}, fn, JOINED, X))
     np.testing.assert_allclose(us.quantized(fn)(codes, X), fn(JOINED, X), atol=0.1)
+
+
+# --------------------------------------------------------------------- rows of a stack that moved
+
+STEP = lambda h, w: (jnp.tanh(h @ w), None)
+STACKS = {
+    "reversed": lambda p, x: jax.lax.scan(STEP, x, p["w"][::-1])[0],
+    "a first layer apart": lambda p, x: jax.lax.scan(STEP, x @ p["w"][0], p["w"][1:])[0],
+    "layers of layers": lambda p, x: jax.lax.scan(
+        lambda h, ws: (jax.lax.scan(STEP, h, ws)[0], None), x, p["w"].reshape(2, 2, 4, 4)
+    )[0],
+    "frozen, in order": lambda p, x: jax.lax.scan(STEP, x, jax.lax.stop_gradient(p["w"]))[0],
+}
+AXES = {"a layer's own": None, "of all layers": (-3, -2), "of the whole stack": (-3, -2, -1)}
+
+
+@pytest.mark.parametrize(
+    ("name", "axes"),
+    [*((n, "a layer's own") for n in STACKS), *(("reversed", a) for a in [*AXES][1:])],
+)
+def test_layers_of_a_moved_stack_are_served_with_static_ranges(name, axes):
+    fn, x = STACKS[name], jax.random.normal(jax.random.key(1), (6, 4))
+    params = {"w": jax.random.normal(jax.random.key(2), (4, 4, 4))}
+    rules = {"w": us.DotSpec(w=us.QSpec(axes=AXES[axes] or (-2,)), x=us.QSpec())}
+    stats = us.calibrate(fn, params, [(x,)], rules)
+    codes = us.quantize(params, rules, stats)
+    operands = {row.operands for row in us.explain(us.quantized(fn))(codes, x).products.rows}
+    assert operands == {("int8", "int8")}
+    served = jax.jit(us.quantized(fn))(codes, x)
+    trained = jax.jit(us.quantized(fn, rules, stats=stats))(params, x)
+    np.testing.assert_array_equal(served, trained)
+    np.testing.assert_allclose(served, fn(params, x), atol=0.25)
+    learned = us.learned(params, us.resolve(rules, fn, params, x), stats)
+    grads = jax.grad(lambda p: us.quantized(fn)(p, x).sum())(learned)["w"]
+    assert grads.x_scale.shape == learned["w"].x_scale.shape and np.isfinite(grads.x_scale).all()
+
+
+@pytest.mark.parametrize("scale", ["free", "integer"])
+def test_rows_that_a_group_spans_are_floats_and_listed(scale):
+    fn, x = STACKS["frozen, in order"], jax.random.normal(jax.random.key(1), (6, 4))
+    params = {"w": jax.random.normal(jax.random.key(2), (4, 4, 4))}
+    spec = us.QSpec(format="int4", axes=(-3,), group=us.Group(2, scale))
+    rules = {"w": us.DotSpec(w=spec)}
+    codes = us.quantize(params, rules)
+    np.testing.assert_array_equal(
+        jax.jit(us.quantized(fn))(codes, x), jax.jit(us.quantized(fn, rules))(params, x)
+    )
+    with pytest.raises(ValueError, match="scan of w .a group spans several rows"):
+        us.quantized(fn, strict=True)(codes, x)

@@ -493,3 +493,76 @@ def test_batches_have_keywords_and_static_values():
     for stats in (shared, each, arrays):
         same(stats["w"].range, plain["w"].range)
     assert each.inputs.kwargs == {"train": True} and each.inputs.args[0].shape == X.shape
+
+
+# ------------------------------------------------------------ products inside of custom derivatives
+
+
+@jax.custom_vjp
+def with_vjp(w, x):
+    return x @ w
+
+
+with_vjp.defvjp(lambda w, x: (x @ w, (w, x)), lambda kept, g: (kept[1].T @ g, g @ kept[0].T))
+
+
+@jax.custom_jvp
+def with_jvp(w, x):
+    return x @ w
+
+
+@with_jvp.defjvp
+def _(primals, tangents):
+    (w, x), (dw, dx) = primals, tangents
+    return x @ w, x @ dw + dx @ w
+
+
+@jax.custom_vjp
+def nested(w, x):
+    return with_jvp(w, x)
+
+
+nested.defvjp(lambda w, x: (with_jvp(w, x), (w, x)), lambda kept, g: (kept[1].T @ g, g @ kept[0].T))
+
+DERIVED = {"vjp": with_vjp, "jvp": with_jvp, "nested": nested}
+PLACES = {
+    "alone": lambda times: lambda p, x: times(p["w"][0], x),
+    "outside too": lambda times: lambda p, x: jnp.tanh(times(p["w"][0], x)) @ p["w"][1],
+    "scan": lambda times: (
+        lambda p, x: lax.scan(lambda h, w: (jnp.tanh(times(w, h)), None), x, p["w"])[0]
+    ),
+    "vmap": lambda times: lambda p, x: jax.vmap(times, (0, None))(p["w"], x).sum(0),
+    "remat": lambda times: jax.checkpoint(lambda p, x: times(p["w"][0], x)),
+}
+
+
+@pytest.mark.parametrize(
+    ("place", "kind"), [*((p, "nested") for p in PLACES), ("outside too", "jvp"), ("scan", "vjp")]
+)
+def test_products_inside_of_custom_derivatives_are_measured_as_any_other(place, kind):
+    fn, plain = PLACES[place](DERIVED[kind]), PLACES[place](lambda w, x: x @ w)
+    params = {"w": normal(5, 2, IN, IN)}
+    found = [
+        us.calibrate(f, params, [(X,)], {"w": W8}, collect=("range", "hessian"))
+        for f in (fn, plain)
+    ]
+    assert found[0]["w"].layout == found[1]["w"].layout
+    same(*found)
+
+
+def test_measuring_leaves_a_custom_derivative_as_it_is():
+    ruled = jax.custom_vjp(lambda w, x: x @ w)
+    ruled.defvjp(lambda w, x: (x @ w, w), lambda w, g: (jnp.full_like(w, 7.0), g @ w.T))
+    fn = lambda p, x: ruled(p["w"], x).sum()
+    value = lambda p: us.observed(fn, {"w": W8})(p, X)
+    grads, stats = jax.grad(value, has_aux=True)(W)
+    same(grads, {"w": jnp.full_like(W["w"], 7.0)})
+    same(stats["w"].range, us.observed(dense, {"w": W8})(W, X)[1]["w"].range)
+
+
+def test_what_a_custom_derivative_does_in_a_while_loop_is_refused_by_name():
+    looped = jax.custom_jvp(lambda w, x: lax.while_loop(lambda x: x.sum() > 9, lambda x: x @ w, x))
+    looped.defjvp(lambda primals, tangents: (looped(*primals), tangents[1]))
+    fn = lambda p, x: looped(p["w"], x) @ p["w"]
+    with pytest.raises(ValueError, match="w meets a dot_general inside of while"):
+        us.calibrate(fn, {"w": W["w"][:3]}, [(X[:, :3],)], {"w": W8})

@@ -102,6 +102,10 @@ def test_custom_derivatives_and_while_loops_are_left_as_they_stand():
     assert captured(fn, sines)(2.0)[1] == []
     assert jax.grad(lambda x: captured(clipped, sines)(x)[0])(2.0) == 7.0
 
+    beside = captured(fn, sines, derived=True)  # but for captures beside a custom derivative
+    assert [float(c.value["in"]) for c in beside(2.0)[1]] == [2.0]
+    assert jax.grad(lambda x: captured(clipped, sines, derived=True)(x)[0])(2.0) == 7.0
+
 
 @pytest.mark.parametrize("name", zoo.NAMES[::3])
 def test_results_of_the_zoo_are_the_same_bits(name):

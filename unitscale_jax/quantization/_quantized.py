@@ -35,6 +35,7 @@ from unitscale_jax.quantization._params import (
     widths_by_name,
 )
 from unitscale_jax.quantization._qtensor import (
+    LIKE_SCALE,
     QTensor,
     has_codes,
     integer_codes,
@@ -400,6 +401,22 @@ class _Quantizer(Rewriter):
         if site.name in ("cond", "shard_map"):
             return self.arrays(site, results, f"a result of {site.name}")
         return results
+
+    def sliced(self, site: Site, operand: Any) -> Any:
+        """Rows that share a scale, or the range of what meets them, have one of their own each."""
+        if not is_quantized(operand):
+            return operand
+        first, rows = -operand.ndim, operand.shape[0]
+        if operand.groups > 1 and max(operand.axes) == first:
+            return self.arrays(site, [operand], "a group spans several rows")[0]
+        if operand.x_range is not None and operand.x_range.ndim == 1:
+            operand = replace(operand, x_range=jnp.broadcast_to(operand.x_range, (rows, 2)))
+        if first not in operand.axes:
+            return operand
+        each = lambda x: jnp.broadcast_to(x, (rows, *x.shape[1:]))
+        change = lambda name, x: each(x) if name in LIKE_SCALE else x
+        axes = tuple(axis for axis in operand.axes if axis != first)
+        return replace(operand, colsum=None).over(change, axes=axes)
 
     def entering(self, operand: Any, placement: Any) -> Any:
         """What enters a `shard_map`: sums over an axis that is cut are made anew inside."""

@@ -20,7 +20,7 @@ from unitscale_jax.rules import Pattern
 from unitscale_jax.statistics._measure import CHANNELS, Operand
 from unitscale_jax.statistics._observe import Observer, observe, over_batches
 from unitscale_jax.statistics._stat import Outline, Stat, Stats, merge_stats
-from unitscale_jax.trace import Staged, layout_of, meetings, observable, stage
+from unitscale_jax.trace import Staged, layout_of, meetings, stage
 
 Kind: TypeAlias = Literal["range", "channels", "squares", "hessian"]
 KINDS = ("range", *CHANNELS)
@@ -219,7 +219,8 @@ def _observers(
     call = staged()
     operands = _operands(rules, call, params) if selected is None else dict.fromkeys(selected)
     leaves = trees.named_leaves(params, is_leaf=trees.is_compound)
-    met = {name: observable(found) for name, found in meetings(call, params).items()}
+    found = meetings(call, params)
+    met = {name: [m for m in some if m.kind == "product"] for name, some in found.items()}
     missing = [name for name in operands if not met.get(name)]
     if missing and selected is not None:
         raise ValueError(

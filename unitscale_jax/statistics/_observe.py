@@ -172,7 +172,7 @@ def observe(
         found = at.get(site.place)
         return found and [o.measure(m, operands[1 - m.side]) for o, m in found]
 
-    y, captures = captured(fn, pick)(*args, **kwargs)
+    y, captures = captured(fn, pick, derived=True)(*args, **kwargs)
     out: dict[str, Stat] = {}
     for capture in captures:
         pairs = zip(at.pop(capture.place), capture.value, strict=True)

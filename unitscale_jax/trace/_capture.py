@@ -45,21 +45,26 @@ class Capture:
     loops: tuple[int, ...] = ()
 
 
-def captured(fn: Callable[..., Any], pick: Pick) -> Callable[..., tuple[Any, list[Capture]]]:
+def captured(
+    fn: Callable[..., Any], pick: Pick, *, derived: bool = False
+) -> Callable[..., tuple[Any, list[Capture]]]:
     """Evaluates `fn`, and brings out what `pick` takes on the way.
 
     Args:
         fn: Any function of pytrees.
         pick: `pick(site, operands, results)` is called for every equation without a body, while the
             function is traced, and returns a pytree of arrays or None.
+        derived: Whether to pick inside of functions with custom derivatives too. The derivative is
+            the user's, which knows nothing of captures, so these have none; they are evaluated
+            beside the call, and compilers find the common part.
 
     Returns:
         A function of the arguments of `fn` that returns its result, by the same equations, and a
         list of `Capture`s in order of evaluation; a pytree, so it may be jitted.
 
-    Nothing is picked inside of while loops, functions with custom derivatives, `shard_map` and
-    kernels, which are evaluated as they stand: compare `place` with the places that are wanted.
-    Derivatives of the result are those of `fn`.
+    Nothing is picked inside of while loops, `shard_map` and kernels, and by default of functions
+    with custom derivatives, which are evaluated as they stand: compare `place` with the places that
+    are wanted. Derivatives of the result are those of `fn`.
 
     Example:
         >>> fn = lambda xs: jax.lax.scan(lambda c, x: (c + x, jnp.sin(c)), 0.0, xs)[0]
@@ -72,7 +77,7 @@ def captured(fn: Callable[..., Any], pick: Pick) -> Callable[..., tuple[Any, lis
     @functools.wraps(fn)
     def captured_fn(*args: Any, **kwargs: Any) -> tuple[Any, list[Capture]]:
         staged = stage(fn, *args, **kwargs)
-        recorder = _Recorder(pick)
+        recorder = _Recorder(pick, derived)
         results = recorder(staged.closed.jaxpr, staged.closed.consts, staged.operands)
         return staged.finish(results), recorder.tape
 
@@ -82,15 +87,16 @@ def captured(fn: Callable[..., Any], pick: Pick) -> Callable[..., tuple[Any, lis
 class _Recorder(Rewriter):
     """Replays a program as it stands, and keeps what is picked on a tape."""
 
-    def __init__(self, pick: Pick) -> None:
+    def __init__(self, pick: Pick, derived: bool) -> None:
         super().__init__({}, self.evaluate)
-        self.pick = pick
+        self.pick, self.beside = pick, derived
         self.tape: list[Capture] = []
 
     def touches(self, site: Site, operands: list[Any]) -> bool:
         del operands
-        closed = site.name.startswith("custom_") or site.name in ("while", "shard_map")
-        return not closed
+        if site.name.startswith("custom_"):
+            return self.beside and site.name in _STRUCTURES
+        return site.name not in ("while", "shard_map")
 
     def evaluate(self, site: Site, operands: list[Any]) -> list[Any]:
         """An equation without a body, and what is picked there."""
@@ -117,6 +123,11 @@ class _Recorder(Rewriter):
 
 def _inlined(recorder: _Recorder, site: Site, operands: list[Any]) -> list[Any]:
     return recorder.enter(site, 0, operands)
+
+
+def _beside(recorder: _Recorder, site: Site, operands: list[Any]) -> Sequence[Any]:
+    recorder.enter(site, 0, list(map(jax.lax.stop_gradient, operands)))
+    return site.bind(operands)
 
 
 def _rematerialized(recorder: _Recorder, site: Site, operands: list[Any]) -> list[Any]:
@@ -159,9 +170,11 @@ def _branched(recorder: _Recorder, site: Site, operands: list[Any]) -> list[Any]
     return out
 
 
-_STRUCTURES: dict[str, Callable[[_Recorder, Site, list[Any]], list[Any]]] = {
+_STRUCTURES: dict[str, Callable[[_Recorder, Site, list[Any]], Sequence[Any]]] = {
     **dict.fromkeys(_compat.JITS | {"closed_call", "core_call"}, _inlined),
     **dict.fromkeys(_compat.REMATS, _rematerialized),
     "scan": _scanned,
     "cond": _branched,
+    "custom_jvp_call": _beside,
+    "custom_vjp_call": _beside,
 }

@@ -84,6 +84,11 @@ class Rewriter:
         del site, step
         return carry
 
+    def sliced(self, site: Site, operand: Any) -> Any:
+        """An operand as it enters a scan that takes its rows."""
+        del site
+        return operand
+
     def entering(self, operand: Any, placement: Any) -> Any:
         """An operand as it enters a `shard_map` that cuts it by a spec."""
         del placement
@@ -216,7 +221,7 @@ def _shard_map(rewriter: Rewriter, site: Site, operands: list[Any]) -> Sequence[
 
 def _scan(rewriter: Rewriter, site: Site, operands: list[Any]) -> Sequence[Any]:
     consts, carries = _compat.scan_counts(site.eqn)
-    before, xs = operands[:consts], operands[consts + carries :]
+    before, xs = operands[:consts], [rewriter.sliced(site, x) for x in operands[consts + carries :]]
     step = lambda carry, x: rewriter.enter(site, 0, [*before, *carry, *x])[:carries]
     abstract = lambda carry: jax.eval_shape(step, carry, [jax.tree.map(_row, x) for x in xs])
     init = rewriter.carried(site, operands[consts : consts + carries], abstract)
