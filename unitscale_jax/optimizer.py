@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
-from unitscale_jax.errors import expected
+from unitscale_jax.errors import expected, wrong_shape
 from unitscale_jax.loss import Mean
 from unitscale_jax.trace import devices_over, varying, varying_axes
 from unitscale_jax.typing import Axes, Params
@@ -30,6 +30,23 @@ def check_optimizer(tx: Any, technique: str) -> None:
         raise TypeError(
             expected(f"what {technique} goes around", tx, "an optimizer, as optax.adam(1e-3)")
         )
+
+
+def check_state(state: Any, kind: type, technique: str) -> None:
+    """Raises `TypeError` unless a wrapper was given the state that its `init` returned."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"{expected(f'the state of {technique}', state, f'a {kind.__name__}, as init made it')}"
+            " Pass update(grads, state, params), the state as the last update returned it."
+        )
+
+
+def check_scalar(what: str, value: Any) -> None:
+    """Raises `TypeError` unless a value is a number, and `ValueError` if it has any axes."""
+    if not hasattr(value, "dtype") and not isinstance(value, bool | int | float):
+        raise TypeError(expected(f"`{what}`", value, "a scalar"))
+    if jnp.shape(value):
+        raise ValueError(wrong_shape(f"`{what}`", jnp.shape(value), ()))
 
 
 # ----------------------------------------------------------------------- states, inside to outside
@@ -304,6 +321,7 @@ def flaws(grads: Params, flags: Any, dropped: Any, *beside: Any, axes: Axes | No
         ValueError: The gradients have another structure than the flags, or vary over a manual axis
             that `axes` lacks.
     """
+    check_scalar("dropped", dropped.total if isinstance(dropped, Mean) else dropped)
     names = lambda tree: jax.tree.map(lambda _: 0, tree)
     check_gradients(names(grads), names(flags))
     bad = jax.tree.map(_is_bad, flags, grads)

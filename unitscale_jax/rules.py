@@ -11,13 +11,13 @@ thing worse than a typo is a typo that trains for a week.
 
 import functools
 import re
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import jax
 
 from unitscale_jax import tree as trees
-from unitscale_jax.errors import check_type, closest
+from unitscale_jax.errors import check_type, closest, expected
 
 Value = TypeVar("Value")
 Item = TypeVar("Item", bound=Hashable)
@@ -130,7 +130,10 @@ def pairs_of(rules: Rules[Value]) -> list[tuple[Pattern, Value]]:
     Raises:
         TypeError: A rule is not a pair of a pattern and a value.
     """
-    check_type("rules", rules, Mapping | Iterable, "pairs (pattern, value), or a dict")
+    wanted = "pairs (pattern, value), or a dict"
+    check_type("rules", rules, Mapping | Iterable, wanted)
+    if isinstance(rules, Iterator | set | frozenset):  # read once alone, or without an order
+        raise TypeError(expected("rules", rules, f"a list of {wanted}"))
     pairs = list(rules.items()) if isinstance(rules, Mapping) else list(rules)
     for index, pair in enumerate(pairs):
         good = isinstance(pair, tuple | list) and len(pair) == 2

@@ -145,6 +145,9 @@ in_codes = lambda params=W: us.quantize(
     params, {"w": us.DotSpec(w=us.QSpec(axes=(-2,)), x=us.QSpec())}
 )
 tx = us.multi_steps(optax.sgd(1.0), 2)
+a_part = lambda **options: tx.update(W, tx.init(W), W, **options)
+HALF = us.prune.SparsitySpec(sparsity=0.5, patterns={"w": us.prune.Unstructured()})
+BF16 = {"w": W["w"].astype("bfloat16")}
 
 SLIPS = {
     "parameters for variables": (
@@ -190,6 +193,49 @@ SLIPS = {
         lambda: us.resolve({"w": W8}, product, {"w": jnp.ones((4, 3), int)}, X.astype(int)),
         "w is int32; only floats have codes",
     ),
+    "another optimizer's state": (
+        lambda: tx.update(W, optax.adam(1.0).init(W), W),
+        "the state of multi_steps is .*; expected a MultiStepsState",
+    ),
+    "parameters for a state": (
+        lambda: us.loss_scaled(optax.sgd(1.0), us.StaticScale(1.0)).update(W, W, W),
+        "the state of loss_scaled is .*; expected a LossScaleState",
+    ),
+    "the inner state of masks": (
+        lambda: us.prune.set_(optax.sgd(1.0), HALF, us.prune.OneShot(0)).update(W, (), W),
+        r"the state of set_ is \(\); expected a MaskedState",
+    ),
+    "no state": (
+        lambda: us.low_precision_weights(optax.sgd(1.0), "kahan").update(BF16, None, BF16),
+        "the state of low_precision_weights is None; expected a LowPrecisionState",
+    ),
+    "a number for a loss scale": (
+        lambda: us.loss_scaled(optax.sgd(1.0), 8.0),
+        "spec is 8.0; expected a us.StaticScale or us.DynamicScale",
+    ),
+    "a class for a loss scale": (
+        lambda: us.loss_scaled(optax.sgd(1.0), us.DynamicScale),
+        "built and not its class",
+    ),
+    "a word for a scale": (lambda: us.StaticScale("8"), "scale is '8'; expected a power of two"),
+    "one axis for axes": (
+        lambda: us.loss_scaled(optax.sgd(1.0), us.StaticScale(1.0), axes="dp"),
+        "`axes` is 'dp'; expected names of mesh axes",
+    ),
+    "one axis for the axes of parts": (
+        lambda: us.accumulated(grad_fn, 2, axes="dp"),
+        "`axes` is 'dp'; expected names of mesh axes",
+    ),
+    "a mesh for an axis": (
+        lambda: us.parallel.reduced(grad_fn, us.parallel.mesh(dp=8))(PARAMS, X),
+        "the mesh axis of reduced is .*; expected one name",
+    ),
+    "values of rows": (lambda: a_part(value=jnp.ones(2)), r"`value` has shape \(2,\); expected"),
+    "flushes of rows": (lambda: a_part(flush=jnp.ones(2, bool)), r"`flush` has shape \(2,\)"),
+    "a word for a flush": (lambda: a_part(flush="no"), "`flush` is 'no'; expected a scalar"),
+    "counts of rows": (lambda: a_part(dropped=jnp.ones(2)), r"`dropped` has shape \(2,\)"),
+    "terms for a count": (lambda: a_part(dropped={"dropped": 1}), "`dropped` is {'dropped': .*}"),
+    "no weight": (lambda: a_part(weight=None), "`weight` is None; expected a scalar"),
     "a gradient for an optimizer": (
         lambda: us.multi_steps(fn, 2),
         "what multi_steps goes around is .*; expected an optimizer",

@@ -297,6 +297,13 @@ def test_64_bits_come_back_with_all_their_digits(name, checkpoints):
         assert isinstance(came, jax.Array) and bits(came) == bits(array)
 
 
+def test_bytes_in_another_order_are_refused_before_they_are_written(checkpoints):
+    other = np.arange(3.0).astype(np.dtype(float).newbyteorder())
+    with pytest.raises(TypeError, match=r"a is an array of .*order of other machines.*newbyteord"):
+        checkpoints.save(1, {"a": other})
+    assert checkpoints.steps() == []
+
+
 def test_64_bits_do_not_go_to_devices_that_have_32(checkpoints):
     checkpoints.save(1, {"a": np.arange(8)})
     over = jax.sharding.NamedSharding(us.parallel.mesh(dp=8), jax.sharding.PartitionSpec("dp"))

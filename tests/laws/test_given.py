@@ -263,3 +263,19 @@ def test_integers_are_counted_beyond_the_digits_of_float32():
     terms, _, _ = us.value_and_grad(mean)(jnp.float32(1), counts)
     assert terms["loss"].weight == exact
     assert us.Mean(jnp.float32(exact), counts).value == 1
+
+
+@pytest.mark.parametrize("name", [name for name in STATIONS if "dropping" not in name])
+def test_numbers_of_python_may_be_larger_than_the_integers_of_jax(name):
+    grad_fn, own, context = station(name, "loss")
+    with context():
+        of = lambda size: jax.eval_shape(
+            lambda p, b: grad_fn(p, b, scale=size, denominators={"error": size, "size": size}),
+            own,
+            rows(),
+        )
+        of(2**40)
+    grads = us.value_and_grad(lambda p, b: us.Mean(p * b, jnp.ones(2)))(
+        1.0, jnp.ones(2), scale=2**40
+    )
+    assert grads[2] == 2.0**40

@@ -130,6 +130,19 @@ def test_the_two_sorts_of_rules_without_effect_are_told_apart(caller):
         CALLERS[caller]([("b/e", 0)])
 
 
+@pytest.mark.parametrize("made", [iter, set])
+def test_rules_without_an_order_or_to_be_read_once_are_refused(made):
+    pairs = lambda value: made([("a", value), ("b/*", value)])
+    for call in (
+        lambda: us.rules.resolve(pairs(1), PARAMS),
+        lambda: us.resolve(pairs(us.DotSpec(w=us.QSpec())), fn, PARAMS, X),
+        lambda: us.quantize(PARAMS, pairs(W8)),
+        lambda: us.parallel.layout(PARAMS, pairs("column"), MESH),
+    ):
+        with pytest.raises(TypeError, match=r"rules is .*; expected a list of pairs"):
+            call()
+
+
 ORDERS = list(itertools.permutations([("a", 8), ("b/c", 4), ("b/d", 3)]))
 
 

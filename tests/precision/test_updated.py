@@ -269,10 +269,31 @@ def test_clipping_of_scaled_gradients_is_refused():
             do()
 
 
+@pytest.mark.parametrize("kind", ["last", "mean", "max"])
+@pytest.mark.parametrize("make", [plain, scaled])
+def test_a_model_state_that_no_part_made_is_the_one_before(kind, make):
+    grad_fn = us.accumulated(GRAD, 2, nonfinite="drop", reduce={"state/**": kind})
+    tx = make(INNER)
+    step = jax.jit(us.updated(grad_fn, tx))
+    _, _, terms, aux = step(PARAMS, tx.init(PARAMS), overflow(DATA[0]), state=START)
+    assert terms["dropped"].total == 2
+    assert_same_bits(aux["state"], START)
+
+
+def test_the_accumulation_of_optax_is_an_optimizer():
+    tx = optax.MultiSteps(INNER, 2)
+    step, state = us.updated(GRAD, tx), tx.init(PARAMS)
+    with jax.numpy_dtype_promotion("standard"):  # which optax counts on in there
+        still, state, *_ = step(PARAMS, state, DATA[0], state=START)
+        moved, *_ = step(still, state, DATA[1], state=START)
+    assert_same_bits(still, PARAMS)
+    assert not np.array_equal(moved["w"], PARAMS["w"])
+
+
 def test_what_is_no_gradient_station_or_no_optimizer_is_refused():
     with pytest.raises(TypeError, match="grad_fn is .*expected a us.Grad"):
         us.updated(jax.value_and_grad(lambda p: 0.0), INNER)
-    with pytest.raises(TypeError, match="tx is .*expected an optax transform"):
+    with pytest.raises(TypeError, match="what updated goes around is .*expected an optimizer"):
         us.updated(GRAD, INNER.init(PARAMS))
 
 

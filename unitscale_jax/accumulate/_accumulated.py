@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from unitscale_jax import rules, tree as trees
 from unitscale_jax.accumulate import _inplace
+from unitscale_jax.errors import check_axes
 from unitscale_jax.loss import (
     Denominators,
     Given,
@@ -86,7 +87,7 @@ def accumulated(
         A `Grad` of the same signature.
 
     Raises:
-        TypeError: `grad_fn` is not a `Grad`.
+        TypeError: `grad_fn` is not a `Grad`, or `axes` no names.
         ValueError: Here for options that exclude each other; on a call for what `value_and_grad`
             refuses, more parts than rows, and auxiliary outputs without a rule.
 
@@ -99,6 +100,7 @@ def accumulated(
         [44.0, 44.0, 44.0, 44.0]
     """
     _check_options(grad_fn, parts, nonfinite, inplace)
+    check_axes(axes)
 
     def call(params: Params, batch: Batch, given: Given) -> tuple[Terms, Any, Params]:
         if nonfinite == "drop":

@@ -25,6 +25,8 @@ from unitscale_jax.optimizer import (
     applied,
     check_gradients,
     check_optimizer,
+    check_scalar,
+    check_state,
     find_state,
     flaws,
     step_or_skip,
@@ -106,6 +108,7 @@ def multi_steps(
         dropped: Mean | jax.Array | int = 0,
         **extra: Any,
     ) -> tuple[Params, MultiStepsState]:
+        check_state(state, MultiStepsState, "multi_steps")
         check_gradients(updates, state.total)
         state = _take(state, updates, jnp.asarray(weight, jnp.float32), value, dropped)
         target = _checked_target(parts(state.step)) if callable(parts) else parts
@@ -136,6 +139,9 @@ def multi_steps(
     @functools.wraps(update_fn)
     def checked_fn(*args: Any, weight: Any = 1.0, **options: Any) -> tuple[Params, MultiStepsState]:
         _check_weight(weight)  # out here, where its number is known
+        for name in ("value", "flush"):
+            if options.get(name) is not None:
+                check_scalar(name, options[name])
         return compiled_fn(*args, weight=weight, **options)
 
     return optax.GradientTransformationExtraArgs(init_fn, checked_fn)
@@ -217,10 +223,11 @@ def _checked_target(parts: Any) -> jax.Array:
 
 
 def _check_weight(weight: Any) -> None:
-    if jnp.shape(weight):
+    if hasattr(weight, "shape") and weight.shape:
         raise ValueError(
             f"{wrong_shape('`weight`', jnp.shape(weight), ())} Pass the sum over the part's rows."
         )
+    check_scalar("weight", weight)
     if not isinstance(weight, jax.core.Tracer) and weight < 0:
         raise ValueError(
             f"{expected('`weight`', weight, 'what the part weighs, at least 0')} A part that does "

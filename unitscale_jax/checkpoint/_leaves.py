@@ -122,6 +122,11 @@ def _encoded(name: str, leaf: Any) -> Leaf:
         return Leaf(name=name, dtype=dtype, shape=shape, impl=impl, array=array)
     if leaf.dtype.kind in "OSUMm" or str(leaf.dtype) in _arrays.REFUSED:
         raise TypeError(_no_leaf(name, f"array of {leaf.dtype}"))
+    if not np.dtype(leaf.dtype).isnative:
+        raise TypeError(
+            f"{name} is an array of {leaf.dtype}, whose bytes are in the order of other machines. "
+            "Convert it: x.astype(x.dtype.newbyteorder('='))."
+        )
     return Leaf(name=name, dtype=dtype, shape=shape, array=leaf)
 
 

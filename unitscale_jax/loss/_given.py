@@ -35,7 +35,9 @@ class Given(NamedTuple):
         return self._replace(key=part.key, valid=part.valid)
 
     def checked(self, batch: Batch) -> "Given":
-        """These keywords, `valid` as an array, if they fit a batch; nothing is traced.
+        """These keywords, `valid` as an array and ints as floats, if they fit a batch.
+
+        Nothing is traced.
 
         A mask that broadcasts against the rows would count each of them several times over, in
         sums and weights alike, and so cancel out of every gradient.
@@ -46,10 +48,10 @@ class Given(NamedTuple):
         """
         rows = row_count(batch)
         check_key(self.key, rows)
-        _check_scalar("scale", self.scale)
-        if self.denominators is not None:
-            _check_denominators(self.denominators)
-        return self if self.valid is None else self._replace(valid=_rows_of(self.valid, rows))
+        given = self._replace(scale=_scalar("scale", self.scale))
+        if given.denominators is not None:
+            given = given._replace(denominators=_denominators(given.denominators))
+        return given if given.valid is None else given._replace(valid=_rows_of(given.valid, rows))
 
 
 NOTHING = Given()
@@ -65,20 +67,22 @@ def _rows_of(valid: Any, rows: int) -> jax.Array:
     return jnp.asarray(valid)
 
 
-def _check_denominators(denominators: Any) -> None:
+def _denominators(denominators: Any) -> dict[str, Any]:
     if not isinstance(denominators, Mapping):
         raise ValueError(
             f"`denominators` is a {type(denominators).__name__}; expected a dict from the name of "
             "each term to the weight that divides its total."
         )
-    for name, weight in denominators.items():
-        _check_scalar(f"denominators[{name!r}]", weight)
+    return {name: _scalar(f"denominators[{name!r}]", x) for name, x in denominators.items()}
 
 
-def _check_scalar(what: str, value: Any) -> None:
+def _scalar(what: str, value: Any) -> Any:
+    if type(value) is int:  # which may be too large for JAX's integers, as 2**40 is
+        return float(value)
     if not hasattr(value, "dtype") and not isinstance(value, int | float):
         raise ValueError(f"`{what}` is a {type(value).__name__}; expected a real scalar.")
     dtype, shape = jnp.result_type(value), jnp.shape(value)
     real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
     if not real or shape:
         raise ValueError(f"`{what}` is {dtype}{list(shape)}; expected a real scalar.")
+    return value

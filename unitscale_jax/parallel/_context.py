@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec as P
 
+from unitscale_jax.errors import check_type
 from unitscale_jax.parallel._specs import axes_of, held, spec_of
 
 
@@ -13,8 +14,10 @@ def axis_size(axis: str, who: str) -> int:
     """The size of a mesh axis that `who` is to make manual.
 
     Raises:
+        TypeError: It is no name.
         ValueError: There is no mesh, it lacks the axis, or the axis has an owner already.
     """
+    check_type(f"the mesh axis of {who}", axis, str, "one name, as 'dp'")
     mesh = jax.sharding.get_abstract_mesh()
     if axis not in mesh.shape:
         listed = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())

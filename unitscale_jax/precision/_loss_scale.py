@@ -25,11 +25,13 @@ import optax
 from jax.tree_util import DictKey, SequenceKey
 
 from unitscale_jax import tree as trees
+from unitscale_jax.errors import check_axes, check_type
 from unitscale_jax.loss import Mean
 from unitscale_jax.optimizer import (
     LossScaleState,
     applied,
     check_optimizer,
+    check_state,
     find_state,
     flaws,
     step_or_skip,
@@ -83,6 +85,8 @@ def loss_scaled(
         (Array(True, dtype=bool), 8.0, 1)
     """
     check_optimizer(inner, "loss_scaled")
+    check_type("spec", spec, Scale, "a us.StaticScale or us.DynamicScale, built and not its class")
+    check_axes(axes)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Params) -> Any:
@@ -96,6 +100,7 @@ def loss_scaled(
         dropped: Mean | jax.Array | int = 0,
         **extra: Any,
     ) -> tuple[Params, Any]:
+        check_state(state, LossScaleState, "loss_scaled")
         # One reduction carries both: a device that dropped a part lowers the scale of them all.
         found = flaws(updates, state.bad, dropped, axes=axes)
 

@@ -22,6 +22,7 @@ from unitscale_jax.optimizer import (
     MaskedState,
     MultiStepsState,
     check_optimizer,
+    check_state,
     refuse_inside,
 )
 from unitscale_jax.typing import Key, Params
@@ -88,6 +89,7 @@ def low_precision_weights(
         updates: Params, state: Any, params: Params | None = None, **extra: Any
     ) -> tuple[Params, Any]:
         _check_params(params)
+        check_state(state, LowPrecisionState, "low_precision_weights")
         params = _widened(params)
         updates, inner_state = inner.update(_widened(updates), state.inner, params, **extra)
         owed = state.owed

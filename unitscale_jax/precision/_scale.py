@@ -13,7 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from unitscale_jax.errors import check_type
 from unitscale_jax.optimizer import LossScaleState
 from unitscale_jax.typing import Params
 
@@ -135,7 +137,8 @@ def _start(scale: float, credits: int, params: Params, inner: Any) -> LossScaleS
     )
 
 
-def _check_power(where: str, value: float) -> None:
+def _check_power(where: str, value: Any) -> None:
+    check_type(where, value, int | float | np.number | jax.Array, "a power of two")
     # Beyond 2^126 the inverse would be subnormal, which a device may flush to zero.
     if 2.0**-126 <= value <= 2.0**126 and math.frexp(value)[0] == 0.5:
         return

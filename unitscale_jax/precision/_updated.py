@@ -14,9 +14,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from unitscale_jax import tree as trees
 from unitscale_jax.errors import expected
 from unitscale_jax.loss import Grad, Terms
-from unitscale_jax.optimizer import LossScaleState, common_dtype, find_state
+from unitscale_jax.optimizer import (
+    LossScaleState,
+    check_optimizer,
+    common_dtype,
+    find_state,
+    none_left,
+)
 from unitscale_jax.precision._loss_scale import current_scale, unless_skipped
 from unitscale_jax.typing import Batch, Key, Params, State
 
@@ -79,7 +86,7 @@ def updated(
             extra["dropped"] = terms["dropped"]
         updates, opt_state = tx.update(grads, opt_state, params, **extra)
         params = jax.tree.map(_moved, params, updates)
-        return params, opt_state, terms, _kept(aux, state, opt_state)
+        return params, opt_state, terms, _kept(aux, state, terms, opt_state)
 
     return updated_fn
 
@@ -90,16 +97,21 @@ def _moved(p: Any, update: Any) -> jax.Array:
     return (p.astype(wide) + update.astype(wide)).astype(p.dtype)
 
 
-def _kept(aux: Any, state: State, opt_state: Any) -> Any:
-    """Auxiliary outputs, in which a model state that a skipped step made is the one before it."""
+def _kept(aux: Any, state: State, terms: Terms, opt_state: Any) -> Any:
+    """Auxiliary outputs, in which a model state that a skipped step made is the one before it.
+
+    So is what no part made: the mean of none is no state, whether the optimizer skips such steps.
+    """
     if state is None:
         return aux
+    none = none_left(terms.get("dropped", 0))
+    kept = lambda new: trees.select(none, state, unless_skipped(opt_state, new, state))
     if isinstance(aux, Mapping) and "state" in aux:
-        return {**aux, "state": unless_skipped(opt_state, aux["state"], state)}
+        return {**aux, "state": kept(aux["state"])}
     outline = jax.tree.structure(state)
     # A lone array beside a lone array may be any metric.
     is_state = outline == jax.tree.structure(aux) and not jax.tree_util.treedef_is_leaf(outline)
-    return unless_skipped(opt_state, aux, state) if is_state else aux
+    return kept(aux) if is_state else aux
 
 
 def _check(grad_fn: Any, tx: Any) -> None:
@@ -108,6 +120,4 @@ def _check(grad_fn: Any, tx: Any) -> None:
         raise TypeError(
             f"{expected('grad_fn', grad_fn, wanted)} Make one of a loss by us.value_and_grad(loss)."
         )
-    if not isinstance(tx, optax.GradientTransformation):
-        wanted = "an optax transform"
-        raise TypeError(f"{expected('tx', tx, wanted)} Pass the optimizer, not its state.")
+    check_optimizer(tx, "updated")

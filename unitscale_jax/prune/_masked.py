@@ -23,6 +23,7 @@ from unitscale_jax.optimizer import (
     MaskedState,
     MultiStepsState,
     check_optimizer,
+    check_state,
     common_dtype,
     find_state,
     no_update,
@@ -175,6 +176,7 @@ def evolving(
         updates: Params, state: Any, params: Params | None = None, **extra: Any
     ) -> tuple[Params, MaskedState]:
         _check_params(params)
+        check_state(state, MaskedState, name)
         grads, scale = updates, [s.scale for _, s in find_state(state.inner, LossScaleState)]
         # The factor of a loss scale inside is none of a score's business.
         true = without_scale(grads, scale[0]) if scale else grads
