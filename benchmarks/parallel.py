@@ -189,8 +189,8 @@ def pipeline_memory(mesh, smallest, where):
 
 
 def by_layer_memory(smallest):
-    width, _, rows, _ = sizes(smallest)
-    n, kernel = 4, functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    width = sizes(smallest)[0]
+    n, rows, kernel = 4, 2 * width, functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     mesh = us.parallel.mesh(devices=jax.devices()[:n], dp=n)
     params = {"up": kernel((8, width, 4 * width)), "down": kernel((8, 4 * width, width))}
     layout = us.parallel.layout(params, {}, mesh)

@@ -178,14 +178,14 @@ def scanned(params, x):
     return us.Mean(jnp.sum(h * h, -1), jnp.ones(len(x)))
 
 
-@pytest.mark.parametrize("devices", [4, 8])
-def test_gathering_by_layer_takes_less_memory_than_once_a_step(devices):
+@pytest.mark.parametrize(("devices", "rows"), [(4, 8), (8, 8), (4, 256)])
+def test_gathering_by_layer_takes_less_memory_than_once_a_step(devices, rows):
     mesh = us.parallel.mesh(dp=devices, devices=jax.devices()[:devices])
     params = {"layers": {"up": floats(8, 64, 256), "down": floats(8, 256, 64)}}
     layout = us.parallel.layout(params, {}, mesh)
     assert layout.over("dp").by_name["layers/up"] == P("dp")  # along the layers themselves
     share = lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)
-    args = jax.tree.map(share, params, layout.over("dp").shardings()), floats(8 * devices, 64)
+    args = jax.tree.map(share, params, layout.over("dp").shardings()), floats(rows * devices, 64)
 
     def of(gather, loss):
         options = dict(zero=3, gather=gather, layout=layout)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 
 import unitscale_jax as us
 from unitscale_jax.loss import Mean
@@ -155,6 +156,48 @@ def test_a_stack_that_cannot_be_cut_anew_is_gathered_before_the_loop():
         got = jax.jit(run)(us.parallel.shard(params, layout.over("dp")), x)[2]
     want = us.value_and_grad(fn)(params, x)[2]
     np.testing.assert_allclose(got["layers"], want["layers"], rtol=1e-5, atol=1e-6)
+
+
+POLICIES = jax.checkpoint_policies
+
+
+@pytest.mark.parametrize(
+    "policy", [None, POLICIES.everything_saveable, POLICIES.save_only_these_names("h")], ids=str
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_is_rematerialized_may_hold_keys_counts_and_names(policy, nested):
+    """Operands without a gradient, tables without a device, and what a policy keeps."""
+    table = jnp.arange(float(HIDDEN)) / 9
+
+    @functools.partial(jax.checkpoint, policy=policy)
+    def layer(carry, w):
+        h, count, key = carry
+        key, own = jax.random.split(key)
+        kept = jnp.where(jax.random.bernoulli(own, 0.7, (WIDTH,)), 1.0, 0.0)
+        h = checkpoint_name(h + jnp.tanh(h @ w["up"] + table) @ w["down"] * kept, "h")
+        return (h, count + 1, key), jnp.sum(h)
+
+    def fn(p, x):
+        start = x, jnp.int32(0), jax.random.key(0)
+        stack = lambda layers: jax.lax.scan(layer, start, layers)[0]
+        h, count, _ = (jax.checkpoint(stack) if nested else stack)(p["layers"])
+        h = jax.checkpoint(jnp.sin)(h)  # without parameters
+        return Mean(jnp.sum(h * h, -1) * count.astype(h.dtype), jnp.ones_like(x[:, 0]))
+
+    mesh = us.parallel.mesh(dp=4, devices=jax.devices()[:4])
+    params = {"layers": PARAMS["layers"]}
+    with jax.set_mesh(mesh):
+        layout = us.parallel.layout(params, {}, mesh)
+        by_layer = us.value_and_grad(us.parallel.gathered(fn, layout))
+        run = us.parallel.reduced(by_layer, zero=3, gather="layer", layout=layout)
+        placed = us.parallel.shard(params, layout.over("dp"))
+        compiled = jax.jit(lambda p, x: run(p, x)[2]).lower(placed, X).compile()
+        got = compiled(placed, X)
+    want = jax.jit(lambda p, x: us.value_and_grad(fn)(p, x)[2])(params, X)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(g, w, rtol=2e-5, atol=1e-5)
+    looped = [c.kind for c in collectives(compiled, mesh) if c.loops]
+    assert set(looped) == {"all-gather", "reduce-scatter"}  # and no sum of a table's gradient
 
 
 def test_what_is_no_share_is_named():

@@ -3,12 +3,12 @@
     forward:  gather, use, forget        backward:  gather again, use, scatter the gradient's sum
 
 A share goes through the equations of a function in place of its parameter until something computes
-with it, inside of loops too, so that of stacked layers one is whole at any moment. A stack whose
-layers themselves are shared out is cut anew ahead of a loop over them: each device trades its
-layers for a share of every layer. What is gathered is not kept for the backward pass, nor a cast of
-it. The transposed gather is a scattered sum: the gradient of a share is the share of the whole
-gradient. Where a function casts a parameter before it uses it, the cast share travels, and its
-gradient is still summed in the parameter's dtype.
+with it, inside of loops too, so that of stacked layers one is whole at any moment. A stack that is
+shared out along its layers is cut anew ahead of a loop over them: each device trades its layers for
+a share of every layer. What is gathered is not kept for the backward pass, nor a cast of it; what
+the function rematerializes stays so. The transposed gather is a scattered sum: the gradient of a
+share is the share of the whole gradient. Where a function casts a parameter before it uses it, the
+cast share travels, and its gradient is still summed in the parameter's dtype.
 """
 
 import functools
@@ -192,9 +192,11 @@ class _Gatherer(Rewriter):
     """Replays equations on shares; what computes with one gathers it."""
 
     def touches(self, site: Site, operands: list[Any]) -> bool:
-        """Whether an operand is a share."""
-        del site
-        return any(isinstance(x, Share) for x in operands)
+        """Whether an operand is a share, or something is rematerialized as the user says."""
+        inside = primitives_of(site.eqn.params) | {site.name}
+        return any(isinstance(x, Share) for x in operands) or (
+            site.name in _ENTERED and not _REMATS.isdisjoint(inside)
+        )
 
     def _step(self, site: Site, operands: list[Any]) -> Sequence[Any]:
         if not self.touches(site, operands):
@@ -202,11 +204,31 @@ class _Gatherer(Rewriter):
         if site.name == "scan":
             first = sum(scan_counts(site.eqn))  # of what the loop takes one by one
             operands = [_for_loop(x, k >= first) for k, x in enumerate(operands)]
+        elif site.name in _REMATS:
+            return self._apart(site, operands)
         elif site.name == "convert_element_type" and operands[0].dtype is None:
             return [replace(operands[0], dtype=site.results[0])]
         elif site.name not in _ENTERED:
             return site.bind([_whole(x) for x in operands])
         return super()._step(site, operands)
+
+    def _apart(self, site: Site, operands: list[Any]) -> Sequence[Any]:
+        """What is rematerialized keeps what the user says, and no more.
+
+        JAX would let the policy around decide for what is inside too, and keep nearly all of it.
+        With a derivative of its own it is closed to that policy.
+        """
+        own = site.eqn.params["policy"]
+        if own is not None:
+            both = lambda *args, **params: _kept(*args, **params) and own(*args, **params)
+            changed = site.eqn.params | {"policy": both}
+            site = replace(site, eqn=site.eqn.replace(params=changed))
+        flat, structure = jax.tree.flatten(operands)
+        replay = super()._step
+        remat = lambda *flat: replay(site, structure.unflatten(flat))
+        evaluate = jax.custom_vjp(remat)
+        evaluate.defvjp(lambda *flat: jax.vjp(remat, *flat), lambda vjp, cts: vjp(cts))
+        return evaluate(*flat)
 
     def carried(self, site: Site, carry: list[Any], step: Any) -> list[Any]:
         """What a loop carries is whole."""
@@ -227,7 +249,8 @@ class _Gatherer(Rewriter):
         return [_whole(x) for x in super().__call__(*args)]
 
 
-_ENTERED = frozenset({"jit", "pjit", "remat2", "checkpoint", "scan"})
+_REMATS = frozenset({"remat2", "checkpoint"})
+_ENTERED = _REMATS | {"jit", "pjit", "scan"}
 
 
 def _whole(x: Any) -> Any:
