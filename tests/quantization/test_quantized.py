@@ -700,6 +700,14 @@ def test_convolutions_of_all_kinds_are_served_as_trained(kind):
     assert jnp.linalg.norm(served - y) < 0.15 * jnp.linalg.norm(y)
 
 
+def test_a_product_that_codes_reach_and_that_stays_one_of_floats_says_why():
+    params, x = {"w": normal(3, 3, 4, 6, seed=12)}, normal(2, 5, 5, 4, seed=13)
+    fn = us.quantized(convolved, {"w": CONVOLUTIONS["groups"]})
+    (row,) = us.explain(fn)(params, x).products.rows
+    assert row.operands == ("float32", "float32")
+    assert row.notes["quantize"] == "kept: scales cross the sum"
+
+
 @pytest.mark.parametrize("groups", [2, 4], ids=["grouped", "depthwise"])
 def test_convolutions_with_groups_of_features_are_served_as_trained(groups):
     def fn(params, x):

@@ -24,7 +24,7 @@ from unitscale_jax.quantization._ops import (
 from unitscale_jax.quantization._qtensor import QTensor, is_quantized, value_of
 from unitscale_jax.quantization._served import EXACT, Unquantizable, grouped, reach, varying
 from unitscale_jax.quantization._spec import DotSpec, QSpec
-from unitscale_jax.trace import Conv, DeviceSum, Dot, Product, operand_enters, varying_axes
+from unitscale_jax.trace import Conv, DeviceSum, Dot, Product, noted, operand_enters, varying_axes
 from unitscale_jax.typing import Key
 
 INT32 = 2**31
@@ -72,7 +72,9 @@ def multiply(
     sides = [_settled(product, side, operand) for side, operand in enumerate(sides)]
     if not any(map(is_quantized, sides)):
         values = [value.astype(t) for value, t in zip(sides, product.site.operands, strict=False)]
-        return product.as_traced(*values), Verdict("float", kept="kept: scales cross the sum")
+        kept = "kept: scales cross the sum"
+        with noted(quantize=kept):
+            return product.as_traced(*values), Verdict("float", kept=kept)
     if spec.x is not None and not all(map(is_quantized, sides)):
         open_side = 1 if is_quantized(sides[0]) else 0
         held = sides[1 - open_side]
