@@ -270,6 +270,30 @@ def cache(options):
     )
 
 
+def training_memory(options):
+    """Three residual blocks: the values of codes wait for the cotangent that needs them."""
+    width, rows = (64, 64) if options.smallest else (512, 512)
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+    params = [(shape(width, 4 * width), shape(4 * width, width)) for _ in range(3)]
+
+    def residual(params, x):
+        for up, down in params:
+            x = x + jax.nn.relu(x @ up) @ down
+        return x
+
+    def temp(fn):
+        grads = jax.value_and_grad(lambda params, x: jnp.mean(fn(params, x) ** 2))
+        return harness.cost(harness.compiled(grads, params, shape(rows, width)))["temp_bytes"]
+
+    exact, coded = temp(residual), temp(us.quantized(residual, {"**": W8A8}))
+    harness.claim(
+        "training in eight bits takes at most 1.05 of the temporary memory of floats",
+        coded <= 1.05 * exact,
+        ratio=harness.ratio(coded, exact),
+        bytes={"float": exact, "int8": coded},
+    )
+
+
 def main():
     options = harness.arguments(__doc__)
     jax.config.update("jax_num_cpu_devices", 8)
@@ -277,6 +301,7 @@ def main():
         against_peers(options, dtype)
     one_device_and_eight(options)
     scanned(options)
+    training_memory(options)
     few_rows(options)
     cache(options)
 
