@@ -8,6 +8,7 @@ Compose as `grad(autocast(fn))`: a cast's transpose is the cast back, and float3
 float32 gradients.
 """
 
+import functools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ from unitscale_jax import rules as named_rules
 from unitscale_jax.errors import closest, expected, unknown
 from unitscale_jax.loss import around
 from unitscale_jax.precision._classes import CLASSES, OPS, OpClass
-from unitscale_jax.precision._plan import FLOAT32, Decision, Known, Plan
+from unitscale_jax.precision._plan import FLOAT32, Decision, Known, Plan, is_float
 from unitscale_jax.trace import (
     ACTIVATION,
     ClosedJaxpr,
@@ -30,6 +31,7 @@ from unitscale_jax.trace import (
     Rewriter,
     Site,
     Staged,
+    converted,
     dtype_of,
     known_primitives,
     noted,
@@ -141,25 +143,31 @@ class _Autocast(Rewriter):
     def evaluate(self, site: Site, operands: list[Any]) -> list[Any]:
         """Every equation without a body, as decided."""
         decision = self.plan.decisions[site.place]
+        if not taking():
+            return self._as_decided(site, operands, decision)
         before = " ".join(map(str, site.operands))
         with noted(autocast=decision.why, before=before, **decision.meant):
-            pairs = list(zip(operands, decision.operands, strict=True))
-            if site.name in _TYPED and any(_narrows(x, dtype) for x, dtype in pairs):
-                return _narrow_product(site, operands, decision)
-            given = [x if dtype is None else self.cast(x, dtype) for x, dtype in pairs]
-            if site.name in _TYPED and decision.why != "cast by the user":
-                out = _TYPED[site.name](site, given, decision.results[0])
-            else:
-                out = site.bind(given)
-            return [self.cast(x, d) for x, d in zip(out, decision.results, strict=True)]
+            return self._as_decided(site, operands, decision)
+
+    def _as_decided(self, site: Site, operands: list[Any], decision: Decision) -> list[Any]:
+        pairs = list(zip(operands, decision.operands, strict=True))
+        if site.name in _TYPED and any(_narrows(x, dtype) for x, dtype in pairs):
+            return _narrow_product(site, operands, decision)
+        given = [x if dtype is None else self.cast(x, dtype) for x, dtype in pairs]
+        if site.name in _TYPED and decision.why != "cast by the user":
+            out = _TYPED[site.name](site, given, decision.results[0])
+        else:
+            out = site.bind(given)
+        return [self.cast(x, d) for x, d in zip(out, decision.results, strict=True)]
 
     def cast(self, x: Any, dtype: Any) -> Any:
-        if not jnp.issubdtype(dtype, jnp.floating) or jnp.result_type(x) == dtype:
+        if not is_float(dtype) or _dtype(x) == dtype:
             return x
         if not isinstance(x, jax.Array):
             return np.asarray(x).astype(dtype)
         if (id(x), dtype) not in self.casts:
-            self.casts[id(x), dtype] = x, _convert(x, dtype)
+            make = _convert if _is_8bit(dtype) else converted
+            self.casts[id(x), dtype] = x, make(x, dtype)
         return self.casts[id(x), dtype][1]
 
     def carried(self, site: Site, carry: list[Any], step: Any) -> list[Any]:
@@ -188,7 +196,7 @@ class _Autocast(Rewriter):
 
         Results and tangents have the dtypes of the call's results, gradients those of its operands.
         """
-        own = list(self.plan.origins[site.place]) if number == 1 else []
+        own = list(self.plan.origins_at(site)) if number == 1 else []
         sources = [*own, *[ACTIVATION] * (len(operands) - len(own))]
         self.plan.prepare(closed.jaxpr, sources, site, number)
         pairs = zip(operands, sources, strict=True)
@@ -212,9 +220,15 @@ def _convert(x: jax.Array, dtype: Any) -> jax.Array:
 
 def _narrows(x: Any, dtype: Any) -> bool:
     """Whether autocast casts an operand to 8 bits; a user's own 8-bit floats stay the user's."""
-    return dtype is not None and _is_8bit(dtype) and jnp.result_type(x) != dtype
+    return dtype is not None and _is_8bit(dtype) and _dtype(x) != dtype
 
 
+def _dtype(x: Any) -> Any:
+    """The dtype of an array or of a number; that of a tracer is at hand."""
+    return x.dtype if isinstance(x, jax.core.Tracer) else jnp.result_type(x)
+
+
+@functools.lru_cache
 def _is_8bit(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
 

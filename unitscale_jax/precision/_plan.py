@@ -8,7 +8,7 @@ Forwards, the dtypes: each equation's from those of its operands, loops to a fix
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from unitscale_jax.trace import (
     bodies,
     dtypes_meant,
     is_call,
+    listed,
     provenance,
 )
 
@@ -35,8 +36,7 @@ _LOOKUPS = frozenset({"gather", "dynamic_slice"})
 DTypes: TypeAlias = tuple[np.dtype | None, ...]
 
 
-@dataclass(frozen=True)
-class Known:
+class Known(NamedTuple):
     """The dtype of a value, and whether it is an activation or adapts to those it meets."""
 
     dtype: Any
@@ -67,6 +67,14 @@ class Decision:
         return {"wide": True} if needed or self.widens else {}
 
 
+class Outcome(NamedTuple):
+    """What the plan makes of an equation: one of the same kind has the same."""
+
+    decision: Decision
+    results: list[Known]
+    changes: bool  # whether it is evaluated otherwise than it was traced
+
+
 @dataclass
 class Plan(Flow[Known]):
     """Decisions by place, as the forward walk makes them."""
@@ -75,6 +83,9 @@ class Plan(Flow[Known]):
     rules: Sequence[tuple[Any, tuple[np.dtype, np.dtype]]]
     ops: Mapping[str, OpClass]
     origins: dict[Place, tuple[Origin, ...]] = field(default_factory=dict)
+    unfollowed: list[tuple[Any, ...]] = field(default_factory=list)  # bodies of no origins yet
+    outcomes: dict[Any, Outcome] = field(default_factory=dict)  # by kind of equation
+    constants: dict[Any, Known] = field(default_factory=dict)  # by dtype
     demanded: set[Place] = field(default_factory=set)
     decisions: dict[Place, Decision] = field(default_factory=dict)
     operands: dict[Place, list[Known]] = field(default_factory=dict)  # of calls and loops
@@ -88,20 +99,25 @@ class Plan(Flow[Known]):
     def prepare(
         self, jaxpr: Jaxpr, origins: Sequence[Origin], parent: Site | None = None, body: int = 0
     ) -> None:
-        """Finds origins and demands of a program, or of the derived body of a call."""
-        self.origins |= provenance(jaxpr, origins, parent, body)
+        """Finds demands, and what origins are asked for, of a program or a call's derived body."""
+        self.unfollowed.append((jaxpr, origins, parent, body))
         self.demand(jaxpr, [False] * len(jaxpr.outvars), parent, body)
+
+    def origins_at(self, site: Site) -> tuple[Origin, ...]:
+        """Where the operands of an equation come from; only rules and derivatives ask."""
+        while self.unfollowed:
+            self.origins |= provenance(*self.unfollowed.pop(0))
+        return self.origins[site.place]
 
     def demand(
         self, jaxpr: Jaxpr, wanted: Sequence[bool], parent: Site | None = None, body: int = 0
     ) -> list[bool]:
         """Whether float32 is wanted of each input, given whether it is of each result."""
         needed = {v for v, want in zip(jaxpr.outvars, wanted, strict=True) if want and _is_var(v)}
-        for index in reversed(range(len(jaxpr.eqns))):
-            site = Site(jaxpr.eqns[index], index, body, parent)
+        for site in reversed(listed(jaxpr, parent, body)):
             wide = [v in needed for v in site.eqn.outvars]
-            passed = self._passed(site, wide)
-            needed |= {v for v, p in zip(site.eqn.invars, passed, strict=True) if p and _is_var(v)}
+            passed = zip(site.eqn.invars, self._passed(site, wide), strict=True)
+            needed.update([v for v, p in passed if p and _is_var(v)])
         return [v in needed for v in jaxpr.invars]
 
     def _passed(self, site: Site, wide: Sequence[bool]) -> Sequence[bool]:
@@ -110,29 +126,33 @@ class Plan(Flow[Known]):
             return self.demand(bodies(eqn)[0][0], wide, site)
         for number, (inner, _) in enumerate(bodies(eqn)):
             self.demand(inner, [False] * len(inner.outvars), site, number)
-        if dtypes_meant(site):
+        chosen = self._class(site)
+        passes = chosen == "float32" or (chosen == "prefix" and any(wide))
+        if not passes or dtypes_meant(site):
             return [False] * len(eqn.invars)
-        if self._class(site) == "float32":
-            return [True] * len(eqn.invars)
-        if self._class(site) == "prefix" and any(wide):
+        if chosen == "prefix":
             self.demanded.add(site.place)
-            return [True] * len(eqn.invars)
-        return [False] * len(eqn.invars)
+        return [True] * len(eqn.invars)
 
     def _class(self, site: Site) -> OpClass:
         """The class of a primitive; scaling by a literal belongs to a prefix."""
-        scaled = site.name in ("mul", "div") and any(
-            isinstance(v, Literal) for v in site.eqn.invars
-        )
-        return "prefix" if scaled else self.ops.get(site.name, "keep")
+        name = site.name
+        if name in ("mul", "div") and any([isinstance(v, Literal) for v in site.eqn.invars]):
+            return "prefix"
+        return self.ops.get(name, "keep")
 
     def constant(self, value: Any) -> Known:
         """Constants adapt."""
-        return Known(jnp.result_type(value))
+        given = getattr(value, "dtype", None)
+        if given is None:
+            return Known(jnp.result_type(value))
+        if given not in self.constants:
+            self.constants[given] = Known(jnp.result_type(value))
+        return self.constants[given]
 
     def join(self, a: Known, b: Known) -> Known:
         """The widest of two activations; a value that adapts takes the other's dtype."""
-        if a.active != b.active and _is_float(a.dtype):
+        if a.active != b.active and is_float(a.dtype):
             return a if a.active else b
         same = a.dtype == b.dtype
         return Known(a.dtype if same else _widest(a.dtype, b.dtype), a.active or b.active)
@@ -141,8 +161,8 @@ class Plan(Flow[Known]):
         """Keeps what calls and loops are called with."""
         if bodies(site.eqn):
             self.operands[site.place] = inputs
-        if any(k.dtype != traced for k, traced in zip(inputs, site.operands, strict=True)):
-            self._change(site)
+            if _arrive_changed(site, inputs):
+                self._change(site)
 
     def made(self, site: Site, outputs: list[Known]) -> None:
         """Keeps what calls and loops return."""
@@ -155,17 +175,35 @@ class Plan(Flow[Known]):
 
     def visit(self, site: Site, inputs: list[Known]) -> list[Known]:
         """Decides on an equation."""
-        decision = self._decide(site, inputs)
+        outcome = self._outcome(site, inputs)
+        self.decisions[site.place] = outcome.decision
+        if self.ops.get(site.name) == "low":
+            self.reasons[site.place] = outcome.decision.why
+        if outcome.changes:
+            self._change(site)
+        return outcome.results
+
+    def _outcome(self, site: Site, inputs: list[Known]) -> Outcome:
+        """The layers of a model are alike: most equations are of a kind that was decided on."""
+        meant, chosen = dtypes_meant(site), self._class(site)
+        if meant or (chosen == "low" and self.rules):
+            return self._decided(site, self._decide(site, meant, inputs), inputs)
+        precision = site.eqn.params.get("precision") if chosen == "low" else None
+        demanded = chosen == "prefix" and site.place in self.demanded
+        known = tuple(inputs)
+        key = site.name, chosen, site.operands, site.results, known, demanded, precision
+        if key not in self.outcomes:
+            self.outcomes[key] = self._decided(site, self._decide(site, meant, inputs), inputs)
+        return self.outcomes[key]
+
+    def _decided(self, site: Site, decision: Decision, inputs: list[Known]) -> Outcome:
         if any(map(_is_widened, inputs, site.operands, decision.operands)):
             decision = replace(decision, widens=True)
-        self.decisions[site.place] = decision
-        if self.ops.get(site.name) == "low":
-            self.reasons[site.place] = decision.why
         casts = zip(decision.operands, site.operands, strict=True)
-        if decision.results != site.results or any(to not in (None, of) for to, of in casts):
-            self._change(site)
+        casted = any(to not in (None, of) for to, of in casts)
+        changes = decision.results != site.results or casted or _arrive_changed(site, inputs)
         active = any(known.active for known in self._shaping(site, inputs))
-        return [Known(dtype, active) for dtype in decision.results]
+        return Outcome(decision, [Known(dtype, active) for dtype in decision.results], changes)
 
     def _shaping(self, site: Site, inputs: list[Known]) -> list[Known]:
         """The operands whose dtype the results follow.
@@ -173,7 +211,7 @@ class Plan(Flow[Known]):
         What only chooses among constants (a mask between 0 and -1e9) does not make them an
         activation; what looks a row of a table up does.
         """
-        floats = [known for known in inputs if _is_float(known.dtype)]
+        floats = [known for known in inputs if is_float(known.dtype)]
         chosen = floats and site.name not in _LOOKUPS and self._class(site) != "keep"
         return floats if chosen else inputs
 
@@ -182,12 +220,11 @@ class Plan(Flow[Known]):
             self.changed.add(site.place)
             site = site.parent
 
-    def _decide(self, site: Site, inputs: list[Known]) -> Decision:
-        meant = dtypes_meant(site)
+    def _decide(self, site: Site, meant: str, inputs: list[Known]) -> Decision:
         if meant:
             return self._meant(site, meant, inputs)
         traced = [*site.operands, *site.results]
-        floats = [dtype for dtype in traced if _is_float(dtype)]
+        floats = [dtype for dtype in traced if is_float(dtype)]
         if not floats:
             return _kept(site, "no floats")
         if any(_bits(dtype) not in (16, 32) for dtype in floats):
@@ -197,20 +234,22 @@ class Plan(Flow[Known]):
     def _low(self, site: Site, inputs: list[Known]) -> Decision:
         """A product, by the first rule that addresses it, else in the compute dtype."""
         operands = site.operands
-        if not all(map(_is_float, operands[:2])):
+        if not all(map(is_float, operands[:2])):
             return _kept(site, "kept: no floats")
         given, result, why = self._dtypes(site)
         if why == "kept: precision":
             return _back(_kept(site, why), site, inputs)
         asked = site.results[0]  # wider than its operands, if the user asked for it
         wider = _widest(*operands[:2]) != asked and _bits(asked) > _bits(result)
-        casts = tuple(given if _is_float(d) else None for d in operands)
+        casts = tuple(given if is_float(d) else None for d in operands)
         return Decision(casts, (asked if wider else result,), why)
 
     def _dtypes(self, site: Site) -> tuple[np.dtype, np.dtype, str]:
         """Of the operands and the result of a product, and what decided on them."""
-        names = self.products[site.place] = addresses(site, self.origins[site.place])
-        rule = named_rules.first_match([pattern for pattern, _ in self.rules], names)
+        rule = None
+        if self.rules:
+            names = self.products[site.place] = addresses(site, self.origins_at(site))
+            rule = named_rules.first_match([pattern for pattern, _ in self.rules], names)
         if rule is not None:
             pattern, (given, result) = self.rules[rule]
             return given, result, f"rule {named_rules.text_of(pattern)!r}"
@@ -226,11 +265,11 @@ class Plan(Flow[Known]):
         kept = _kept(site, "as traced")
         if self.ops.get(site.name) == "low":
             given, self.coded, why = self._dtypes(site)
-            floats = all(map(_is_float, site.operands[:2])) and _bits(site.operands[0]) >= 16
+            floats = all(map(is_float, site.operands[:2])) and _bits(site.operands[0]) >= 16
             if why == "kept: precision" and not floats:  # floats on codes ask for it themselves
                 self.coded = FLOAT32
             if floats and why != "kept: precision":
-                casts = tuple(given if _is_float(d) else None for d in site.operands)
+                casts = tuple(given if is_float(d) else None for d in site.operands)
                 return Decision(casts, site.results, why)
             return replace(kept, why="low" if floats else why)
         if meant == "result" and site.results[0] == FLOAT32:
@@ -254,12 +293,12 @@ class Plan(Flow[Known]):
     def _follow(self, site: Site, inputs: list[Known]) -> Decision:
         if site.name == "convert_element_type":
             return self._convert(site, inputs[0])
-        active = [k.dtype for k in inputs if k.active and _is_float(k.dtype)]
+        active = [k.dtype for k in inputs if k.active and is_float(k.dtype)]
         if active:
             target = _widest(*active)
             return _uniform(site, target, "follow")
         if any(known.active for known in inputs) and site.name in _LOOKUPS:
-            results = tuple(self.low[1] if _is_float(dtype) else dtype for dtype in site.results)
+            results = tuple(self.low[1] if is_float(dtype) else dtype for dtype in site.results)
             return Decision((None,) * len(inputs), results, "lookup")
         return _kept(site, "follow")
 
@@ -268,7 +307,7 @@ class Plan(Flow[Known]):
         before, after = site.operands[0], site.results[0]
         if before == np.bool_ and after == FLOAT32 and known.active:
             return Decision((None,), (self.low[1],), "follow")
-        if _is_float(before) and before == after:  # a change of weak type only
+        if is_float(before) and before == after:  # a change of weak type only
             return Decision((None,), (known.dtype,), "follow")
         return Decision((None,), (after,), "cast by the user")
 
@@ -280,8 +319,13 @@ class Plan(Flow[Known]):
         return _back(_kept(site, "kept: unknown"), site, inputs)
 
 
+def _arrive_changed(site: Site, inputs: list[Known]) -> bool:
+    """Whether an operand has another dtype than it was traced with."""
+    return any(k.dtype != traced for k, traced in zip(inputs, site.operands, strict=True))
+
+
 def _kept(site: Site, why: str) -> Decision:
-    operands = tuple(d if _is_float(d) else None for d in site.operands)
+    operands = tuple(d if is_float(d) else None for d in site.operands)
     return Decision(operands, site.results, why)
 
 
@@ -289,7 +333,7 @@ def _back(decision: Decision, site: Site, inputs: list[Known]) -> Decision:
     """The same, with results back in the dtype that the activations came in."""
     pairs = zip(inputs, site.operands, strict=True)
     narrow = [
-        k.dtype for k, traced in pairs if k.active and _is_float(k.dtype) and k.dtype != traced
+        k.dtype for k, traced in pairs if k.active and is_float(k.dtype) and k.dtype != traced
     ]
     if not narrow:
         return decision
@@ -299,14 +343,14 @@ def _back(decision: Decision, site: Site, inputs: list[Known]) -> Decision:
 
 def _uniform(site: Site, dtype: Any, why: str) -> Decision:
     """Every float in one dtype."""
-    cast = lambda traced: dtype if _is_float(traced) else None
+    cast = lambda traced: dtype if is_float(traced) else None
     results = tuple(cast(d) or d for d in site.results)
     return Decision(tuple(cast(d) for d in site.operands), results, why)
 
 
 def _is_widened(known: Known, traced: Any, to: Any) -> bool:
     """Whether autocast made a value narrow, and casts it back to what it was."""
-    return to == traced and known.dtype != traced and _is_float(traced)
+    return to == traced and known.dtype != traced and is_float(traced)
 
 
 @functools.lru_cache
@@ -321,7 +365,7 @@ def _is_precise(precision: Any) -> bool:
 
 
 @functools.lru_cache  # asked for every operand of every equation, of a handful of dtypes
-def _is_float(dtype: Any) -> bool:
+def is_float(dtype: Any) -> bool:
     return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
 
 

@@ -160,16 +160,21 @@ def shape_of(value: Any) -> tuple[int, ...]:
 
 def scope(eqn: Equation) -> str:
     """The named scopes an equation was traced under, inside its own body."""
-    return str(eqn.source_info.name_stack)
+    scopes = eqn.source_info.name_stack
+    return _text(scopes) if scopes.stack else ""
 
 
-@contextlib.contextmanager
-def within(eqn: Equation) -> Iterator[None]:
-    """What is evaluated inside has the name scopes, source line and settings of an equation."""
-    info = eqn.source_info
-    scopes = source_info_util.current_name_stack() + info.name_stack
+@functools.lru_cache(4096)  # asked for each equation by each walk, and the same for most of them
+def _text(scopes: Any) -> str:
+    return str(scopes)
+
+
+def within(eqn: Equation, make: Callable[..., Any], *args: Any) -> Any:
+    """`make(*args)`, whose equations have the name scopes, line and settings of an equation."""
+    info, scopes = eqn.source_info, source_info_util.current_name_stack()
+    scopes = scopes + info.name_stack if info.name_stack.stack else scopes
     with source_info_util.user_context(info.traceback, name_stack=scopes), eqn.ctx.manager:
-        yield
+        return make(*args)
 
 
 def scan_options(eqn: Equation) -> dict[str, Any]:
@@ -281,10 +286,17 @@ def reshard_map(
 
 def bind(eqn: Equation, operands: Sequence[Any], **changed: Any) -> list[Any]:
     """Evaluates one equation on new operands, some of its parameters changed."""
-    got = eqn.primitive.get_bind_params(eqn.params | changed)
+    got = eqn.primitive.get_bind_params(eqn.params | changed if changed else eqn.params)
     subfuns, params = got if isinstance(got, tuple) else ((), got)
     out = eqn.primitive.bind(*subfuns, *operands, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def converted(x: jax.Array, dtype: np.dtype) -> jax.Array:
+    """`jax.lax.convert_element_type` of an array of another, plain dtype, without its checks."""
+    return core.primitives.convert_element_type_p.bind(
+        x, new_dtype=dtype, weak_type=False, sharding=None
+    )
 
 
 def varying_axes(value: Any) -> frozenset[str]:

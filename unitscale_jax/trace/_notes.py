@@ -84,6 +84,8 @@ def dtypes_meant(site: Site) -> Literal["", "inside", "operand", "result"]:
         "result" where it is made; "inside" for the rest. In the backward pass of a custom
         derivative what is around the call does not count.
     """
+    if not _is_marked(site):
+        return ""
     scopes: list[str] = []
     at: Site | None = site
     while at is not None:
@@ -96,6 +98,16 @@ def dtypes_meant(site: Site) -> Literal["", "inside", "operand", "result"]:
             return "result"
         return "operand" if "entered:" in text and site.name == "stop_gradient" else "inside"
     return "inside" if "as_traced:" in text else ""
+
+
+def _is_marked(site: Site) -> bool:
+    """Whether the mark of `as_traced` is on an equation or around it, which it seldom is."""
+    at: Site | None = site
+    while at is not None:
+        if "as_traced:" in scope(at.eqn):
+            return True
+        at = at.parent
+    return False
 
 
 def notes_at(site: Site, notes: list[dict[str, Any]]) -> dict[str, Any]:

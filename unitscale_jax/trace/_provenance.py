@@ -7,7 +7,7 @@ broadcast, scaled, frozen, sliced from a stack, joined with others, passed into 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from unitscale_jax import tree as trees
@@ -45,6 +45,7 @@ class Origin:
         return self.names[0] if len(self.names) == 1 else None
 
 
+_NONE = frozenset[str]()
 CONSTANT = Origin()
 ACTIVATION = Origin(active=True)
 
@@ -109,12 +110,12 @@ class Provenance(Flow[Origin]):
         """Moves hold what they move, with constants beside it; everything else mixes."""
         if site.name == "optimization_barrier":
             return inputs
-        mixed = Origin(
-            parameters=frozenset().union(*(origin.parameters for origin in inputs)),
-            active=any(origin.active for origin in inputs),
-        )
-        sources = moved(site, inputs) or [()] * len(site.eqn.outvars)
-        return [replace(mixed, holds=_held(values)) for values in sources]
+        parameters = frozenset[str]().union(*[origin.parameters for origin in inputs])
+        active = any([origin.active for origin in inputs])
+        sources = moved(site, inputs)
+        if sources is None:
+            return [Origin(_NONE, parameters, active)] * len(site.eqn.outvars)
+        return [Origin(_held(values), parameters, active) for values in sources]
 
     def join(self, a: Origin, b: Origin) -> Origin:
         """Either of two values."""
@@ -130,7 +131,7 @@ class Provenance(Flow[Origin]):
 def _held(values: Sequence[Origin]) -> frozenset[str]:
     """What values hold together: parameters, unless one of them is anything but that."""
     others = [origin for origin in values if not origin.holds and origin != CONSTANT]
-    return frozenset() if others else frozenset().union(*(origin.holds for origin in values))
+    return _NONE if others else _NONE.union(*(origin.holds for origin in values))
 
 
 def addresses(site: Site, origins: Sequence[Origin]) -> list[str]:

@@ -22,7 +22,7 @@ from unitscale_jax.trace import _compat
 from unitscale_jax.trace._compat import ClosedJaxpr, Equation, Jaxpr, Literal, Var
 from unitscale_jax.trace._derivatives import Moving, custom_jvp, custom_vjp
 from unitscale_jax.trace._function import stage
-from unitscale_jax.trace._walk import Site, bodies
+from unitscale_jax.trace._walk import Site, bodies, listed
 
 Rule: TypeAlias = Callable[[Site, list[Any]], Sequence[Any]]
 Rules: TypeAlias = Mapping[str, Rule]
@@ -143,12 +143,11 @@ class Rewriter:
         env |= dict(zip(jaxpr.invars, operands, strict=True))
         read = lambda v: v.val if isinstance(v, Literal) else env[v]
         last = _last_uses(jaxpr)
-        for index, eqn in enumerate(jaxpr.eqns):
-            site = Site(eqn, index, body, parent)
-            with _compat.within(eqn):
-                out = self._step(site, [read(v) for v in eqn.invars])
+        for site in listed(jaxpr, parent, body):
+            eqn = site.eqn
+            out = _compat.within(eqn, self._step, site, [read(v) for v in eqn.invars])
             env.update(zip(eqn.outvars, out, strict=True))
-            for v in last.get(index, ()):  # as in the original, a value lives until its last use
+            for v in last.get(site.index, ()):  # a value lives until its last use
                 del env[v]
         return [read(v) for v in jaxpr.outvars]
 
@@ -194,7 +193,8 @@ def _last_uses(jaxpr: Jaxpr) -> dict[int, list[Var]]:
     """For each equation the variables that nothing after it reads."""
     last: dict[Var, int] = {}
     for index, eqn in enumerate(jaxpr.eqns):
-        last |= {v: index for v in (*eqn.outvars, *eqn.invars) if not isinstance(v, Literal)}
+        last.update((v, index) for v in eqn.outvars)
+        last.update((v, index) for v in eqn.invars if not isinstance(v, Literal))
     out: dict[int, list[Var]] = {}
     returned = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
     for v, index in last.items():

@@ -12,7 +12,8 @@ keyed by the *place* of an equation, which counts through calls, and never by th
 
 import abc
 import functools
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -24,7 +25,19 @@ V = TypeVar("V")
 Place: TypeAlias = tuple[int, ...]
 
 
-@dataclass(frozen=True, eq=False)
+class _Once(Generic[V]):
+    """A `cached_property` without the lock that one takes on Python 3.11."""
+
+    def __init__(self, make: Callable[[Any], V]) -> None:
+        self.make = make
+        self.__doc__ = make.__doc__
+
+    def __get__(self, owner: Any, kind: Any = None) -> V:
+        made = vars(owner)[self.make.__name__] = self.make(owner)
+        return made
+
+
+@dataclass(eq=False)  # made for every equation of a program, which takes twice as long if frozen
 class Site:
     """An equation where it stands: in the body number `body` of the equation at `parent`.
 
@@ -41,11 +54,12 @@ class Site:
     body: int = 0
     parent: "Site | None" = None
 
-    @functools.cached_property
-    def place(self) -> Place:
-        """Positions and body numbers from the top down: (3,) or (3, 0, 1) for one inside it."""
-        above = () if self.parent is None else self.parent.place
-        return (*above, self.body, self.index) if above else (self.index,)
+    def __post_init__(self) -> None:
+        """Finds the place, positions and body numbers from the top: (3,) or (3, 0, 1) inside it."""
+        above = self.parent
+        self.place: Place = (
+            (self.index,) if above is None else (*above.place, self.body, self.index)
+        )
 
     def bind(self, operands: Sequence[Any], **params: Any) -> list[Any]:
         """Evaluates the equation on new operands, as it stands but for the parameters given."""
@@ -56,15 +70,20 @@ class Site:
         """The name of the primitive."""
         return self.eqn.primitive.name
 
-    @functools.cached_property
+    @_Once
     def operands(self) -> tuple[Any, ...]:
         """Dtypes of the operands, as traced."""
-        return tuple(_compat.dtype_of(v) for v in self.eqn.invars)
+        return tuple([_compat.dtype_of(v) for v in self.eqn.invars])
 
-    @functools.cached_property
+    @_Once
     def results(self) -> tuple[Any, ...]:
         """Dtypes of the results, as traced."""
-        return tuple(_compat.dtype_of(v) for v in self.eqn.outvars)
+        return tuple([_compat.dtype_of(v) for v in self.eqn.outvars])
+
+    @_Once
+    def _inside(self) -> dict[int, tuple[Jaxpr, list["Site"]]]:
+        """The equations of its bodies, as `listed` made them."""
+        return {}
 
     @functools.cached_property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -130,10 +149,30 @@ def is_call(eqn: Equation) -> bool:
     return eqn.primitive.name in _compat.CALLS
 
 
+_PROGRAMS: weakref.WeakKeyDictionary[Jaxpr, list[Site]] = weakref.WeakKeyDictionary()
+
+
+def listed(jaxpr: Jaxpr, parent: Site | None = None, body: int = 0) -> list[Site]:
+    """Every equation of one body, in order; those of calls and loops are not entered.
+
+    A body is listed once, however many walks there are, since what a walk asks of an equation (its
+    place, its dtypes) the next one asks again. A program's list lives as long as its equations.
+    """
+    if parent is None:
+        if jaxpr not in _PROGRAMS:
+            _PROGRAMS[jaxpr] = [Site(eqn, index, body) for index, eqn in enumerate(jaxpr.eqns)]
+        return _PROGRAMS[jaxpr]
+    known = parent._inside.get(body)
+    if known is None or known[0] is not jaxpr:  # a derivative is traced anew for each call
+        inside = [Site(eqn, index, body, parent) for index, eqn in enumerate(jaxpr.eqns)]
+        known = parent._inside[body] = jaxpr, inside
+    return known[1]
+
+
 def sites(jaxpr: Jaxpr, parent: Site | None = None, body: int = 0) -> Iterator[Site]:
     """Every equation without a body that can be entered, in order of evaluation."""
-    for index, eqn in enumerate(jaxpr.eqns):
-        site, inside = Site(eqn, index, body, parent), bodies(eqn)
+    for site in listed(jaxpr, parent, body):
+        inside = bodies(site.eqn)
         if not inside:
             yield site
         for number, (inner, _) in enumerate(inside):
@@ -159,11 +198,10 @@ def producers(
     """For each equation the one in its body that made each of its operands; None for others."""
     made: dict[Any, Site] = {}
     found: dict[Place, tuple[Site | None, ...]] = {}
-    for index, eqn in enumerate(jaxpr.eqns):
-        site = Site(eqn, index, body, parent)
-        found[site.place] = tuple(None if is_constant(v) else made.get(v) for v in eqn.invars)
-        made |= dict.fromkeys(eqn.outvars, site)
-        for number, (inner, _) in enumerate(bodies(eqn)):
+    for site in listed(jaxpr, parent, body):
+        found[site.place] = tuple(None if is_constant(v) else made.get(v) for v in site.eqn.invars)
+        made |= dict.fromkeys(site.eqn.outvars, site)
+        for number, (inner, _) in enumerate(bodies(site.eqn)):
             found |= producers(inner, site, number)
     return found
 
@@ -249,8 +287,8 @@ def walk(
     known: dict[Var, V] = dict(zip(jaxpr.invars, inputs, strict=True))
     known |= {v: flow.constant(c) for v, c in zip(jaxpr.constvars, consts, strict=True)}
     read = lambda v: flow.constant(v.val) if isinstance(v, Literal) else known[v]
-    for index, eqn in enumerate(jaxpr.eqns):
-        site = Site(eqn, index, body, parent)
+    for site in listed(jaxpr, parent, body):
+        eqn = site.eqn
         operands = [read(v) for v in eqn.invars]
         flow.met(site, operands)
         enter = _STRUCTURES.get(site.name)
