@@ -286,7 +286,12 @@ def reshard_map(
 
 def bind(eqn: Equation, operands: Sequence[Any], **changed: Any) -> list[Any]:
     """Evaluates one equation on new operands, some of its parameters changed."""
-    got = eqn.primitive.get_bind_params(eqn.params | changed if changed else eqn.params)
+    given = eqn.params | changed if changed else eqn.params
+    if not eqn.effects and _is_differentiated(operands):
+        once = _traced_once(eqn.primitive, given)
+        if once is not None:
+            return once(*operands)
+    got = eqn.primitive.get_bind_params(given)
     subfuns, params = got if isinstance(got, tuple) else ((), got)
     out = eqn.primitive.bind(*subfuns, *operands, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
@@ -294,9 +299,45 @@ def bind(eqn: Equation, operands: Sequence[Any], **changed: Any) -> list[Any]:
 
 def converted(x: jax.Array, dtype: np.dtype) -> jax.Array:
     """`jax.lax.convert_element_type` of an array of another, plain dtype, without its checks."""
-    return core.primitives.convert_element_type_p.bind(
-        x, new_dtype=dtype, weak_type=False, sharding=None
-    )
+    given = {"new_dtype": dtype, "weak_type": False, "sharding": None}
+    primitive = core.primitives.convert_element_type_p
+    once = _traced_once(primitive, given) if _is_differentiated([x]) else None
+    return primitive.bind(x, **given) if once is None else once(x)[0]
+
+
+def _is_differentiated(operands: Sequence[Any]) -> bool:
+    """Whether `jax.grad` or `jax.vjp` follows one of the operands as it is evaluated."""
+    return any([type(x).__name__ == "LinearizeTracer" for x in operands])
+
+
+def _traced_once(primitive: Any, params: Mapping[str, Any]) -> Callable[..., list[Any]] | None:
+    """The primitive as a jitted function of its operands, to be inlined; None if it is a call.
+
+    What is differentiated eagerly is differentiated anew each time, which takes ten times as long
+    as evaluating it. JAX keeps the derivative of a jitted function for operands of one type.
+    """
+    if not _inlines() or any(True for _ in core.jaxprs_in_params(params)):
+        return None
+    try:
+        return _jitted(primitive, tuple(params.items()))
+    except TypeError:  # a parameter that is no key
+        return None
+
+
+@functools.cache
+def _inlines() -> bool:
+    """Whether a call to be inlined is gone from a gradient; JAX 0.12 leaves it there."""
+    gradient = jax.make_jaxpr(jax.grad(jax.jit(jax.lax.sin, inline=True)))
+    return all(eqn.primitive.name not in JITS for eqn in gradient(1.0).eqns)
+
+
+@functools.lru_cache(1024)
+def _jitted(primitive: Any, params: tuple[tuple[str, Any], ...]) -> Callable[..., list[Any]]:
+    def make(*operands: Any) -> list[Any]:
+        out = primitive.bind(*operands, **dict(params))
+        return list(out) if primitive.multiple_results else [out]
+
+    return jax.jit(make, inline=True)
 
 
 def varying_axes(value: Any) -> frozenset[str]:
