@@ -18,7 +18,6 @@ from unitscale_jax.quantization._ops import (
     codes_of,
     emit,
     fence,
-    on_grid,
     pack_int4,
     spread,
     symmetric,
@@ -360,7 +359,7 @@ def summed(read, dtype):
 def test_what_enters_is_rounded_to_16_bits_however_it_is_compiled(dtype):
     x, y = (jnp.asarray(seeded(64, 64, seed=k)) for k in range(2))
     differing = lambda fn: int((jax.jit(fn)(x, y) != fn(x, y)).sum())
-    assert differing(summed(on_grid, dtype)) == 0
+    assert differing(summed(formats.on_grid, dtype)) == 0
     if dtype == "bfloat16":  # or this proves nothing on this machine
         assert differing(summed(lambda x: x.astype(jnp.float32), dtype)) > 100
 

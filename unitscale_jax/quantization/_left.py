@@ -2,7 +2,8 @@
 
 A rule ends somewhere: the codes of a parameter that has one, and meets products, reach one of them
 at least, or it is an error that names what is in the way. A product that codes have reached may
-still be one of floats, as where scales cross its sum; that is listed, and refused by `strict`.
+still be one of floats where scales of groups cross its sum; that is listed, and refused by
+`strict`.
 """
 
 import functools

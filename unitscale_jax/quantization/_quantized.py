@@ -358,7 +358,9 @@ class _Quantizer(Rewriter):
                 out, verdict = multiply(product, left, right, spec, own, across=across)
             except Unquantizable as error:
                 raise ValueError(f"{self.account.named(site)} {error}") from None
-        self._judge(site, verdict, spec, codes)
+        # Scales of groups may cross a sum by design; of whole axes they were given wrongly.
+        grouped = any(is_quantized(x) and x.groups > 1 for x in (left, right))
+        self._judge(site, verdict, spec, [held and (grouped or not verdict.kept) for held in codes])
         return Summed(out) if verdict.across else out
 
     def _judge(self, site: Site, verdict: Verdict, spec: DotSpec, codes: Sequence[bool]) -> None:

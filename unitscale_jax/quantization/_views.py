@@ -176,9 +176,12 @@ def _carried(site: Site, operands: list[Any]) -> list[Any] | None:
 def _shaped(site: Site, operands: list[Any]) -> list[Any] | None:
     """Codes move as the array does, and what is like the scale along the axes that it has."""
     t, *starts = operands
+    cut = {axis % t.ndim for axis in t.axes}.intersection(cut_axes(site))
     axes = _shared_axes(site, t)
-    if axes is None or not _keeps_groups(site, t, axes):
+    if axes is None or not _keeps_groups(site, t, axes, cut):
         return None
+    if cut and site.name != "rev":  # what is cut or repeated has another sum, which products find
+        t = replace(t, colsum=None)
     moves = dict.fromkeys(LIKE_SCALE, _moved) | {"x_range": _range_moved}
     new: dict[str, list[Any]] = {}
     for name, x in t.arrays().items():
@@ -203,14 +206,8 @@ def _shared_axes(site: Site, t: QTensor) -> tuple[int, ...] | None:
     return tuple(found)
 
 
-def _keeps_groups(site: Site, t: QTensor, axes: tuple[int, ...]) -> bool:
-    """Whether groups stay along the last of the axes, and sums over these axes stay what they are.
-
-    A cut, or a position that is repeated, makes another sum of codes.
-    """
-    cut = {axis % t.ndim for axis in t.axes}.intersection(cut_axes(site))
-    if t.colsum is not None and cut and site.name != "rev":
-        return False
+def _keeps_groups(site: Site, t: QTensor, axes: tuple[int, ...], cut: set[int]) -> bool:
+    """Whether groups stay along the last of the axes; `cut` are those that are cut or repeated."""
     if t.groups == 1:
         return True
     sources, last = moved_axes(site), max(t.axes) % t.ndim
