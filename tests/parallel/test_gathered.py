@@ -162,7 +162,9 @@ POLICIES = jax.checkpoint_policies
 
 
 @pytest.mark.parametrize(
-    "policy", [None, POLICIES.everything_saveable, POLICIES.save_only_these_names("h")], ids=str
+    "policy",
+    [None, POLICIES.everything_saveable, POLICIES.save_only_these_names("h")],
+    ids=["none", "everything", "names"],
 )
 @pytest.mark.parametrize("nested", [False, True])
 def test_what_is_rematerialized_may_hold_keys_counts_and_names(policy, nested):
