@@ -1,6 +1,7 @@
 """Every pair of techniques in both orders: equal, or an error that names the right order.
 
-`python -m tests.laws.test_pairs` prints the table.
+These are the wrappers of functions of parameters, and what refuses to go around a gradient station;
+pairs of wrappers of optimizers are in `test_wrappers.py`.
 """
 
 import functools
@@ -111,3 +112,21 @@ def test_both_orders_are_equal_or_one_is_refused_by_name(name, one, other):
     if len(found) == 2:
         for leaf, twin in zip(*map(jax.tree.leaves, found.values()), strict=True):
             np.testing.assert_allclose(leaf, twin, rtol=0, atol=1e-5 * float(jnp.abs(leaf).max()))
+
+
+STATIONS = [name for name in NAMES if name != "rewritten"]  # the engine sees gradients, too
+
+
+@pytest.mark.parametrize("name", [*STATIONS, "value_and_grad", "distilled"])
+def test_what_rewrites_a_function_is_refused_around_a_gradient_station(name):
+    more = {
+        "value_and_grad": us.value_and_grad,
+        "distilled": lambda fn: us.distilled(fn, lambda batch: batch, us.distill.kl),
+    }
+    ways = {key: way.wrap for key, way in techniques(case("plain_mlp")).items()} | more
+    grad_fn = us.value_and_grad(lambda params, batch: jnp.sum(batch @ params["w"]))
+    for station in (grad_fn, us.accumulated(grad_fn, 2)):
+        with pytest.raises(TypeError, match=f"Put {name} inside. The order is reduced"):
+            ways[name](station)
+    with pytest.raises(TypeError, match="goes around a function"):
+        ways[name](3)
