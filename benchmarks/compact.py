@@ -57,12 +57,12 @@ def smaller(options):
     rows, time = (2, 8) if options.smallest else (8, 128)
     params = attention_model(jax.random.key(0), 2, width, heads, 256)
     tokens = jax.random.randint(jax.random.key(1), (rows, time), 0, 256)
-    graph = us.prune.groups(apply, params, tokens)
-    scores = us.prune.l2(graph, params)
+    graph = us.compaction.groups(apply, params, tokens)
+    scores = us.compaction.l2(graph, params)
     halves = {"layers/*/down:0": 0.5, "layers/*/key:1": 0.5}  # FFN and heads
-    plan = us.prune.plan(graph, scores, keep=halves)
-    masked, small = us.prune.mask(params, plan), us.prune.compact(params, plan)
-    compacted = us.prune.compacted(apply, plan)
+    plan = us.compaction.plan(graph, scores, keep=halves)
+    masked, small = us.compaction.mask(params, plan), us.compaction.compact(params, plan)
+    compacted = us.compaction.compacted(apply, plan)
     whole, half = jax.jit(apply), jax.jit(compacted)
     delta = float(jnp.abs(whole(masked, tokens) - half(small, tokens)).max())
     flops = [us.trace.cost(f, p, tokens).flops for f, p in ((apply, params), (compacted, small))]
@@ -91,12 +91,12 @@ def recovered(options):
     logits = task.logits
     (params,) = trained(task, optimizer(task.rate, task.steps), [0])
     tokens = jnp.zeros((2, task.length), jnp.int32)
-    graph = us.prune.groups(logits, params, tokens)
-    scores = us.prune.l2(graph, params)
+    graph = us.compaction.groups(logits, params, tokens)
+    scores = us.compaction.l2(graph, params)
     halves = {"blocks/*/down/kernel:0": 0.5, "blocks/*/out/kernel:0[0]": 0.5}  # FFN and heads
-    plan = us.prune.plan(graph, scores, keep=halves)
-    small = us.prune.compact(params, plan)
-    student = us.prune.compacted(logits, plan)
+    plan = us.compaction.plan(graph, scores, keep=halves)
+    small = us.compaction.compact(params, plan)
+    student = us.compaction.compacted(logits, plan)
 
     def hard(params, batch):
         found = student(params, batch[:, :-1])
@@ -118,7 +118,11 @@ def recovered(options):
         for name, loss, start in (
             ("trained alone", alone, small),
             ("distilled", taught, small),
-            ("from random weights", alone, us.prune.compact(task.init(jax.random.key(7)), plan)),
+            (
+                "from random weights",
+                alone,
+                us.compaction.compact(task.init(jax.random.key(7)), plan),
+            ),
         )
     }
     harness.claim(

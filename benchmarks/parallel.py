@@ -26,7 +26,7 @@ import lm
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import unitscale_jax as us
-from unitscale_jax.trace import collectives
+from unitscale_jax.trace.costs import collectives
 
 jax.config.update("jax_num_cpu_devices", 8)
 

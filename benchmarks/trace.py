@@ -25,7 +25,8 @@ import jax.numpy as jnp
 import linen_lm
 
 import unitscale_jax as us
-from unitscale_jax.trace import Rewriter, rewritten, stage
+from unitscale_jax.trace.program import stage
+from unitscale_jax.trace.rewrite import Rewriter, rewritten
 
 
 def model(layers, width, time):

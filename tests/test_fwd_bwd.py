@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 
-from unitscale_jax.fwd_bwd import match_vma, scale, scale_bwd, scale_fwd, straight_through
+from unitscale_jax.fwd_bwd import scale, scale_bwd, scale_fwd, straight_through
+from unitscale_jax.mesh_axes import match_vma
 
 P = jax.sharding.PartitionSpec
 TOLERANCE = 100 * np.finfo(np.float32).eps

@@ -6,7 +6,7 @@ import pytest
 
 import unitscale_jax as us
 from tests.support import zoo
-from unitscale_jax import trace
+from unitscale_jax.trace.rewrite import noted
 
 PARAMS = {"w": jnp.ones((4, 4)), "v": jnp.ones((4, 2))}
 X = jnp.ones((3, 4))
@@ -46,7 +46,7 @@ def test_notes_do_not_show_among_the_modules():
 
 def test_a_later_transform_adds_its_column():
     def halved(params, x):
-        with trace.noted(codes="int8"):
+        with noted(codes="int8"):
             return jnp.sin(x) * 0.5
 
     report = us.explain(jax.grad(lambda p, x: halved(p, x).sum(), 1))(PARAMS, X)

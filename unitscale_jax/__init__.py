@@ -5,7 +5,17 @@
 Every technique maps one of these stations to the same station, so composing is calling.
 """
 
-from unitscale_jax import distill, formats, fwd_bwd, parallel, prune, rules, testing, tree
+from unitscale_jax import (
+    compaction,
+    distill,
+    formats,
+    fwd_bwd,
+    parallel,
+    prune,
+    rules,
+    testing,
+    tree,
+)
 from unitscale_jax.accumulate import accumulated, multi_steps
 from unitscale_jax.bridge import Bridged, from_linen, from_nnx
 from unitscale_jax.checkpoint import Checkpoints, export_compressed_tensors, load, save
@@ -29,7 +39,7 @@ from unitscale_jax.precision import (
     unscaled,
     updated,
 )
-from unitscale_jax.quantization import (
+from unitscale_jax.quant import (
     EMA,
     MSE,
     Absmax,
@@ -98,6 +108,7 @@ __all__ = [
     "calibrate",
     "cast",
     "chain",
+    "compaction",
     "current_scale",
     "dequantize",
     "distill",

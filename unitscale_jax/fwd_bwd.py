@@ -21,6 +21,7 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from unitscale_jax.mesh_axes import axes_of, varying
 from unitscale_jax.typing import Array
 
 Factor: TypeAlias = float | Array
@@ -106,29 +107,6 @@ def straight_through(value: Array, carrier: Array) -> jax.Array:
             "cotangent of the one is to be one of the other. Cast or broadcast the carrier."
         )
     return straight_through_p.bind(*_same_axes(value, carrier))
-
-
-def match_vma(cotangent: Any, primal: Any) -> Any:
-    """Sums a cotangent over the mesh axes along which it varies and its primal does not.
-
-    What the backward rule of a `custom_vjp` owes to `shard_map`: a parameter that is the same on
-    every device of an axis was used by each of them, so its cotangent is the sum of theirs. JAX
-    does this for its own operations. Outside `shard_map` it is the identity.
-
-    Args:
-        cotangent: A pytree of arrays.
-        primal: A pytree of the same structure, whose cotangent it is.
-
-    Returns:
-        The cotangent, varying along the axes of `primal`.
-    """
-    return jax.tree.map(_match_leaf, cotangent, primal)
-
-
-def _match_leaf(cotangent: jax.Array, primal: jax.Array) -> jax.Array:
-    extra = _axes(cotangent) - _axes(primal)
-    summed = jax.lax.psum(cotangent, tuple(sorted(extra))) if extra else cotangent
-    return _varying(summed, _axes(primal))
 
 
 # ------------------------------------------------------------------- factors that are static
@@ -279,17 +257,6 @@ def _label(x: jax.Array) -> str:
     return f"{x.dtype}{list(x.shape)}"
 
 
-def _axes(x: jax.Array) -> frozenset[str]:
-    """The manual mesh axes, of an enclosing `shard_map`, along which a value varies."""
-    return jax.typeof(x).manual_axis_type.varying
-
-
-def _varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
-    missing = tuple(sorted(axes - _axes(x)))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-
 def _same_axes(*xs: jax.Array) -> list[jax.Array]:
     """Operands of one primitive vary along the same axes; JAX sees to this only for its own."""
-    axes = frozenset().union(*map(_axes, xs))
-    return [_varying(x, axes) for x in xs]
+    return varying(list(xs), axes_of(xs))

@@ -20,7 +20,7 @@ import numpy as np
 from unitscale_jax import tree as trees
 from unitscale_jax.errors import expected, wrong_shape
 from unitscale_jax.loss import Mean
-from unitscale_jax.trace import devices_over, varying, varying_axes
+from unitscale_jax.mesh_axes import devices_over, varying, varying_axes
 from unitscale_jax.typing import Axes, Params
 
 

@@ -14,22 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax.errors import check_callable
-from unitscale_jax.trace import (
+from unitscale_jax.trace.costs import Cost, Row, cost
+from unitscale_jax.trace.params import Origin, origins, provenance
+from unitscale_jax.trace.program import (
     PRODUCTS,
-    Cost,
-    Origin,
-    Row,
     Site,
-    cost,
     is_constant,
-    notes_at,
-    origins,
     producers,
-    provenance,
-    scope_without_notes,
     stage,
-    taking_notes,
 )
+from unitscale_jax.trace.rewrite import notes_at, scope_without_notes, taking_notes
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -29,13 +29,13 @@ CHUNK = 10  # steps between looks at the clock
 
 def halved(apply, params, batches):
     """Half of the heads and of the FFN of each layer: those that say least on these batches."""
-    graph = us.prune.groups(apply, params, batches[0][:2])
+    graph = us.compaction.groups(apply, params, batches[0][:2])
     width = params["word"]["embedding"].shape[1]
     sizes = (width // minilm.HEAD, params["layer_0"]["up"]["kernel"].shape[1])
     names = [group.name for group in graph.groups if group.size in sizes]
     real = lambda ids: ids != minilm.PAD
-    scores = us.prune.activation(graph, apply, params, batches, valid=real, only=names)
-    return us.prune.plan(graph, scores, keep=dict.fromkeys(names, 0.5))
+    scores = us.compaction.activation(graph, apply, params, batches, valid=real, only=names)
+    return us.compaction.plan(graph, scores, keep=dict.fromkeys(names, 0.5))
 
 
 def hidden_states(layers: int) -> dict[str, str]:
@@ -120,7 +120,7 @@ def main(argv=None) -> None:
         tokenizer = minilm.Tokenizer((folder / "vocab.txt").read_text("utf-8").split())
 
     plan = halved(apply, params, [padded(tokenizer, scored, LONGEST)])
-    student, small = us.prune.compacted(apply, plan), us.prune.compact(params, plan)
+    student, small = us.compaction.compacted(apply, plan), us.compaction.compact(params, plan)
     print(f"{us.tree.size(params):,} parameters, {us.tree.size(small):,} in the half")
     layers = sum(name.startswith("layer_") for name in params)
     named = hidden_states(layers)

@@ -19,7 +19,7 @@ import unitscale_jax as us
 from unitscale_jax import DotSpec, Group, QSpec
 from unitscale_jax.checkpoint import load, save
 from unitscale_jax.formats import Format, integers
-from unitscale_jax.quantization import is_quantized
+from unitscale_jax.quant import is_quantized
 
 X = QSpec()
 ASYMMETRIC = QSpec(symmetric=False)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import unitscale_jax as us
-from tests.quantization.test_quantized import BOTH_WAYS, W8A8, named_by_use, normal
+from tests.quant.test_quantized import BOTH_WAYS, W8A8, named_by_use, normal
 from tests.support import zoo
 from unitscale_jax import DotSpec, Group, QSpec
 

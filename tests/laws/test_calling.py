@@ -15,6 +15,7 @@ from flax import linen, nnx
 
 import unitscale_jax as us
 from unitscale_jax import trace
+from unitscale_jax.trace.program import sites, stage
 
 X = jax.random.normal(jax.random.key(1), (4, 6))
 KEY = jax.random.key(7)
@@ -95,25 +96,25 @@ def kernels(params):
 
 
 def equations(traced):
-    return [site.name for site in trace.sites(traced.closed.jaxpr)]
+    return [site.name for site in sites(traced.closed.jaxpr)]
 
 
 @functools.cache
 def half(name):
     """A plan that keeps half of the first group; all, if random numbers let nothing go."""
     fn, params, args, kwargs = models()[name]
-    found = us.prune.groups(functools.partial(fn, **kwargs), params, *args)
+    found = us.compaction.groups(functools.partial(fn, **kwargs), params, *args)
     kept = {group.name: range(0, group.size, 2) for group in found.groups[:1]}
-    return us.prune.plan_of(found, kept, exact_only=False)
+    return us.compaction.plan_of(found, kept, exact_only=False)
 
 
 def verified(name, fn, params, *args, **kwargs):
-    return us.prune.verify(fn, half(name), params, *args, **kwargs)
+    return us.compaction.verify(fn, half(name), params, *args, **kwargs)
 
 
 def rebuilt(name, fn, params, *args, **kwargs):
-    same = us.prune.compacted(fn, half(name))
-    return us.prune.verify_rebuild(fn, half(name), same, params, *args, **kwargs)
+    same = us.compaction.compacted(fn, half(name))
+    return us.compaction.verify_rebuild(fn, half(name), same, params, *args, **kwargs)
 
 
 def explained(_, fn, params, *args, **kwargs):
@@ -133,7 +134,7 @@ def pruned(_, fn, params, *args, **kwargs):
 
 
 def met(_, fn, params, *args, **kwargs):
-    found = trace.meetings(trace.stage(fn, params, *args, **kwargs), params)
+    found = trace.meetings(stage(fn, params, *args, **kwargs), params)
     return {name: [(m.kind, m.site.name) for m in those] for name, those in found.items()}
 
 
@@ -154,7 +155,7 @@ ANALYSERS = {
     "resolve": resolved,
     "prune.resolve": pruned,
     "infer": lambda _, *args, **kwargs: str(us.parallel.infer(*args, mesh=MESH, **kwargs)),
-    "groups": lambda _, *args, **kwargs: str(us.prune.groups(*args, **kwargs)),
+    "groups": lambda _, *args, **kwargs: str(us.compaction.groups(*args, **kwargs)),
     "verify": verified,
     "verify_rebuild": rebuilt,
     "cost": lambda _, *args, **kwargs: trace.cost(*args, **kwargs).by_primitive,
@@ -196,7 +197,7 @@ def test_a_state_among_the_keywords_is_an_input(analyser):
 OPTIONS = {
     "infer": (us.parallel.infer, {"mesh": MESH, "axis": "tp"}, {"axis": "tp"}),
     "verify": (
-        lambda fn, *args, **kwargs: us.prune.verify(fn, half("flag"), *args, **kwargs),
+        lambda fn, *args, **kwargs: us.compaction.verify(fn, half("flag"), *args, **kwargs),
         {"tolerance": 1e-3, "gradients": False},
         {"tolerance": 1.0},
     ),
@@ -232,7 +233,7 @@ def test_what_a_function_returns_beside_arrays_does_not_disturb():
     traced = trace.trace(fn, {"w": jnp.ones((6, 5))}, X)
     result = traced.result
     assert result["y"].shape == (4, 5) and result["rows"].shape == () and result["how"] is None
-    assert len(us.prune.groups(fn, {"w": jnp.ones((6, 5))}, X).refused) == 2
+    assert len(us.compaction.groups(fn, {"w": jnp.ones((6, 5))}, X).refused) == 2
 
 
 def test_numbers_of_the_parameters_are_arrays():

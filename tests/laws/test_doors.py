@@ -57,14 +57,14 @@ def valid():
     """Something that fits each name of an argument."""
     rules = {"*": us.DotSpec(w=us.QSpec(axes=(-2,)), x=us.QSpec())}
     stats = us.calibrate(fn, PARAMS, [(X,)], rules, collect=("range", "hessian"))
-    graph = us.prune.groups(fn, PARAMS, X)
+    graph = us.compaction.groups(fn, PARAMS, X)
     spec = us.prune.SparsitySpec(sparsity=0.5, patterns={"a": us.prune.Unstructured()})
     masks = jax.tree.map(lambda x: jnp.ones(x.shape, bool), PARAMS)
     mesh = us.parallel.mesh(dp=8)
     return {
         "params": PARAMS, "x": X, "fn": fn, "apply": fn, "loss": loss, "rules": rules,
         "stats": stats, "moments": stats, "graph": graph, "spec": spec, "masks": masks,
-        "plan": us.prune.plan_of(graph, {}), "plans": [], "batches": [(X,)], "batch": X,
+        "plan": us.compaction.plan_of(graph, {}), "plans": [], "batches": [(X,)], "batch": X,
         "optimizer": optax.sgd(0.1), "tx": optax.sgd(0.1), "parts": 2, "axis": "dp", "mesh": mesh,
         "key": jax.random.key(0), "like": PARAMS, "grads": PARAMS, "named": {"a": "a:output"},
         "meshes": [mesh], "layout": us.parallel.layout(PARAMS, {}, mesh), "k": 1, "n": 2, "m": 4,
@@ -252,10 +252,10 @@ def test_a_slip_is_refused_in_words_that_lead_to_its_cause(slip):
 
 @pytest.mark.parametrize("verb", ["save", "save_plan"])
 def test_a_file_in_no_folder_is_named_by_the_path_that_was_asked(verb, tmp_path):
-    graph = us.prune.groups(fn, PARAMS, X)
+    graph = us.compaction.groups(fn, PARAMS, X)
     write = {
         "save": lambda path: us.save(path, W),
-        "save_plan": lambda path: us.prune.save_plan(path, us.prune.plan_of(graph, {})),
+        "save_plan": lambda path: us.compaction.save_plan(path, us.compaction.plan_of(graph, {})),
     }[verb]
     with pytest.raises(FileNotFoundError, match=r"nowhere/at/all cannot be .* no such directory"):
         write(tmp_path / "nowhere/at/all")

@@ -71,9 +71,9 @@ def in_codes(params):
 
 def a_plan(model):
     """Every other channel of the groups that have even sizes."""
-    graph = us.prune.groups(model.apply, model.params, *model.inputs)
+    graph = us.compaction.groups(model.apply, model.params, *model.inputs)
     even = {g.name: range(0, g.size, 2) for g in graph.groups if g.size % 2 == 0 and not g.flags}
-    return us.prune.plan_of(graph, even)
+    return us.compaction.plan_of(graph, even)
 
 
 @pytest.mark.parametrize("form", ["floats", "codes", "compacted"])
@@ -85,7 +85,7 @@ def test_a_model_computes_the_same_from_what_was_loaded(name, form, file):
         apply, params = us.quantized(apply), in_codes(params)
     if form == "compacted":
         plan = a_plan(model)
-        apply, params = us.prune.compacted(apply, plan), us.prune.compact(params, plan)
+        apply, params = us.compaction.compacted(apply, plan), us.compaction.compact(params, plan)
     us.save(file, params)
     loaded = us.load(file)
     assert program(apply, loaded, *model.inputs) == program(apply, params, *model.inputs)
@@ -241,9 +241,9 @@ def test_strings_are_as_good_as_integers_and_a_wrong_name_is_named():
 def test_a_compacted_model_is_loaded_by_its_abstract_shapes(file):
     model = zoo.model("nnx_mlp")
     plan = a_plan(model)
-    small = us.prune.compact(model.params, plan)
+    small = us.compaction.compact(model.params, plan)
     us.save(file, small)
-    like = jax.eval_shape(lambda p: us.prune.compact(p, plan), model.params)
+    like = jax.eval_shape(lambda p: us.compaction.compact(p, plan), model.params)
     assert_identical(us.load(file, like), small)
 
 
@@ -667,9 +667,11 @@ def test_a_spec_that_is_nested_too_deeply_is_an_error_that_names_the_file(file):
 def a_plan_file(tmp_path_factory):
     params = {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 3))}
     fn = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
-    graph = us.prune.groups(fn, params, jnp.ones((2, 4)))
+    graph = us.compaction.groups(fn, params, jnp.ones((2, 4)))
     path = tmp_path_factory.mktemp("plan") / "plan.json"
-    us.prune.save_plan(path, us.prune.plan(graph, us.prune.l2(graph, params), keep=0.5))
+    us.compaction.save_plan(
+        path, us.compaction.plan(graph, us.compaction.l2(graph, params), keep=0.5)
+    )
     return path, params
 
 
@@ -680,13 +682,13 @@ def test_any_change_of_a_plan_is_an_error_that_names_the_file_or_a_plan(a_plan_f
         changed = tmp_path / "changed.json"
         changed.write_text(json.dumps(exchanged(rng, text)))
         try:
-            plan = us.prune.load_plan(changed)
+            plan = us.compaction.load_plan(changed)
         except ValueError as error:
             assert "changed.json" in str(error)
             continue
         assert plan.new_shapes.keys() == plan.shapes.keys()
         assert all(isinstance(flag, str) for flags in plan.flags.values() for flag in flags)
-    assert us.prune.load_plan(path, params).sizes["a:1"] == 8
+    assert us.compaction.load_plan(path, params).sizes["a:1"] == 8
 
 
 @pytest.mark.parametrize(
@@ -703,11 +705,11 @@ def test_a_plan_with_something_else_in_it_says_what(change, message, a_plan_file
     changed = tmp_path / "changed.json"
     changed.write_text(json.dumps(change(json.loads(a_plan_file[0].read_text()))))
     with pytest.raises(ValueError, match=rf"changed.json was altered: .*{message}"):
-        us.prune.load_plan(changed)
+        us.compaction.load_plan(changed)
 
 
 def test_a_plan_that_is_nested_too_deeply_is_no_plan(tmp_path):
     path = tmp_path / "plan.json"
     path.write_text("[" * 100000)
     with pytest.raises(ValueError, match="plan.json is no plan: it is not JSON"):
-        us.prune.load_plan(path)
+        us.compaction.load_plan(path)

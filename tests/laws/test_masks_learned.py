@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import unitscale_jax as us
-from tests.quantization.test_quantized import assert_same_bits, normal
+from tests.quant.test_quantized import assert_same_bits, normal
 from unitscale_jax import DotSpec, QSpec, prune
 
 W, X = normal(6, 4, seed=1), normal(5, 6)

@@ -1,7 +1,7 @@
 """Laws of moves: wherever a parameter was only moved, every technique still knows it.
 
-One table, `trace._primitives.MOVES`, says what a move is. A move of it that is inserted between a
-parameter and its use changes nothing of what rules, statistics, codes and gradients see.
+One table, `trace.program._primitives.MOVES`, says what a move is. A move of it that is inserted
+between a parameter and its use changes nothing of what rules, statistics, codes and gradients see.
 """
 
 import functools
@@ -19,7 +19,9 @@ import unitscale_jax as us
 from tests.support import zoo
 from unitscale_jax import trace
 from unitscale_jax.fwd_bwd import scale, straight_through
-from unitscale_jax.trace._primitives import MOVES
+from unitscale_jax.trace.params import addresses, origins
+from unitscale_jax.trace.program import sites, stage
+from unitscale_jax.trace.program._primitives import MOVES
 
 W8 = us.DotSpec(w=us.QSpec(), x=us.QSpec())
 WEIGHTS = us.DotSpec(w=us.QSpec())
@@ -84,7 +86,7 @@ def test_every_move_of_the_table_is_tried():
     assert set(INSERTED) | OF_ONE_LINE | MANUAL == MOVES
     for name, move in INSERTED.items():
         made = trace.trace(move, W["w"]).closed.jaxpr
-        assert name in {site.name for site in trace.sites(made)}, name
+        assert name in {site.name for site in sites(made)}, name
 
 
 # ---------------------------------------------------------------------- every use of a parameter
@@ -140,8 +142,8 @@ def inserted(fn, *names):
 
 def account(fn, params, *inputs):
     """What each parameter meets, and by which names rules address these equations."""
-    staged = trace.stage(fn, params, *inputs)
-    at = trace.provenance(staged.closed.jaxpr, trace.origins(staged, params))
+    staged = stage(fn, params, *inputs)
+    at = trace.provenance(staged.closed.jaxpr, origins(staged, params))
     met = trace.meetings(staged, params)
     facts = lambda m: (
         m.site.name,
@@ -152,7 +154,7 @@ def account(fn, params, *inputs):
         sorted(m.contracted),
         sorted(m.channels),
         tuple(axis for _, axis in m.stacks),
-        trace.addresses(m.site, at[m.site.place][:2]),
+        addresses(m.site, at[m.site.place][:2]),
     )
     return {name: [facts(m) for m in found] for name, found in met.items()}
 
@@ -362,18 +364,18 @@ HIDDEN = {  # moves of activations, which leave the hidden channels what they ar
 @pytest.mark.parametrize("name", HIDDEN)
 def test_channels_of_compaction_pass_a_move(name):
     hidden = lambda p, x: jax.nn.relu(x @ p["a"])
-    plain = us.prune.groups(lambda p, x: hidden(p, x) @ p["b"], MLP, X)
-    moved_groups = us.prune.groups(lambda p, x: HIDDEN[name](hidden(p, x)) @ p["b"], MLP, X)
+    plain = us.compaction.groups(lambda p, x: hidden(p, x) @ p["b"], MLP, X)
+    moved_groups = us.compaction.groups(lambda p, x: HIDDEN[name](hidden(p, x)) @ p["b"], MLP, X)
     facts = lambda found: [(g.size, g.flags, str(g.members)) for g in found.groups]
     assert facts(moved_groups) == facts(plain)
     if not name.startswith("tile "):
-        kernels = us.prune.groups(lambda p, x: hidden(p, x) @ HIDDEN[name](p["b"]), MLP, X)
+        kernels = us.compaction.groups(lambda p, x: hidden(p, x) @ HIDDEN[name](p["b"]), MLP, X)
         assert facts(kernels) == facts(plain)
 
 
 def test_copies_of_channels_are_removed_together():
     fn = lambda p, x: jnp.tile(jax.nn.relu(x @ p["a"]), (1, 2)) @ jnp.tile(p["b"], (2, 1))
-    graph = us.prune.groups(fn, MLP, X)
+    graph = us.compaction.groups(fn, MLP, X)
     (hidden,) = [group for group in graph.groups if group.size == 8]
     assert "exact" in hidden.flags
 
@@ -409,7 +411,7 @@ def test_joined_kernels_are_named_and_ruled(fn):
 def test_what_joins_activations_is_no_kernel():
     fn = lambda p, x: jnp.concatenate([p["token"], x]) @ p["w"]
     params = W | {"token": jnp.ones((1, 4))}
-    met = trace.meetings(trace.stage(fn, params, X), params)
+    met = trace.meetings(stage(fn, params, X), params)
     assert met.keys() == {"w"}
 
 
@@ -418,7 +420,7 @@ def test_what_joins_activations_is_no_kernel():
 
 def test_a_parameter_on_both_sides_of_a_product_meets_it_twice():
     params, fn = {"w": jnp.ones((4, 4))}, lambda p, x: x @ (p["w"] @ p["w"])
-    met = trace.meetings(trace.stage(fn, params, X), params)["w"]
+    met = trace.meetings(stage(fn, params, X), params)["w"]
     assert [(m.side, sorted(m.contracted)) for m in met] == [(0, [-1]), (1, [-2])]
     with pytest.raises(ValueError, match=r"w is used over different axes \(.*-1.*-2"):
         us.resolve({"w": W8}, fn, params, X)
@@ -435,7 +437,7 @@ def agreed(found):
 @pytest.mark.parametrize("name", zoo.COVER)
 def test_axes_are_resolved_if_and_only_if_all_meetings_agree(name):
     model = zoo.model(name)
-    staged = trace.stage(model.apply, model.params, *model.inputs)
+    staged = stage(model.apply, model.params, *model.inputs)
     axes = {k: agreed(v) for k, v in trace.meetings(staged, model.params).items()}
     rules = {path: WEIGHTS for path, found in axes.items() if found is not None}
     given = us.resolve(rules, model.apply, model.params, *model.inputs)
@@ -449,7 +451,7 @@ def test_products_of_float64_exist_and_have_no_codes():
     with jax.enable_x64(True):
         params, x = us.tree.cast(W, jnp.float64), X.astype(jnp.float64)
         fn = lambda p, x: x @ p["w"]
-        (met,) = trace.meetings(trace.stage(fn, params, x), params)["w"]
+        (met,) = trace.meetings(stage(fn, params, x), params)["w"]
         assert met.kind == "product" and met.contracted == {-2}
         for attempt in (us.resolve, lambda rules, fn, *args: us.quantized(fn, rules)(*args)):
             with pytest.raises(ValueError, match=r"w is float64, which has no codes.*float32"):
@@ -496,13 +498,13 @@ def experts_of(p, x):
 
 
 def test_hidden_channels_of_experts_are_removed_and_divided():
-    graph = us.prune.groups(experts_of, EXPERTS, X)
+    graph = us.compaction.groups(experts_of, EXPERTS, X)
     (hidden,) = [group for group in graph.groups if group.size == 6]
     assert "exact" in hidden.flags
-    plan = us.prune.plan(graph, us.prune.l2(graph, EXPERTS), keep=0.5)
+    plan = us.compaction.plan(graph, us.compaction.l2(graph, EXPERTS), keep=0.5)
     kept = np.isin(np.arange(6), plan.kept[hidden.name]).astype(np.float32)
     masked = {"up": EXPERTS["up"] * kept, "down": EXPERTS["down"] * kept[:, None]}
-    small = us.prune.compacted(experts_of, plan)(us.prune.compact(EXPERTS, plan), X)
+    small = us.compaction.compacted(experts_of, plan)(us.compaction.compact(EXPERTS, plan), X)
     np.testing.assert_allclose(small, experts_of(masked, X), rtol=1e-5, atol=1e-5)
     mesh = jax.sharding.AbstractMesh((2,), ("tp",))
     layout = us.parallel.infer(experts_of, EXPERTS, X, mesh=mesh)

@@ -32,15 +32,15 @@ class Case(NamedTuple):
 
     model: zoo.Model
     kernel: str
-    plan: us.prune.Plan
+    plan: us.compaction.Plan
 
 
 @functools.cache
 def case(name):
     model = zoo.model(name)
-    graph = us.prune.groups(model.apply, model.params, *model.inputs)
+    graph = us.compaction.groups(model.apply, model.params, *model.inputs)
     group = graph.groups[0]
-    plan = us.prune.plan_of(graph, {group.name: range(0, group.size, 2)})
+    plan = us.compaction.plan_of(graph, {group.name: range(0, group.size, 2)})
     leaves = us.tree.named_leaves(model.params)
     kernel = next(path for path, leaf in leaves.items() if path.endswith("kernel"))
     return Case(model, kernel, plan)
@@ -60,8 +60,8 @@ def techniques(of: Case) -> dict[str, Technique]:
         "quantized": Technique(lambda fn: us.quantized(fn, {of.kernel: INT8})),
         "straight_through": Technique(lambda fn: us.prune.straight_through(fn, spec)),
         "compacted": Technique(
-            lambda fn: us.prune.compacted(fn, of.plan),
-            lambda params: us.prune.compact(params, of.plan),
+            lambda fn: us.compaction.compacted(fn, of.plan),
+            lambda params: us.compaction.compact(params, of.plan),
         ),
         "features": Technique(features_alone),
         "rewritten": Technique(lambda fn: us.trace.rewritten(fn, {})),

@@ -29,8 +29,8 @@ PARAMS = {
     "down": drawn(HIDDEN, OUT, seed=2),
 }
 X = drawn(ROWS, IN, seed=3)
-GRAPH = us.prune.groups(mlp, PARAMS, X)
-PLAN = us.prune.plan_of(GRAPH, {GRAPH.groups[0].name: KEPT})
+GRAPH = us.compaction.groups(mlp, PARAMS, X)
+PLAN = us.compaction.plan_of(GRAPH, {GRAPH.groups[0].name: KEPT})
 
 SPECS = {
     "int8": DotSpec(w=QSpec()),
@@ -58,8 +58,8 @@ def quantize(params, spec):
 @EVERY_SPEC
 def test_compact_of_quantized_is_quantized_of_compact_where_channels_have_their_scales(spec):
     """The output channels of "up": each has a scale of its own, which no other channel sees."""
-    first = us.prune.compact(quantize(PARAMS, spec), PLAN)["up"]
-    then = quantize(us.prune.compact(PARAMS, PLAN), spec)["up"]
+    first = us.compaction.compact(quantize(PARAMS, spec), PLAN)["up"]
+    then = quantize(us.compaction.compact(PARAMS, PLAN), spec)["up"]
     chex.assert_trees_all_equal(first, then)
 
 
@@ -67,26 +67,26 @@ def test_compact_of_quantized_is_quantized_of_compact_where_channels_have_their_
 def test_codes_without_channels_stand_for_the_values_without_them(spec):
     """Both axes: the input channels of "down" share scales, which stay those of the whole."""
     codes = quantize(PARAMS, spec)
-    small = us.prune.compact(codes, PLAN)
+    small = us.compaction.compact(codes, PLAN)
     values = us.dequantize(codes)
-    chex.assert_trees_all_equal(us.dequantize(small), us.prune.compact(values, PLAN))
-    whole = us.prune.expand(small, PLAN)
+    chex.assert_trees_all_equal(us.dequantize(small), us.compaction.compact(values, PLAN))
+    whole = us.compaction.expand(small, PLAN)
     assert jax.tree.structure(whole) == jax.tree.structure(codes)
-    chex.assert_trees_all_equal(us.dequantize(whole), us.prune.mask(values, PLAN))
+    chex.assert_trees_all_equal(us.dequantize(whole), us.compaction.mask(values, PLAN))
 
 
 @pytest.mark.parametrize("name", ["int8 times int8", "asymmetric times asymmetric", "groups"])
 def test_a_compact_function_serves_the_codes_that_its_masked_one_would(name):
     codes = quantize(PARAMS, SPECS[name])
-    served = us.quantized(us.prune.compacted(mlp, PLAN))(us.prune.compact(codes, PLAN), X)
-    masked = us.quantized(mlp)(us.prune.mask(codes, PLAN), X)
+    served = us.quantized(us.compaction.compacted(mlp, PLAN))(us.compaction.compact(codes, PLAN), X)
+    masked = us.quantized(mlp)(us.compaction.mask(codes, PLAN), X)
     np.testing.assert_allclose(served, masked, rtol=1e-5, atol=1e-5)
 
 
 def test_a_cut_through_a_group_of_scales_is_an_error_that_names_the_leaf():
     codes = quantize(PARAMS, DotSpec(w=QSpec(group=Group(8))))
     with pytest.raises(ValueError, match=r"^down: .*groups of 8 along axis 0.*before quantizing"):
-        us.prune.compact(codes, PLAN)
+        us.compaction.compact(codes, PLAN)
 
 
 def test_ranges_of_stacked_layers_go_with_their_layers():
@@ -95,12 +95,12 @@ def test_ranges_of_stacked_layers_go_with_their_layers():
     params, x = {"stack": drawn(4, IN, IN)}, drawn(ROWS, IN)
     rules = us.resolve({"stack": DotSpec(w=QSpec(), x=QSpec())}, fn, params, x)
     codes = us.quantize(params, rules, us.calibrate(fn, params, [x], rules))
-    graph = us.prune.groups(fn, params, x)
+    graph = us.compaction.groups(fn, params, x)
     layers = next(g.name for g in graph.groups if "layer" in g.flags)
-    plan = us.prune.plan_of(graph, {layers: [0, 2]}, exact_only=False)
-    small = us.prune.compact(codes, plan)["stack"]
+    plan = us.compaction.plan_of(graph, {layers: [0, 2]}, exact_only=False)
+    small = us.compaction.compact(codes, plan)["stack"]
     np.testing.assert_array_equal(small.x_range, codes["stack"].x_range[jnp.array([0, 2])])
-    two = us.quantized(us.prune.compacted(fn, plan))({"stack": small}, x)
+    two = us.quantized(us.compaction.compacted(fn, plan))({"stack": small}, x)
     rows = {"stack": jax.tree.map(lambda a: a[jnp.array([0, 2])], codes["stack"])}
     np.testing.assert_array_equal(two, us.quantized(fn)(rows, x))
 
@@ -108,10 +108,10 @@ def test_ranges_of_stacked_layers_go_with_their_layers():
 def test_learned_scales_lose_their_channels_too():
     rules = both(DotSpec(w=QSpec(axes=(-2,)), x=QSpec()))
     params = us.learned(PARAMS, rules, us.calibrate(mlp, PARAMS, [X], rules))
-    small = us.prune.compact(params, PLAN)
+    small = us.compaction.compact(params, PLAN)
     assert small["up"].scale.shape == (1, 8) and small["down"].scale.shape == (1, OUT)
-    got = us.quantized(us.prune.compacted(mlp, PLAN))(small, X)
-    want = us.quantized(mlp)(us.prune.mask(params, PLAN), X)
+    got = us.quantized(us.compaction.compacted(mlp, PLAN))(small, X)
+    want = us.quantized(mlp)(us.compaction.mask(params, PLAN), X)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 

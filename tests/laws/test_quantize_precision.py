@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import unitscale_jax as us
-from tests.quantization.test_quantized import W8A8, assert_same_bits, normal, operands
+from tests.quant.test_quantized import W8A8, assert_same_bits, normal, operands
 from unitscale_jax import DotSpec, QSpec
 
 ROWS, IN, HIDDEN = 12, 8, 16

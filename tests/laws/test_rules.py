@@ -92,13 +92,13 @@ CALLERS = {
         BATCH,
     ),
     "to_float16": lambda r: us.to_float16(PARAMS, of_spec(r, "float32")),
-    "counted": lambda r: us.prune.l2(graph(), PARAMS, counted=of_spec(r, True)),
+    "counted": lambda r: us.compaction.l2(graph(), PARAMS, counted=of_spec(r, True)),
 }
 
 
 @functools.cache
 def graph():
-    return us.prune.groups(fn, PARAMS, X)
+    return us.compaction.groups(fn, PARAMS, X)
 
 
 def hidden(patterns):

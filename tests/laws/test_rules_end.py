@@ -16,7 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 
 import unitscale_jax as us
-from tests.quantization.test_quantized import (
+from tests.quant.test_quantized import (
     BOTH_WAYS,
     W8A8,
     assert_same_bits,
@@ -25,7 +25,9 @@ from tests.quantization.test_quantized import (
 )
 from tests.support import zoo
 from unitscale_jax import DotSpec, QSpec, trace
-from unitscale_jax.trace import rewritten
+from unitscale_jax.mesh_axes import varying
+from unitscale_jax.trace.program import stage
+from unitscale_jax.trace.rewrite import rewritten
 
 ROWS, WIDTH = 3, 4
 PARAMS = {"w": normal(WIDTH, WIDTH, seed=1), "b": normal(WIDTH, seed=2)}
@@ -248,7 +250,7 @@ block.defvjp(block_forward, lambda back, g: back(g))
 def on_devices(w, x):
     mesh = jax.make_mesh((1,), ("d",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
     specs = dict(in_specs=(P(), P("d")), out_specs=P("d"))
-    body = lambda w, x: layer(trace.varying(w, ("d",)), x)
+    body = lambda w, x: layer(varying(w, ("d",)), x)
     return jax.shard_map(body, mesh=mesh, **specs)(w, x)
 
 
@@ -402,7 +404,7 @@ def test_products_with_a_rule_are_those_in_integers_and_those_that_are_left(name
     model = zoo.model(name)
     rules = BOTH_WAYS.get(name) or named_by_use(name)
     ruled = [pattern for pattern, _ in rules]
-    met = trace.meetings(trace.stage(model.apply, model.params, *model.inputs), model.params)
+    met = trace.meetings(stage(model.apply, model.params, *model.inputs), model.params)
     places = {m.site.place for leaf in ruled for m in met.get(leaf, ()) if m.kind == "product"}
     codes = us.quantize(model.params, rules)
     rows = us.explain(us.quantized(model.apply))(codes, *model.inputs).products.rows

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import unitscale_jax as us
 from unitscale_jax.loss import Mean
 from unitscale_jax.testing import check_sharded
-from unitscale_jax.trace import collectives
+from unitscale_jax.trace.costs import collectives
 
 ROWS, WIDTH, HIDDEN = 24, 8, 16
 

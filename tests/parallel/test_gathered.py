@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 import unitscale_jax as us
 from unitscale_jax.loss import Mean
 from unitscale_jax.testing import check_sharded
-from unitscale_jax.trace import collectives
+from unitscale_jax.trace.costs import collectives
 
 LAYERS, WIDTH, HIDDEN = 4, 8, 16
 

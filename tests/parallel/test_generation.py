@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import unitscale_jax as us
 from tests.support.sharded import assert_near
 from unitscale_jax import parallel
-from unitscale_jax.trace import collectives
+from unitscale_jax.trace.costs import collectives
 
 BATCH, LENGTH, WIDTH, HEADS, HEAD, FFN, VOCAB, LAYERS, STEPS = 4, 12, 16, 8, 4, 32, 40, 2, 9
 

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec as P
 import unitscale_jax as us
 from tests.support import sized, zoo
 from unitscale_jax.parallel import infer, layout
-from unitscale_jax.trace import collectives
+from unitscale_jax.trace.costs import collectives
 
 ROWS, COLUMNS = P("tp"), P(None, "tp")
 MESH = AbstractMesh((2, 4), ("dp", "tp"))

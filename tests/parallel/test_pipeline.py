@@ -9,7 +9,7 @@ import pytest
 
 import unitscale_jax as us
 from unitscale_jax.loss import weights_of
-from unitscale_jax.trace._hlo import collectives
+from unitscale_jax.trace.costs._hlo import collectives
 
 WIDTH, VOCABULARY, LENGTH, LAYERS, ROWS = 8, 11, 5, 4, 12
 TOLERANCE = 3e-6  # of a leaf's largest entry, in float32

@@ -1,4 +1,4 @@
-"""Laws of global batches; those of several processes are in test_processes."""
+"""Laws of global batches; those of several processes are in parallel/test_launch."""
 
 import jax.numpy as jnp
 import numpy as np

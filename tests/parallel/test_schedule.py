@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import unitscale_jax as us
-from unitscale_jax.parallel import _orders
+from unitscale_jax.parallel.pipeline import _orders
 
 SHAPES = [("gpipe", s, m, 1) for s, m in itertools.product(range(1, 9), range(1, 25)) if m <= 3 * s]
 SHAPES += [("1f1b", s, m, 1) for _, s, m, _ in SHAPES]

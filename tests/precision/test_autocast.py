@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from tests.support import zoo
 from unitscale_jax.precision import autocast
 from unitscale_jax.precision._classes import OPS
-from unitscale_jax.trace import sites
+from unitscale_jax.trace.program import sites
 
 BF16, F16, F32 = np.dtype(jnp.bfloat16), np.dtype(np.float16), np.dtype(np.float32)
 F8 = np.dtype(jnp.float8_e4m3fn)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from unitscale_jax.prune import erk, global_, kept, owl, uniform
+from unitscale_jax.prune import erk, global_, owl, uniform
 from unitscale_jax.prune._allocate import ByRule, Layer
+from unitscale_jax.sparsity import kept
 
 shares = st.floats(0, 1, exclude_max=True)
 SHARING = {"erk": erk, "owl": lambda layers, s: owl(ratios_of(layers))(layers, s)}

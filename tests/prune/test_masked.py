@@ -24,7 +24,6 @@ from unitscale_jax.prune import (
     erk,
     fisher,
     global_,
-    kept,
     magnitude,
     masked,
     masks_of,
@@ -32,6 +31,7 @@ from unitscale_jax.prune import (
     random,
     saliency,
 )
+from unitscale_jax.sparsity import kept
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 

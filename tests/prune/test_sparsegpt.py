@@ -20,7 +20,7 @@ from unitscale_jax.prune import (
 )
 from unitscale_jax.prune._surgeon import sweep
 from unitscale_jax.statistics import Stat
-from unitscale_jax.trace import Layout
+from unitscale_jax.trace.params import Layout
 
 
 def normal(seed, *shape):

@@ -26,11 +26,11 @@ from unitscale_jax.prune import (
     erk,
     exact_k,
     global_,
-    kept,
     make_masks,
     owl,
 )
 from unitscale_jax.prune._spec import counts, masks_from, selected, stacked_axes
+from unitscale_jax.sparsity import kept
 
 SHAPES = {"bias": (4,), "in": (8, 4), "out": (4, 12), "step": ()}
 PATTERNS = [Unstructured(), Block((2, 2)), Channel(), Channel(axis=0)]

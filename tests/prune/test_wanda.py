@@ -24,7 +24,7 @@ from unitscale_jax.prune import (
 )
 from unitscale_jax.prune._shares import shares
 from unitscale_jax.statistics import Stat
-from unitscale_jax.trace import Layout
+from unitscale_jax.trace.params import Layout
 from unitscale_jax.tree import named_leaves
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import unitscale_jax as us
-from unitscale_jax.trace._rewrite import Rewriter
+from unitscale_jax.trace.rewrite._rewrite import Rewriter
 
 
 def positions(axis, keep):

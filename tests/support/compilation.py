@@ -31,7 +31,7 @@ _ANYHOW = {
         *["test_sequence.py", "test_stack.py", "test_tensor.py", "test_vocabulary.py"],
     ],
     "tests/precision": ["test_autocast.py"],
-    "tests/quantization": ["test_gptq.py", "test_gradient.py", "test_roles.py"],
+    "tests/quant": ["test_gptq.py", "test_gradient.py", "test_roles.py"],
     "tests/trace": ["test_dims.py", "test_provenance.py", "test_reach.py", "test_zeros.py"],
 }
 _BUT_NOT = {"tests/prune": ["test_packed.py"]}  # packed is pruned to the bit

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 import unitscale_jax as us
 from unitscale_jax.testing import check_collectives, check_sharded
-from unitscale_jax.trace import collectives
+from unitscale_jax.trace.costs import collectives
 
 MESH = us.parallel.mesh(dp=2, tp=4)
 PARAMS = {"up": jnp.arange(32.0).reshape(4, 8) / 32, "bias": jnp.ones(8), "down": jnp.ones((8, 4))}

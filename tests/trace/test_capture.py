@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.support import zoo
-from unitscale_jax.trace import captured
+from unitscale_jax.trace.rewrite import captured
 
 
 def sines(site, operands, results):

@@ -11,9 +11,9 @@ from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
 from tests.support import zoo
-from unitscale_jax.trace import sites, trace
-from unitscale_jax.trace._cost import cost
-from unitscale_jax.trace._op_cost import OpCost
+from unitscale_jax.trace.costs._cost import cost
+from unitscale_jax.trace.costs._op_cost import OpCost
+from unitscale_jax.trace.program import sites, trace
 
 array = jax.ShapeDtypeStruct
 F32, BF16, INT, BYTE, BOOL, COMPLEX = (

@@ -8,7 +8,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from unitscale_jax import parallel
-from unitscale_jax.trace import device_sums, trace
+from unitscale_jax.trace.params import device_sums
+from unitscale_jax.trace.program import trace
 
 X, W = jnp.arange(32.0).reshape(4, 8), jnp.arange(32.0).reshape(8, 4)
 IN = P(None, "tp"), P("tp")

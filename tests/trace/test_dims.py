@@ -10,11 +10,11 @@ from jax.sharding import PartitionSpec as P
 
 import unitscale_jax as us
 from tests.support import zoo
-from unitscale_jax.trace import trace
-from unitscale_jax.trace._axis_rules import RULES
-from unitscale_jax.trace._dims import dims
-from unitscale_jax.trace._factors import size
-from unitscale_jax.trace._walk import sites
+from unitscale_jax.trace.dimensions._axis_rules import RULES
+from unitscale_jax.trace.dimensions._dims import dims
+from unitscale_jax.trace.dimensions._factors import size
+from unitscale_jax.trace.program import trace
+from unitscale_jax.trace.program._walk import sites
 
 f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from unitscale_jax.trace._factors import (
+from unitscale_jax.trace.dimensions._factors import (
     UNIT,
     expanded,
     factors,

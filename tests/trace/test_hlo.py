@@ -7,7 +7,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import unitscale_jax as us
-from unitscale_jax.trace import collectives
+from unitscale_jax.trace.costs import collectives
 
 TP, DP = [[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 2, 4, 6], [1, 3, 5, 7]]
 SPELLINGS = [

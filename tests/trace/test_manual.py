@@ -8,7 +8,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import unitscale_jax as us
-from unitscale_jax.trace import as_on_one_device, varying_axes
+from unitscale_jax.mesh_axes import varying_axes
+from unitscale_jax.trace.rewrite import as_on_one_device
 
 X = jax.random.normal(jax.random.key(0), (8, 3))
 

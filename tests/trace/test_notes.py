@@ -4,7 +4,14 @@ import jax
 import jax.numpy as jnp
 
 import unitscale_jax as us
-from unitscale_jax.trace import noted, notes_at, scope_without_notes, sites, taking, taking_notes
+from unitscale_jax.trace.program import sites
+from unitscale_jax.trace.rewrite import (
+    noted,
+    notes_at,
+    scope_without_notes,
+    taking,
+    taking_notes,
+)
 
 X = jnp.ones((3, 4))
 

@@ -7,18 +7,17 @@ import pytest
 from hypothesis import given, strategies as st
 from jax import lax
 
-from unitscale_jax.trace import (
+from unitscale_jax.trace.params import (
     canonical,
-    captured,
     input_rows,
     inverse_factor,
     layout_of,
     meetings,
     second_moments,
-    segments,
-    stage,
     uncanonical,
 )
+from unitscale_jax.trace.program import segments, stage
+from unitscale_jax.trace.rewrite import captured
 
 
 def normal(seed, *shape):

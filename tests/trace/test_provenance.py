@@ -10,18 +10,20 @@ from jax import lax
 
 from tests.support import zoo
 from unitscale_jax import tree
-from unitscale_jax.trace import (
+from unitscale_jax.trace.params import (
     ACTIVATION,
-    Literal,
     Origin,
-    Site,
     addresses,
     parameter,
     provenance,
+)
+from unitscale_jax.trace.params._provenance import kind
+from unitscale_jax.trace.program import (
+    Literal,
+    Site,
     sites,
     trace,
 )
-from unitscale_jax.trace._provenance import kind
 
 W, X = jnp.arange(12.0).reshape(3, 4), jnp.ones((2, 3))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from unitscale_jax.trace import reach, sliced, trace
+from unitscale_jax.trace.program import reach, sliced, trace
 
 X, Y, Z = jnp.arange(1.0, 4.0), jnp.ones(3), jnp.full(3, 0.5)
 

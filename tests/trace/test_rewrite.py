@@ -14,7 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from tests.support import zoo
 from tests.support.programs import programs
-from unitscale_jax.trace import Rewriter, rewritten, sites, stage
+from unitscale_jax.trace.program import sites, stage
+from unitscale_jax.trace.rewrite import Rewriter, rewritten
 
 W = jnp.asarray(np.random.default_rng(0).normal(size=(4, 4)), jnp.float32)
 X = jnp.asarray(np.random.default_rng(1).normal(size=(8, 4)), jnp.float32)

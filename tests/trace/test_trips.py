@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from unitscale_jax.trace import sites
+from unitscale_jax.trace.program import sites
 
 X = jnp.arange(1.0, 4.0)
 

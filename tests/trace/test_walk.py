@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from unitscale_jax.trace._walk import Flow, opaque, sites, walk
+from unitscale_jax.trace.program._walk import Flow, opaque, sites, walk
 
 X = jnp.arange(1.0, 4.0)
 

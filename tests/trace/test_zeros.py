@@ -11,13 +11,13 @@ from jax import lax
 
 from tests.support import channels, zoo
 from unitscale_jax import fwd_bwd
-from unitscale_jax.trace import trace
-from unitscale_jax.trace._axis_rules import RULES
-from unitscale_jax.trace._dims import dims
-from unitscale_jax.trace._elementwise import at_zero
-from unitscale_jax.trace._primitives import ELEMENTWISE
-from unitscale_jax.trace._walk import sites
-from unitscale_jax.trace._zeros import Zeros
+from unitscale_jax.trace.dimensions._axis_rules import RULES
+from unitscale_jax.trace.dimensions._dims import dims
+from unitscale_jax.trace.dimensions._zeros import Zeros
+from unitscale_jax.trace.program import trace
+from unitscale_jax.trace.program._elementwise import at_zero
+from unitscale_jax.trace.program._primitives import ELEMENTWISE
+from unitscale_jax.trace.program._walk import sites
 
 TOLERANCE = 300 * np.finfo(np.float32).eps
 

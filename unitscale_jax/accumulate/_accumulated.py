@@ -33,16 +33,18 @@ from unitscale_jax.loss import (
     split,
     weight_slice,
 )
-from unitscale_jax.trace import (
-    Traced,
+from unitscale_jax.mesh_axes import (
     agree,
-    as_arrays,
-    compiled_once,
     devices_over,
-    trace,
     varying,
     varying_axes,
     zeros,
+)
+from unitscale_jax.trace.program import (
+    Traced,
+    as_arrays,
+    compiled_once,
+    trace,
 )
 from unitscale_jax.typing import Axes, Batch, Loss, Params, State
 

@@ -31,7 +31,7 @@ from unitscale_jax.optimizer import (
     flaws,
     step_or_skip,
 )
-from unitscale_jax.trace import compiled_once
+from unitscale_jax.trace.program import compiled_once
 from unitscale_jax.typing import Params
 
 

@@ -22,7 +22,7 @@ from etils import epath
 from orbax.checkpoint import type_handlers
 
 from unitscale_jax.errors import wrong_shape
-from unitscale_jax.parallel._agree import count, rank
+from unitscale_jax.processes import count, rank
 
 REFUSED = ("float6_e2m3fn", "float6_e3m2fn", "int1", "uint1", "float128", "complex256")
 """Dtypes that orbax does not store, nor does JAX compute with them."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from unitscale_jax.checkpoint import _files
-from unitscale_jax.parallel._agree import agreed, rank
+from unitscale_jax.processes import agreed, rank
 
 _UNFINISHED = "unfinished_"
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from unitscale_jax.errors import not_divisible
 from unitscale_jax.formats import Format
-from unitscale_jax.quantization import (
+from unitscale_jax.packing import pack_int4, unpack_int4
+from unitscale_jax.quant import (
     EMA,
     MSE,
     Absmax,
@@ -26,7 +27,6 @@ from unitscale_jax.quantization import (
     QSpec,
     QTensor,
 )
-from unitscale_jax.quantization._ops import pack_int4, unpack_int4
 
 FIELDS = ("codes", "scale", "zero_point", "multiplier", "x_range")
 """What is stored; sums of codes are computed again."""

@@ -21,7 +21,7 @@ import numpy as np
 from unitscale_jax import tree as trees
 from unitscale_jax.checkpoint import _codes
 from unitscale_jax.checkpoint._tensors import Stored, replace_file, stored_array, write
-from unitscale_jax.quantization import QSpec, QTensor, is_quantized
+from unitscale_jax.quant import QSpec, QTensor, is_quantized
 
 _WEIGHTS = ("kernel", "embedding", "scale")
 _FLOAT = "float8_e4m3fn"

@@ -15,7 +15,7 @@ import jax
 
 from unitscale_jax.checkpoint import _arrays, _outline
 from unitscale_jax.checkpoint._leaves import Leaf, decode, encode, matched, other_model
-from unitscale_jax.parallel._agree import agreed, rank, together
+from unitscale_jax.processes import agreed, rank, together
 
 FORMAT = 3
 OTHER_FORMAT = "it has format"  # how the one flaw begins that is no damage

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
-from unitscale_jax.quantization import is_quantized
+from unitscale_jax.quant import is_quantized
 
 LEAF, UNKNOWN = "*", "?"  # nobody knows it of a checkpoint from before outlines
 _KINDS = ("dict", "list", "tuple", "fields", "other")  # only its own class makes an "other"

@@ -30,8 +30,7 @@ from unitscale_jax import tree as trees
 from unitscale_jax.checkpoint import _codes, _leaves, _outline
 from unitscale_jax.checkpoint._tensors import File, Stored, on_host, open_file, stored_array, write
 from unitscale_jax.errors import closest
-from unitscale_jax.quantization import QTensor, is_quantized
-from unitscale_jax.quantization._params import sum_codes
+from unitscale_jax.quant import QTensor, is_quantized
 
 FORMAT, VERSION = "unitscale_jax", "1"
 _SPEC, _OUTLINE = "spec:", "outline"
@@ -86,9 +85,10 @@ def load(path: str | os.PathLike[str], like: Any = None, *, abstract: bool = Fal
         like: A pytree of the structure, shapes and dtypes expected: arrays or
             `jax.ShapeDtypeStruct`, of the float model or of the quantized one. Arrays come back
             with the shardings that are committed there, scales as their codes. That of a compacted
-            model is `jax.eval_shape(lambda p: us.prune.compact(p, plan), params)`. Without it the
-            tree comes back with its dicts (whatever mapping it was), their keys, lists and tuples;
-            what has named fields as a tuple with those. `apply` of a bridged module takes it so.
+            model is `jax.eval_shape(lambda p: us.compaction.compact(p, plan), params)`. Without it
+            the tree comes back with its dicts (whatever mapping it was), their keys, lists and
+            tuples; what has named fields as a tuple with those. `apply` of a bridged module takes
+            it so.
         abstract: Reads the header alone, and returns shapes and dtypes in place of arrays.
 
     Returns:
@@ -182,7 +182,10 @@ def _read(file: File, name: str, leaf: Any, like: Any = None) -> Any:
         return _codes.decode(where, field, file.array(f"{name}.{field}"), x, spec)
 
     placed = _placed(leaf.over(values), like)
-    return placed if leaf.colsum is None else replace(placed, colsum=jax.jit(sum_codes)(placed))
+    if leaf.colsum is None:
+        return placed
+    sums = jax.jit(lambda t: t.with_sums().colsum)(placed)  # jitted alone: the codes stay in place
+    return replace(placed, colsum=sums)
 
 
 def _placed(t: QTensor, like: Any) -> QTensor:

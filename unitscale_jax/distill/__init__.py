@@ -1,24 +1,53 @@
 """Distillation: losses against a teacher, and features of functions that nobody edited."""
 
 from unitscale_jax.distill._cache import (
-    TopK as TopK,
-    cache_top_k as cache_top_k,
-    kl_top_k as kl_top_k,
-    top_k as top_k,
+    TopK,
+    cache_top_k,
+    kl_top_k,
+    top_k,
 )
-from unitscale_jax.distill._capture import features as features
-from unitscale_jax.distill._chunked import chunked_kl as chunked_kl
+from unitscale_jax.distill._capture import (
+    features,
+)
+from unitscale_jax.distill._chunked import (
+    chunked_kl,
+)
 from unitscale_jax.distill._distilled import (
-    Term as Term,
-    distilled as distilled,
-    teacher as teacher,
+    Term,
+    distilled,
+    teacher,
 )
 from unitscale_jax.distill._features import (
-    attention_scores as attention_scores,
-    attention_transfer as attention_transfer,
-    cosine as cosine,
-    hidden_mse as hidden_mse,
-    layer_map as layer_map,
-    minilm as minilm,
+    attention_scores,
+    attention_transfer,
+    cosine,
+    hidden_mse,
+    layer_map,
+    minilm,
 )
-from unitscale_jax.distill._losses import jsd as jsd, kl as kl, reverse_kl as reverse_kl
+from unitscale_jax.distill._losses import (
+    jsd,
+    kl,
+    reverse_kl,
+)
+
+__all__ = [
+    "Term",
+    "TopK",
+    "attention_scores",
+    "attention_transfer",
+    "cache_top_k",
+    "chunked_kl",
+    "cosine",
+    "distilled",
+    "features",
+    "hidden_mse",
+    "jsd",
+    "kl",
+    "kl_top_k",
+    "layer_map",
+    "minilm",
+    "reverse_kl",
+    "teacher",
+    "top_k",
+]

@@ -18,19 +18,17 @@ import jax
 from unitscale_jax import rules, tree as trees
 from unitscale_jax.errors import check_type
 from unitscale_jax.loss import around
-from unitscale_jax.trace import (
+from unitscale_jax.trace.params import (
     Conv,
     Dot,
     Meeting,
-    Place,
     Product,
-    Site,
     above,
-    captured,
     meetings,
     product_of,
-    stage,
 )
+from unitscale_jax.trace.program import Place, Site, stage
+from unitscale_jax.trace.rewrite import captured
 from unitscale_jax.typing import Apply
 
 

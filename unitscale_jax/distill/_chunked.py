@@ -34,7 +34,7 @@ from unitscale_jax.distill._heads import (
 )
 from unitscale_jax.distill._losses import check_temperature, divergence
 from unitscale_jax.errors import check_array, expected, wrong_shape
-from unitscale_jax.trace import varying, varying_axes
+from unitscale_jax.mesh_axes import varying, varying_axes
 
 
 def chunked_kl(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from unitscale_jax.trace import varying, varying_axes
+from unitscale_jax.mesh_axes import varying, varying_axes
 
 
 class Head(NamedTuple):

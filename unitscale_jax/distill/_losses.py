@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
-from unitscale_jax.trace import not_before
+from unitscale_jax.trace.program import not_before
 
 
 def kl(

@@ -10,7 +10,13 @@ from unitscale_jax import tree as trees
 from unitscale_jax.loss._given import NOTHING, Given
 from unitscale_jax.loss._mean import Denominators, Mean, Terms, weight_sum
 from unitscale_jax.loss._rows import row_count
-from unitscale_jax.trace import Traced, as_arrays, reach, sliced, trace
+from unitscale_jax.trace.program import (
+    Traced,
+    as_arrays,
+    reach,
+    sliced,
+    trace,
+)
 from unitscale_jax.typing import Batch, Loss, Params
 
 RESERVED = frozenset({"dropped"})

@@ -17,7 +17,7 @@ from unitscale_jax import rules, tree as trees
 from unitscale_jax.errors import expected
 from unitscale_jax.loss._mean import Mean
 from unitscale_jax.loss._split import gather_rows
-from unitscale_jax.trace import agree, zeros
+from unitscale_jax.mesh_axes import agree, zeros
 from unitscale_jax.typing import State
 
 Kind: TypeAlias = Literal["sum", "mean", "max", "last", "concat"]

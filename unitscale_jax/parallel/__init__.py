@@ -4,30 +4,16 @@ One mesh axis has one owner: manual, inside a `shard_map` of these functions, or
 partitioner's. The types of varying axes place the transposed collectives.
 """
 
-from unitscale_jax.parallel._data import reduced
-from unitscale_jax.parallel._experts import Load, expert_parallel
-from unitscale_jax.parallel._feedback import Feedback, feedback
-from unitscale_jax.parallel._gathered import gathered
-from unitscale_jax.parallel._infer import Inferred, Sum, infer
-from unitscale_jax.parallel._layout import Layout, layout, shard
-from unitscale_jax.parallel._merge import Packed, merged, pack, unpack
-from unitscale_jax.parallel._mesh import mesh
-from unitscale_jax.parallel._optimizer import sharded
-from unitscale_jax.parallel._pipeline import Pipelined, pipelined
-from unitscale_jax.parallel._processes import initialize, watchdog
-from unitscale_jax.parallel._rows import global_batch
-from unitscale_jax.parallel._schedule import Schedule
-from unitscale_jax.parallel._sequence import (
+from unitscale_jax.parallel._launch import initialize, watchdog
+from unitscale_jax.parallel.collectives._experts import Load, expert_parallel
+from unitscale_jax.parallel.collectives._sequence import (
     ring_attention,
     row_positions,
     stripe,
     ulysses_attention,
     unstripe,
 )
-from unitscale_jax.parallel._specs import merge_specs, zero_spec
-from unitscale_jax.parallel._stack import stack, unstack
-from unitscale_jax.parallel._stages import Stages
-from unitscale_jax.parallel._tensor import (
+from unitscale_jax.parallel.collectives._tensor import (
     column,
     enter_sequence,
     exit_sequence,
@@ -35,12 +21,26 @@ from unitscale_jax.parallel._tensor import (
     ring_scatter,
     row,
 )
-from unitscale_jax.parallel._vocabulary import (
+from unitscale_jax.parallel.collectives._vocabulary import (
     vocab_argmax,
     vocab_embed,
     vocab_logsumexp,
     vocab_loss,
 )
+from unitscale_jax.parallel.data._data import reduced
+from unitscale_jax.parallel.data._feedback import Feedback, feedback
+from unitscale_jax.parallel.data._gathered import gathered
+from unitscale_jax.parallel.data._optimizer import sharded
+from unitscale_jax.parallel.data._rows import global_batch
+from unitscale_jax.parallel.layouts._infer import Inferred, Sum, infer
+from unitscale_jax.parallel.layouts._layout import Layout, layout, shard
+from unitscale_jax.parallel.layouts._mesh import mesh
+from unitscale_jax.parallel.layouts._specs import merge_specs, zero_spec
+from unitscale_jax.parallel.merge import Packed, merged, pack, unpack
+from unitscale_jax.parallel.pipeline._pipeline import Pipelined, pipelined
+from unitscale_jax.parallel.pipeline._schedule import Schedule
+from unitscale_jax.parallel.pipeline._stack import stack, unstack
+from unitscale_jax.parallel.pipeline._stages import Stages
 
 __all__ = [
     "Feedback",

@@ -23,23 +23,23 @@ from unitscale_jax.errors import closest, expected, unknown
 from unitscale_jax.loss import around
 from unitscale_jax.precision._classes import CLASSES, OPS, OpClass
 from unitscale_jax.precision._plan import FLOAT32, Decision, Known, Plan, is_float
-from unitscale_jax.trace import (
-    ACTIVATION,
+from unitscale_jax.trace.params import ACTIVATION, Origin, origins
+from unitscale_jax.trace.program import (
     ClosedJaxpr,
-    Moving,
-    Origin,
-    Rewriter,
     Site,
     Staged,
     converted,
     dtype_of,
     known_primitives,
-    noted,
-    origins,
     sites,
     stage,
-    taking,
     walk,
+)
+from unitscale_jax.trace.rewrite import (
+    Moving,
+    Rewriter,
+    noted,
+    taking,
 )
 from unitscale_jax.typing import DType
 

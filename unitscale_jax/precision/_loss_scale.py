@@ -39,7 +39,7 @@ from unitscale_jax.optimizer import (
     without_scale,
 )
 from unitscale_jax.precision._scale import DynamicScale, StaticScale
-from unitscale_jax.trace import compiled_once
+from unitscale_jax.trace.program import compiled_once
 from unitscale_jax.typing import Axes, Params
 
 Scale: TypeAlias = StaticScale | DynamicScale

@@ -16,20 +16,18 @@ import numpy as np
 
 from unitscale_jax import rules as named_rules
 from unitscale_jax.precision._classes import OpClass
-from unitscale_jax.trace import (
+from unitscale_jax.trace.params import Origin, addresses, provenance
+from unitscale_jax.trace.program import (
     Flow,
     Jaxpr,
     Literal,
-    Origin,
     Place,
     Site,
-    addresses,
     bodies,
-    dtypes_meant,
     is_call,
     listed,
-    provenance,
 )
+from unitscale_jax.trace.rewrite import dtypes_meant
 
 FLOAT32 = np.dtype(np.float32)
 _LOOKUPS = frozenset({"gather", "dynamic_slice"})

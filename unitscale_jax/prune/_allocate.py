@@ -20,6 +20,7 @@ import numpy as np
 from unitscale_jax import rules as named_rules
 from unitscale_jax.errors import check_type
 from unitscale_jax.prune._select import MOST
+from unitscale_jax.sparsity import kept
 
 EVERYWHERE = ""
 """The name of the count that all parameters share."""
@@ -49,24 +50,6 @@ class Layer:
 
 Counts: TypeAlias = dict[str, np.ndarray]
 Allocation: TypeAlias = Callable[[Sequence[Layer], float], Counts]
-
-
-def kept(n: int, sparsity: float) -> int:
-    """How many of n stay.
-
-    Args:
-        n: How many there are.
-        sparsity: The share that goes, in [0, 1].
-
-    Returns:
-        `n - round(n * sparsity)`, in float64 and half to even.
-
-    Example:
-        >>> kept(10, 0.25), kept(10, 0.35), kept(6, 0.25), kept(200_000_003, 0.9)
-        (8, 6, 4, 20000000)
-    """
-    check_type("n", n, int | np.integer, "how many there are")
-    return n - round(n * float(sparsity))
 
 
 def uniform(layers: Sequence[Layer], sparsity: float) -> Counts:

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 from unitscale_jax import tree as trees
+from unitscale_jax.mesh_axes import varying_axes
 from unitscale_jax.optimizer import (
     LossScaleState,
     MaskedState,
@@ -36,7 +37,7 @@ from unitscale_jax.prune._masks import zeroed_leaf
 from unitscale_jax.prune._schedules import OneShot, Schedule
 from unitscale_jax.prune._scores import Score, magnitude
 from unitscale_jax.prune._spec import SparsitySpec, counts, masks_from, selected
-from unitscale_jax.trace import compiled_once, reach, trace, varying_axes
+from unitscale_jax.trace.program import compiled_once, reach, trace
 from unitscale_jax.typing import Params
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from unitscale_jax import tree as trees
 from unitscale_jax.prune._surgeon import least_squares
 from unitscale_jax.statistics import Stat, required, warn_unseen
-from unitscale_jax.trace import Layout, canonical, uncanonical
+from unitscale_jax.trace.params import Layout, canonical, uncanonical
 
 
 def refit(params: Any, stats: Mapping[str, Stat], masks: Any, damp: float = 0.01) -> Any:

@@ -11,7 +11,8 @@ from typing import Any
 from unitscale_jax.errors import check_type
 from unitscale_jax.prune._patterns import NofM
 from unitscale_jax.prune._spec import SparsitySpec, selected
-from unitscale_jax.trace import Meeting, meetings, stage
+from unitscale_jax.trace.params import Meeting, meetings
+from unitscale_jax.trace.program import stage
 
 
 def resolve(

@@ -18,7 +18,7 @@ from jax import lax
 
 from unitscale_jax import tree as trees
 from unitscale_jax.errors import check_array, check_type, not_divisible
-from unitscale_jax.trace import varying, varying_axes
+from unitscale_jax.mesh_axes import varying, varying_axes
 
 MOST = 2**31 - 1
 """How many numbers can be ranked together: counts are int32."""

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 
 from unitscale_jax import rules as named_rules, tree as trees
-from unitscale_jax.prune._allocate import kept, uniform
+from unitscale_jax.prune._allocate import uniform
 from unitscale_jax.prune._spec import SparsitySpec, counts, selected, stacked_axes
-from unitscale_jax.trace import Layout
+from unitscale_jax.sparsity import kept
+from unitscale_jax.trace.params import Layout
 
 
 def shares(total: int, sizes: Sequence[int]) -> np.ndarray:

@@ -26,7 +26,12 @@ from unitscale_jax.prune._shares import counts_of_parts
 from unitscale_jax.prune._spec import SparsitySpec, selected, stacked_axes
 from unitscale_jax.prune._surgeon import squared_error, sweep
 from unitscale_jax.statistics import Stat, required, warn_unseen
-from unitscale_jax.trace import Layout, canonical, inverse_factor, uncanonical
+from unitscale_jax.trace.params import (
+    Layout,
+    canonical,
+    inverse_factor,
+    uncanonical,
+)
 
 RETRIES = 3
 

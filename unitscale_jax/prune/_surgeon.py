@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax.prune._select import exact_k, n_of_m
-from unitscale_jax.trace import damped_moments
+from unitscale_jax.trace.params import damped_moments
 
 EXACT = jax.lax.Precision.HIGHEST
 

@@ -21,7 +21,7 @@ from unitscale_jax.prune._select import exact_k
 from unitscale_jax.prune._shares import counts_of_parts
 from unitscale_jax.prune._spec import SparsitySpec, make_masks, selected
 from unitscale_jax.statistics import Stat, required, warn_unseen
-from unitscale_jax.trace import Layout, canonical, uncanonical
+from unitscale_jax.trace.params import Layout, canonical, uncanonical
 
 
 def wanda(params: Any, stats: Mapping[str, Stat]) -> Any:

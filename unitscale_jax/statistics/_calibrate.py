@@ -20,7 +20,8 @@ from unitscale_jax.rules import Pattern
 from unitscale_jax.statistics._measure import CHANNELS, Operand
 from unitscale_jax.statistics._observe import Observer, observe, over_batches
 from unitscale_jax.statistics._stat import Outline, Stat, Stats, merge_stats
-from unitscale_jax.trace import Staged, layout_of, meetings, stage
+from unitscale_jax.trace.params import layout_of, meetings
+from unitscale_jax.trace.program import Staged, stage
 
 Kind: TypeAlias = Literal["range", "channels", "squares", "hessian"]
 KINDS = ("range", *CHANNELS)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unitscale_jax.trace import second_moments
+from unitscale_jax.trace.params import second_moments
 
 Numbers = Any
 """A pytree of arrays."""

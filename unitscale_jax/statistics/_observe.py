@@ -23,19 +23,17 @@ from unitscale_jax.statistics._measure import (
     joined_turns,
 )
 from unitscale_jax.statistics._stat import Stat
-from unitscale_jax.trace import (
+from unitscale_jax.trace.params import (
     Layout,
     Meeting,
-    Place,
-    Site,
     above,
-    captured,
     channel_rows,
     count_rows,
     input_rows,
-    is_array,
     valid_rows,
 )
+from unitscale_jax.trace.program import Place, Site, is_array
+from unitscale_jax.trace.rewrite import captured
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

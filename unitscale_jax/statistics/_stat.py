@@ -27,7 +27,8 @@ from unitscale_jax.statistics._measure import (
     is_traced,
     on_host,
 )
-from unitscale_jax.trace import Layout, is_array
+from unitscale_jax.trace.params import Layout
+from unitscale_jax.trace.program import is_array
 
 
 @functools.partial(

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from unitscale_jax.errors import check_callable
 from unitscale_jax.parallel import mesh as make_mesh
 from unitscale_jax.testing._close import assert_close
-from unitscale_jax.trace import Collective, collectives
+from unitscale_jax.trace.costs import Collective, collectives
 
 
 def check_sharded(

@@ -1,234 +1,50 @@
-"""A function seen as dataflow: what every op-level technique of the library is built on."""
+"""A function seen as dataflow: what every op-level technique of the library is built on.
 
-from unitscale_jax.trace._axes import agree, devices_over, varying, zeros
-from unitscale_jax.trace._capture import Capture, captured
-from unitscale_jax.trace._compat import (
-    ClosedJaxpr,
-    Jaxpr,
-    Literal,
-    converted,
-    dtype_of,
-    known_primitives,
-    not_before,
-    primitives_of,
-    scan_counts,
-    shape_of,
-    varying_axes,
+    program       equations and bodies; the table of primitives; the walk
+    rewrite       functions made anew from their equations, with notes for `explain`
+    params        where values come from; what each parameter meets
+    dimensions    axes that have to be cut together
+    costs         operations, bytes, collectives
+
+These names are for transforms of one's own; techniques of the library import from the rooms.
+"""
+
+from unitscale_jax.trace.costs import (
+    collectives,
+    cost,
 )
-from unitscale_jax.trace._cost import Cost, Row, cost
-from unitscale_jax.trace._couplings import Coupled, Record, coupled, settled
-from unitscale_jax.trace._derivatives import Moving
-from unitscale_jax.trace._device_sums import DeviceSum, device_sums
-from unitscale_jax.trace._dims import Dims, Group, Member, Refused, dims
-from unitscale_jax.trace._factors import Axes, Factor, expanded, mark, new_axes, unify
-from unitscale_jax.trace._function import (
-    Arguments,
-    Staged,
-    Traced,
-    as_arrays,
-    compiled_once,
-    is_array,
-    stage,
-    trace,
+from unitscale_jax.trace.dimensions import (
+    dims,
 )
-from unitscale_jax.trace._hlo import Collective, collectives
-from unitscale_jax.trace._layouts import (
-    Layout,
-    batch_pairs,
-    canonical,
-    contraction,
-    layout_of,
-    uncanonical,
-)
-from unitscale_jax.trace._manual import as_on_one_device
-from unitscale_jax.trace._meetings import (
-    Held,
-    Meeting,
-    above,
+from unitscale_jax.trace.params import (
     meetings,
-    observable,
-    stacks_of,
-)
-from unitscale_jax.trace._notes import (
-    as_traced,
-    dtypes_meant,
-    made_result,
-    noted,
-    notes_at,
-    operand_enters,
-    scope_without_notes,
-    taking,
-    taking_notes,
-)
-from unitscale_jax.trace._op_cost import OpCost, cost_of
-from unitscale_jax.trace._operands import (
-    channel_rows,
-    count_rows,
-    damped_moments,
-    input_rows,
-    inverse_factor,
-    second_moments,
-    valid_rows,
-)
-from unitscale_jax.trace._primitives import (
-    ADDITIONS,
-    COLLECTIVES,
-    CUTS,
-    JOINS,
-    MOVES,
-    PLACED,
-    PRODUCTS,
-    SCATTERS,
-    SHAPED,
-    cut_axes,
-    moved_axes,
-    segments,
-)
-from unitscale_jax.trace._product import Conv, Dot, Product, Ragged, product_of
-from unitscale_jax.trace._provenance import (
-    ACTIVATION,
-    CONSTANT,
-    Origin,
-    addresses,
-    origins,
-    parameter,
     provenance,
 )
-from unitscale_jax.trace._reach import reach, sliced
-from unitscale_jax.trace._rewrite import Rewriter, Rule, Rules, rewritten
-from unitscale_jax.trace._walk import (
+from unitscale_jax.trace.program import (
     Flow,
-    Place,
     Site,
-    bodies,
-    is_call,
-    is_constant,
-    listed,
     opaque,
-    producers,
-    sites,
+    trace,
     walk,
+)
+from unitscale_jax.trace.rewrite import (
+    Rewriter,
+    captured,
+    rewritten,
 )
 
 __all__ = [
-    "ACTIVATION",
-    "PRODUCTS",
-    "Arguments",
-    "Axes",
-    "Capture",
-    "CONSTANT",
-    "ClosedJaxpr",
-    "Collective",
-    "Conv",
-    "Cost",
-    "Coupled",
-    "DeviceSum",
-    "Dims",
-    "Dot",
-    "Factor",
     "Flow",
-    "Group",
-    "Held",
-    "Jaxpr",
-    "Layout",
-    "Literal",
-    "Meeting",
-    "Member",
-    "OpCost",
-    "Origin",
-    "Place",
-    "Product",
-    "Ragged",
-    "Record",
-    "Refused",
-    "Moving",
     "Rewriter",
-    "Row",
-    "Rule",
-    "Rules",
     "Site",
-    "Staged",
-    "Traced",
-    "above",
-    "addresses",
-    "as_traced",
-    "agree",
-    "compiled_once",
-    "as_arrays",
-    "as_on_one_device",
-    "batch_pairs",
-    "bodies",
-    "canonical",
     "captured",
-    "channel_rows",
     "collectives",
-    "contraction",
-    "converted",
     "cost",
-    "cost_of",
-    "cut_axes",
-    "count_rows",
-    "coupled",
-    "device_sums",
-    "damped_moments",
-    "devices_over",
     "dims",
-    "dtype_of",
-    "expanded",
-    "input_rows",
-    "inverse_factor",
-    "is_array",
-    "is_call",
-    "known_primitives",
-    "listed",
-    "is_constant",
-    "layout_of",
-    "mark",
     "meetings",
-    "new_axes",
-    "not_before",
-    "dtypes_meant",
-    "made_result",
-    "noted",
-    "notes_at",
-    "operand_enters",
-    "observable",
     "opaque",
-    "origins",
-    "parameter",
-    "primitives_of",
-    "producers",
-    "product_of",
     "provenance",
-    "reach",
     "rewritten",
-    "scan_counts",
-    "scope_without_notes",
-    "second_moments",
-    "segments",
-    "settled",
-    "shape_of",
-    "sites",
-    "sliced",
-    "stacks_of",
-    "stage",
-    "taking",
-    "taking_notes",
     "trace",
-    "uncanonical",
-    "unify",
-    "valid_rows",
-    "varying",
-    "varying_axes",
     "walk",
-    "zeros",
-    "COLLECTIVES",
-    "CUTS",
-    "JOINS",
-    "MOVES",
-    "PLACED",
-    "SCATTERS",
-    "SHAPED",
-    "ADDITIONS",
-    "moved_axes",
 ]

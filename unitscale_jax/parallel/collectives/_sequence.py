@@ -1,0 +1,405 @@
+"""Attention over a sequence that is split over a mesh axis.
+
+    ring       keys and values go around; a softmax is kept as its maximum, sum and weighted values
+    Ulysses    rows are traded for heads, each device attends for some heads to all rows
+
+A ring never holds more than one other device's keys and values, in the backward pass neither: what
+is kept for it are the output and log-sum-exp of the device's own rows, and the ring is run again
+with the gradients of keys and values traveling along (Liu et al. 2023, arXiv:2310.01889; the
+recomputation: Dao et al. 2022, arXiv:2205.14135). Ulysses: Jacobs et al. 2023, arXiv:2309.14509.
+Bodies for a user's own `jax.shard_map`, as in `_tensor`; both fit Flax's `attention_fn`.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from unitscale_jax import tree as trees
+from unitscale_jax.errors import check_array, check_type
+from unitscale_jax.mesh_axes import agree, devices_over, match_vma, varying
+from unitscale_jax.parallel.collectives._tensor import around
+from unitscale_jax.typing import Array
+
+
+def ring_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None = None,
+    *,
+    axis: str,
+    causal: bool = False,
+    segments: Array | None = None,
+    striped: bool = False,
+    scale: float | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = True,
+) -> jax.Array:
+    """Softmax attention over all rows of a sequence of which each device has some.
+
+    With `functools.partial(ring_attention, axis="cp", causal=True)` it is the `attention_fn` of a
+    Flax attention layer.
+
+    Args:
+        query: `(.., rows / n, heads, dim)`, of the device's rows.
+        key: `(.., rows / n, kv_heads, dim)`; `kv_heads` divides `heads`.
+        value: `(.., rows / n, kv_heads, dim_v)`.
+        mask: Bool, broadcasting to `(.., heads, rows / n, rows)`: which keys, of all devices and in
+            the order of the sequence, a query may see. For long sequences use `causal` and
+            `segments`, which need no memory.
+        axis: The manual mesh axis.
+        causal: A query sees the rows up to its own, by position in the whole sequence.
+        segments: `(.., rows / n)` integers: a query sees the rows of its own number, so that
+            several texts, and padding, share a sequence.
+        striped: Row r of device i is row r n + i of the sequence, see `stripe`, not i rows / n + r.
+            A query then sees only earlier rows of every device, causally, so that all have the
+            same work and 5/8 of the products do (Brandon et al. 2023, arXiv:2311.09431).
+        scale: Of the scores; 1 / sqrt(dim) if left out.
+        dropout_rate: Of Flax; must be 0, or `deterministic` true.
+        deterministic: Of Flax.
+
+    Returns:
+        `(.., rows / n, heads, dim_v)` in the dtype of `query`; sums are float32 or wider. A query
+        that may see nothing has zeros.
+
+    Raises:
+        ValueError: Shapes that do not fit, a mask of the device's own keys only, dropout.
+
+    Law: attention of one device over the whole sequence, with its gradients. There is no forward
+    mode.
+    """
+    check_array("query", query, 3)
+    _check(query, key, value, causal, deterministic or not dropout_rate)
+    heads = key.shape[-2], query.shape[-2] // key.shape[-2]
+    q = query.reshape(*query.shape[:-2], *heads, query.shape[-1])
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    ring = _Ring(axis, causal, striped, factor)
+    seen = _Seen(segments, _of_all_keys(mask, key.shape[-3], heads, axis))
+    out = _attend(ring, q, key, value, seen)
+    return out.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def ulysses_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    axis: str,
+    attention_fn: Callable[..., jax.Array] = jax.nn.dot_product_attention,
+    **options: Any,
+) -> jax.Array:
+    """Any attention over all rows of a split sequence, each device for its part of the heads.
+
+    Args:
+        query: `(.., rows / n, heads, dim)`, of the device's rows, in the order of the sequence.
+        key: `(.., rows / n, kv_heads, dim)`.
+        value: `(.., rows / n, kv_heads, dim)`.
+        axis: The manual mesh axis; it divides `heads` and `kv_heads`.
+        attention_fn: Attention of one device, such as a fused kernel, with the heads on axis -2.
+        **options: Passed to it, such as `is_causal=True`.
+
+    Returns:
+        `(.., rows / n, heads, dim)`.
+
+    Raises:
+        ValueError: The axis does not divide the heads.
+
+    Law: `attention_fn` of one device, with its gradients. Four messages of the size of the
+    device's rows, whatever n is, where a ring sends all keys and values.
+    """
+    check_array("query", query, 3)
+    n = devices_over(axis)
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.shape[-2] % n:
+            raise ValueError(
+                f"ulysses_attention got a {name} of {x.shape[-2]} heads, which {axis}={n} does not "
+                "divide. Repeat key and value heads, or use `ring_attention`, which splits none."
+            )
+    trade = functools.partial(lax.all_to_all, axis_name=axis, tiled=True)
+    to_heads = lambda x: trade(x, split_axis=x.ndim - 2, concat_axis=x.ndim - 3)
+    out = attention_fn(to_heads(query), to_heads(key), to_heads(value), **options)
+    return trade(out, split_axis=out.ndim - 3, concat_axis=out.ndim - 2)
+
+
+def stripe(x: Array, parts: int, dim: int = 1) -> jax.Array:
+    """Deals rows out: a contiguous split of the result over n parts has row i on part i mod n.
+
+    Args:
+        x: Any array; tokens, labels and positions are dealt out alike.
+        parts: Size of the mesh axis; it divides the rows.
+        dim: That of the rows.
+
+    Returns:
+        The array with its rows reordered.
+
+    Law: `unstripe` is the inverse.
+
+    Example:
+        >>> us.parallel.stripe(jnp.arange(6), 2, dim=0).tolist()
+        [0, 2, 4, 1, 3, 5]
+    """
+    check_array("x", x, 1)
+    shape, dim = jnp.shape(x), dim % jnp.ndim(x)
+    split = jnp.reshape(x, (*shape[:dim], shape[dim] // parts, parts, *shape[dim + 1 :]))
+    return split.swapaxes(dim, dim + 1).reshape(shape)
+
+
+def unstripe(x: Array, parts: int, dim: int = 1) -> jax.Array:
+    """Puts rows back that `stripe` has dealt out.
+
+    Example:
+        >>> us.parallel.unstripe(us.parallel.stripe(jnp.arange(6), 2, dim=0), 2, dim=0).tolist()
+        [0, 1, 2, 3, 4, 5]
+    """
+    check_array("x", x, 1)
+    return stripe(x, jnp.shape(x)[dim] // parts, dim)
+
+
+def row_positions(rows: int, axis: str, *, striped: bool = False) -> jax.Array:
+    """Where in the whole sequence a device's rows stand, for embeddings of positions.
+
+    Args:
+        rows: How many the device has.
+        axis: The manual mesh axis.
+        striped: As of `ring_attention`.
+
+    Returns:
+        `(rows,)`, int32.
+    """
+    check_type("rows", rows, int, "how many rows the device has")
+    devices_over(axis)
+    return _positions(lax.axis_index(axis), rows, axis, striped)
+
+
+class _Ring(NamedTuple):
+    """What is known of a ring when it is traced."""
+
+    axis: str
+    causal: bool
+    striped: bool
+    scale: float
+
+    def pieces(self, rows: int) -> list[slice]:
+        """Queries that are met together; of a striped sequence each with the keys up to its end."""
+        cut = self.causal and self.striped
+        count = next(c for c in (4, 2, 1) if rows % c == 0) if cut else 1
+        return [slice(k * rows // count, (k + 1) * rows // count) for k in range(count)]
+
+
+class _Seen(NamedTuple):
+    """Which keys a query may see, beside what `causal` says."""
+
+    segments: Any
+    mask: Any  # (.., kv_heads, rows, groups, all keys), sizes of 1 broadcast
+
+
+def _attend(ring: _Ring, q: Any, k: Any, v: Any, seen: _Seen) -> jax.Array:
+    """Attention of `(.., rows, kv_heads, groups, dim)` to `(.., rows, kv_heads, dim)`."""
+
+    @jax.custom_vjp
+    def call(q: Any, k: Any, v: Any, seen: _Seen) -> jax.Array:
+        return _forward(ring, q, k, v, seen)[0]
+
+    def fwd(q: Any, k: Any, v: Any, seen: _Seen) -> tuple[jax.Array, Any]:
+        out, norm = _forward(ring, q, k, v, seen)
+        return out, (q, k, v, seen, out, norm)
+
+    def bwd(kept: Any, g: jax.Array) -> tuple[Any, ...]:
+        q, k, v, seen, out, norm = kept
+        primals, made = (q, k, v), _backward(ring, q, k, v, seen, out, norm, g)
+        cotangents = [x.astype(p.dtype) for x, p in zip(made, primals, strict=True)]
+        return *match_vma(cotangents, list(primals)), None
+
+    call.defvjp(fwd, bwd)
+    return call(q, k, v, seen)
+
+
+def _forward(ring: _Ring, q: Any, k: Any, v: Any, seen: _Seen) -> tuple[jax.Array, jax.Array]:
+    """The output, and of each query the log-sum-exp of its scores: `(.., kv_heads, rows, groups)`.
+
+    Scores are `(.., kv_heads, rows, groups, keys)`, as a batched product leaves them.
+    """
+    wide, pieces = trees.wide(q.dtype), ring.pieces(q.shape[-4])
+
+    def with_piece(kept: Any, piece: slice, block: Any, step: Any) -> Any:
+        (total, summed, top), (k, v, segments) = kept, _up_to(ring, piece, block)
+        scores = _scores(ring, q, k, seen, segments, piece, step)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
+        shift = _finite(new_top)  # a query that has seen nothing yet has -inf
+        weights, shrunk = jnp.exp(scores - shift[..., None]), jnp.exp(top - shift)
+        added = _einsum("...hngk,...khd->...hngd", weights.astype(v.dtype), v, wide)
+        total = total * shrunk[..., None] + added
+        return total, summed * shrunk + jnp.sum(weights, axis=-1), new_top
+
+    def with_block(kept: Any, block: Any, step: Any) -> Any:
+        pairs = zip(kept, pieces, strict=True)
+        return [with_piece(one, piece, block, step) for one, piece in pairs]
+
+    def start(piece: slice) -> tuple[jax.Array, ...]:
+        batch, (rows, heads, groups) = q.shape[:-4], q[..., piece, :, :, :].shape[-4:-1]
+        stats = jnp.zeros((*batch, heads, rows, groups), wide)
+        return jnp.zeros((*stats.shape, v.shape[-1]), wide), stats, jnp.full_like(stats, -jnp.inf)
+
+    kept, _ = _around(ring, with_block, list(map(start, pieces)), (k, v, seen.segments))
+    total, summed, top = (list(parts) for parts in zip(*kept, strict=True))
+    total = jnp.concatenate(total, axis=-3)
+    summed, top = (jnp.concatenate(x, axis=-2) for x in (summed, top))
+    some = jnp.where(summed > 0, summed, 1)
+    out = jnp.moveaxis(total / some[..., None], -3, -4)
+    return out.astype(q.dtype), jnp.log(some) + _finite(top)
+
+
+def _backward(
+    ring: _Ring, q: Any, k: Any, v: Any, seen: _Seen, out: Any, norm: Any, g: Any
+) -> tuple[Any, Any, Any]:
+    """Gradients of q, k and v; those of k and v travel with them and arrive at home."""
+    wide, pieces = trees.wide(q.dtype), ring.pieces(q.shape[-4])
+    both = jnp.moveaxis(jnp.sum(g.astype(wide) * out.astype(wide), axis=-1), -2, -3)
+
+    def with_piece(piece: slice, block: Any, step: Any) -> tuple[Any, Any, Any]:
+        k, v, segments = _up_to(ring, piece, block)
+        of, ours = (lambda x: x[..., piece, :, :, :]), (lambda x: x[..., piece, :, None])
+        scores = _scores(ring, q, k, seen, segments, piece, step)
+        weights = jnp.exp(scores - ours(norm))
+        dv = _einsum("...hngk,...nhgd->...khd", weights.astype(g.dtype), of(g), wide)
+        dweights = _einsum("...nhgd,...khd->...hngk", of(g), v, wide)
+        dscores = (weights * (dweights - ours(both)) * ring.scale).astype(q.dtype)
+        dk = _einsum("...hngk,...nhgd->...khd", dscores, of(q), wide)
+        return _einsum("...hngk,...khd->...nhgd", dscores, k, wide), dk, dv
+
+    def with_block(kept: Any, block: Any, step: Any) -> Any:
+        made = [with_piece(piece, block, step) for piece in pieces]
+        dq = [old + new for old, (new, _, _) in zip(kept, made, strict=True)]
+        full = lambda parts: functools.reduce(jnp.add, [_padded(x, k.shape[-3]) for x in parts])
+        return dq, (full([dk for _, dk, _ in made]), full([dv for _, _, dv in made]))
+
+    empty = lambda x: jnp.zeros(x.shape, trees.wide(x.dtype))
+    start = [empty(q[..., piece, :, :, :]) for piece in pieces]
+    block = (k, v, seen.segments)
+    dq, (dk, dv) = _around(ring, with_block, start, block, (empty(k), empty(v)))
+    return jnp.concatenate(dq, axis=-4), dk, dv
+
+
+def _around(
+    ring: _Ring, with_block: Callable[..., Any], start: Any, block: Any, traveling: Any = None
+) -> tuple[Any, Any]:
+    """Meets every device's block once; what is added to a block's `traveling` sums goes with it."""
+    n = devices_over(ring.axis)
+    send = lambda tree: jax.tree.map(lambda x: lax.ppermute(x, ring.axis, around(n)), tree)
+
+    def meet(kept: Any, block: Any, sums: Any, step: Any) -> tuple[Any, Any]:
+        if traveling is None:
+            return with_block(kept, block, step), None
+        kept, added = with_block(kept, block, step)
+        return kept, jax.tree.map(jnp.add, sums, added)
+
+    def one(carry: Any, step: Any) -> tuple[Any, None]:
+        kept, block, sums = carry
+        coming = send(block)  # under the products of `meet`
+        kept, sums = meet(kept, block, sums, step)
+        return (kept, coming, send(sums)), None
+
+    block, first = varying(block, [ring.axis]), jnp.int32(0)
+    made = jax.eval_shape(meet, start, block, traveling, first)
+    kept, sums = agree((start, traveling), made)
+    if n > 1:
+        steps = jnp.arange(n - 1, dtype=jnp.int32)
+        (kept, block, sums), _ = lax.scan(one, (kept, block, sums), steps)
+    kept, sums = meet(kept, block, sums, jnp.int32(n - 1))
+    return kept, send(sums) if n > 1 else sums
+
+
+def _scores(
+    ring: _Ring, q: Any, k: Any, seen: _Seen, segments: Any, piece: slice, step: Any
+) -> jax.Array:
+    """`(.., kv_heads, rows, groups, keys)` of a piece, -inf where a query may not see a key."""
+    part = q[..., piece, :, :, :]
+    scores = _einsum("...nhgd,...khd->...hngk", part, k, trees.wide(q.dtype)) * ring.scale
+    n, me = devices_over(ring.axis), lax.axis_index(ring.axis)
+    where = functools.partial(_positions, axis=ring.axis, striped=ring.striped)
+    theirs = where((me - step) % n, k.shape[-3])
+    if ring.causal:
+        mine = where(me, q.shape[-4])[piece]
+        scores = _hidden(scores, (mine[:, None] >= theirs)[:, None, :])
+    if seen.segments is not None:
+        same = seen.segments[..., piece, None] == segments[..., None, :]
+        scores = _hidden(scores, same[..., None, :, None, :])
+    if seen.mask is not None:
+        rows = seen.mask if seen.mask.shape[-3] == 1 else seen.mask[..., piece, :, :]
+        scores = _hidden(scores, jnp.take(rows, theirs, axis=-1))
+    return scores
+
+
+def _hidden(scores: jax.Array, seen: jax.Array) -> jax.Array:
+    return jnp.where(seen, scores, -jnp.inf)
+
+
+def _up_to(ring: _Ring, piece: slice, block: Any) -> Any:
+    """The keys and values that a piece of the queries may see at all."""
+    if not (ring.causal and ring.striped):
+        return block
+    k, v, segments = block
+    cut = lambda x: x[..., : piece.stop, :, :]
+    return cut(k), cut(v), None if segments is None else segments[..., : piece.stop]
+
+
+def _padded(x: jax.Array, rows: int) -> jax.Array:
+    """Zeros for the keys that a piece did not see."""
+    missing = rows - x.shape[-3]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, missing), (0, 0), (0, 0)]) if missing else x
+
+
+def _positions(device: Any, rows: int, axis: str, striped: bool) -> jax.Array:
+    index = jnp.arange(rows, dtype=jnp.int32)
+    return index * devices_over(axis) + device if striped else device * rows + index
+
+
+def _finite(x: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(x), x, 0)
+
+
+def _einsum(equation: str, a: Any, b: Any, dtype: Any) -> jax.Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=dtype)
+
+
+def _of_all_keys(mask: Any, keys: int, heads: tuple[int, int], axis: str) -> Any:
+    """A mask `(.., heads, rows, all keys)` as scores are laid out."""
+    if mask is None:
+        return None
+    n = devices_over(axis)
+    if mask.shape[-1] != keys * n:
+        raise ValueError(
+            f"ring_attention got a mask of {mask.shape[-1]} keys; {axis}={n} devices have "
+            f"{keys * n} of them. Give a mask (.., heads or 1, own rows, all keys), or leave it to "
+            "`causal=True` and `segments=`."
+        )
+    mask = jnp.asarray(mask).reshape((1,) * max(0, 3 - mask.ndim) + mask.shape)
+    split = heads if mask.shape[-3] != 1 else (1, 1)
+    apart = mask.reshape(*mask.shape[:-3], *split, *mask.shape[-2:])
+    return jnp.moveaxis(apart, -3, -2)
+
+
+def _check(query: Any, key: Any, value: Any, causal: bool, deterministic: bool) -> None:
+    if not deterministic:
+        raise ValueError(
+            "ring_attention has no dropout of its weights: no device sees them all. Set the "
+            "layer's dropout_rate to 0, or drop its outputs instead."
+        )
+    fits = (
+        query.ndim == key.ndim == value.ndim >= 3
+        and query.shape[:-3] == key.shape[:-3] == value.shape[:-3]
+        and key.shape[-3:-1] == value.shape[-3:-1]
+        and query.shape[-1] == key.shape[-1]
+        and query.shape[-2] % key.shape[-2] == 0
+    )
+    if not fits or (causal and query.shape[-3] != key.shape[-3]):
+        raise ValueError(
+            f"ring_attention got query {query.shape}, key {key.shape}, value {value.shape}; "
+            "expected (.., rows, heads, dim), (.., keys, kv_heads, dim), (.., keys, kv_heads, "
+            "dim_v), heads a multiple of kv_heads, and with `causal` as many keys as rows."
+        )

@@ -1,0 +1,305 @@
+"""Data parallelism and ZeRO: rows on many devices, one reduction a step.
+
+    W     = sum_i w_i                                    of scalars, before any gradient
+    grads = sum_i d/dparams sum_t coef_t total_(t,i) / W_t    device i on its own rows
+
+Parameters are cast to differing over the data axis *before* they are differentiated, so that no
+device's gradient is reduced inside a loop, however many parts it comes in: the sum over devices is
+the last thing a step does. ZeRO (Rajbhandari et al., arXiv 1910.02054) keeps a share of that sum.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from unitscale_jax import rules, tree as trees
+from unitscale_jax.errors import expected
+from unitscale_jax.loss import (
+    Denominators,
+    Given,
+    Grad,
+    Part,
+    Terms,
+    check_grad,
+    keys_of_rows,
+    row_count,
+    scalar_terms,
+)
+from unitscale_jax.mesh_axes import varying, varying_axes
+from unitscale_jax.parallel.data._devices import Outputs, filled, total
+from unitscale_jax.parallel.data._feedback import Feedback, check_feedback
+from unitscale_jax.parallel.data._local import Local, direct, replayed
+from unitscale_jax.parallel.data._wire import WireDType, summed
+from unitscale_jax.parallel.layouts._context import axis_size, under
+from unitscale_jax.parallel.layouts._layout import Layout
+from unitscale_jax.parallel.layouts._specs import held, spec_of, zero_spec
+from unitscale_jax.typing import Batch, Params, State
+
+
+def reduced(
+    grad_fn: Grad,
+    over: str = "dp",
+    *,
+    zero: Literal[0, 1, 2, 3] = 0,
+    gather: Literal["step", "layer"] = "step",
+    layout: Layout | None = None,
+    wire: WireDType | None = None,
+    reduce: rules.Rules[str] = (),
+) -> Grad:
+    """Evaluates a gradient station on the rows of each device, and adds up once a step.
+
+    Args:
+        grad_fn: A `us.Grad`, as `us.value_and_grad`, `us.accumulated` or `pipelined` return it.
+            Accumulation goes inside: `reduced(accumulated(grad_fn, parts))` reduces once.
+        over: The mesh axis that holds the rows; it is manual in here. All other axes stay with the
+            partitioner, so any layout of the parameters over them is kept.
+        zero: What each of n devices keeps. 0: everything. 1, 2: gradients leave as shares, and so
+            optimizer state is one (`sharded`). 3: parameters come as shares too.
+        gather: With `zero=3`, when parameters are whole: "step", once, before the parts; "layer",
+            each where it is used and again in the backward pass, by a loss wrapped in `gathered`.
+        layout: How the parameters lie over the other axes; its `over(over)` says where shares are
+            cut. Needed with `zero` or `wire` on a mesh that has such axes.
+        wire: "bfloat16" or "int8", the numbers that gradients travel in; added up in float32.
+        reduce: Rules `(pattern, kind)` for auxiliary outputs, as in `us.accumulated`, with a kind
+            of "sum", "mean" (by rows that count), "max" and "concat". A `us.Mean` needs none.
+
+    Returns:
+        A `Grad` of global arrays with the same signature, to be called under `jax.set_mesh(mesh)`.
+        It equals `grad_fn` on one device for any size of the axis, also where that does not
+        divide the rows: rows are then filled up with ones that do not count. With `wire`, `state=`
+        may be a `Feedback`.
+
+    Raises:
+        TypeError: `grad_fn` is not a `Grad`.
+        ValueError: On a call: no mesh, no such axis, or another owner of it; `grad_fn` has reduced
+            over it already; the axis does not divide the rows of a loss that sums them itself; an
+            auxiliary output without a rule.
+
+    Example:
+        >>> def loss(w, batch):
+        ...     return us.Mean(batch["m"] * (batch["x"] * w), batch["m"])
+        >>> batch = {"x": jnp.arange(1.0, 9.0), "m": jnp.array([1.0, 1, 1, 0, 1, 0, 0, 0])}
+        >>> grad_fn = us.accumulated(us.value_and_grad(loss), 2)
+        >>> with jax.set_mesh(us.parallel.mesh(dp=2, tp=4)):
+        ...     terms, _, grads = jax.jit(us.parallel.reduced(grad_fn, "dp"))(1.0, batch)
+        >>> float(terms["loss"].total), float(terms["loss"].weight), float(grads)
+        (11.0, 4.0, 2.75)
+    """
+    _check_options(grad_fn, zero, gather, wire)
+
+    def call(params: Params, batch: Batch, given: Given) -> tuple[Terms, Any, Params]:
+        n, rows = axis_size(over, "reduced"), row_count(batch)
+        part = filled(Part(batch, keys_of_rows(given.key, rows), given.valid), rows, n)
+        kept = given.state if isinstance(given.state, Feedback) else None
+        given = given._replace(state=given.state if kept is None else kept.state).of(part)
+        _check_filled(grad_fn, params, part.batch, given, rows, n)
+        check_feedback(kept, params, wire, n)
+        combine = Outputs(reduce, over)
+        if n == 1 and gather == "step" and kept is None:  # no collective, not even of one device
+            terms, aux, grads = grad_fn.call(params, batch, given)
+            combine.check(aux, part)
+            return terms, aux, grads
+        cuts, scale = _cuts(params, layout, over, n), jnp.asarray(given.scale)
+        shares = [cut.spec for cut in cuts]
+        leaves, structure = jax.tree.flatten(params)
+        errors = None if kept is None else jax.tree.leaves(kept.error)
+
+        def mapped(local: Local) -> tuple[Any, ...]:
+            one = _OneDevice(local, over, zero, gather, wire, params, cuts)
+
+            def body(
+                leaves: list[Any], part: Part, state: State, errors: Any, factors: Any
+            ) -> tuple[Any, ...]:
+                terms, aux, grads = one.gradients(leaves, part, state, *factors)
+                sums = one.sums(grads, errors, factors[1])
+                whole = {name: total(term, over) for name, term in terms.items()}
+                return (whole, *sums, *combine(aux, part))
+
+            return jax.shard_map(
+                body,
+                in_specs=(shares if zero == 3 else P(), P(over), P(), P(over), P()),
+                out_specs=(P(), shares if zero else P(), P(over), P(), P(over)),
+                axis_names={over},
+            )(leaves, part, given.state, errors, (given.denominators, scale))
+
+        try:
+            terms, grads, lost, sums, stacks = mapped(direct(grad_fn))
+        except TypeError as refused:
+            try:
+                local = replayed(grad_fn, params, part, given.state, scale, over)
+            except Exception:  # then it is not for the axis that it was refused
+                raise refused from None
+            terms, grads, lost, sums, stacks = mapped(local)
+        aux = combine.outputs(sums, stacks, rows)
+        aux = aux if kept is None else kept.after(lost, aux)
+        return terms, aux, structure.unflatten(grads)
+
+    return Grad(loss=grad_fn.loss, call=call)
+
+
+# ------------------------------------------------------------------------------ one device's work
+
+
+class _Cut(NamedTuple):
+    """Where a parameter is cut over the data axis, and how it lies over the other axes."""
+
+    dim: int | None
+    spec: P
+    others: P
+
+
+@dataclass(frozen=True)
+class _OneDevice:
+    """What a device does, inside of the `shard_map`; its options are those of `reduced`."""
+
+    local: Local
+    over: str
+    zero: int
+    gather: str
+    wire: WireDType | None
+    params: Params  # for their structure
+    cuts: list[_Cut]
+
+    def gradients(
+        self,
+        leaves: list[Any],
+        part: Part,
+        state: State,
+        denominators: Denominators | None,
+        scale: jax.Array,
+    ) -> tuple[Terms, Any, list[jax.Array]]:
+        """Terms, outputs and gradients of this device's rows, for the weights of all."""
+        if self.zero == 3 and self.gather == "step":
+            pairs = zip(leaves, self.cuts, strict=True)
+            leaves = [_gathered_leaf(x, cut, self.over) for x, cut in pairs]
+        params = varying(jax.tree.structure(self.params).unflatten(leaves), [self.over])
+        if denominators is None:
+            mine = self.local.weigh(params, part, state)
+            denominators = lax.psum(varying(mine, [self.over]), self.over)
+        terms, aux, grads = self.local.grad(params, part, state, denominators, scale)
+        return terms, aux, jax.tree.leaves(grads)
+
+    def sums(
+        self, grads: list[jax.Array], errors: list[jax.Array] | None, scale: jax.Array
+    ) -> tuple[list[Any], list[Any]]:
+        """The gradients of all rows, or shares of them, and what wires took away."""
+        add = functools.partial(_added_up, over=self.over, wire=self.wire, scale=scale)
+        if errors is not None:  # one device that overflows voids the step of all
+            finite = lax.pmin(trees.is_finite(grads).astype(jnp.int32), self.over) > 0
+            add = functools.partial(add, finite=finite)
+        totals, lost = [], []
+        owed = [None] * len(grads) if errors is None else errors
+        named = zip(trees.names(self.params), grads, self.cuts, owed, strict=True)
+        for name, grad, cut, error in named:
+            if self.gather == "layer" and cut.dim is not None:  # its gather's transpose has done it
+                whole, left = grad, None
+            else:
+                dim = cut.dim if self.zero else None
+                whole, left = add(name, grad, cut, error, dim=dim)
+            totals.append(whole)
+            lost.append(left)
+        return totals, lost
+
+
+def _cuts(params: Params, layout: Layout | None, over: str, n: int) -> list[_Cut]:
+    leaves = trees.named_leaves(params)
+    if layout is None:
+        specs = {name: zero_spec(jnp.shape(x), over, n) for name, x in leaves.items()}
+        return [_cut(spec, over) for spec in specs.values()]
+    if layout.mesh.shape.get(over, 1) != n:
+        raise ValueError(
+            f"the layout is for a mesh of {dict(layout.mesh.shape)}, and here {over}={n}. Lay the "
+            "parameters out on the mesh that is set."
+        )
+    if set(layout.by_name) != set(leaves):
+        missing = sorted(set(layout.by_name) ^ set(leaves))
+        raise ValueError(
+            f"the layout and the parameters differ in {missing[0]!r}. Make the layout of these "
+            "parameters."
+        )
+    both = layout.over(over).by_name
+    return [_cut(both[name], over) for name in leaves]
+
+
+def _cut(both: P, over: str) -> _Cut:
+    by = held(both, len(both))
+    dim = next((k for k, axes in enumerate(by) if over in axes), None)
+    if dim is None:
+        return _Cut(None, P(), both)
+    if by[dim] != (over,):
+        raise ValueError(
+            f"dimension {dim} is to be held by {by[dim]}, and {over!r}, which is manual here, must "
+            "hold a dimension alone. Leave it out of the layout; ZeRO finds a free dimension."
+        )
+    return _Cut(
+        dim, P(*[None] * dim, over), spec_of([a if k != dim else () for k, a in enumerate(by)])
+    )
+
+
+def _gathered_leaf(share: jax.Array, cut: _Cut, over: str) -> jax.Array:
+    if cut.dim is None:
+        return share
+    whole = lambda x: lax.all_gather(x, over, axis=cut.dim, tiled=True)
+    return under(cut.others, whole)(share)
+
+
+def _added_up(
+    name: str,
+    grad: jax.Array,
+    cut: _Cut,
+    error: jax.Array | None,
+    *,
+    over: str,
+    wire: WireDType | None,
+    scale: jax.Array,
+    dim: int | None,
+    finite: jax.Array | bool = True,
+) -> tuple[jax.Array, jax.Array | None]:
+    """The gradient of all rows, or a share of it, and what this device's wire took away."""
+    if over not in varying_axes(grad):
+        raise ValueError(
+            f"the gradient of {name!r} is reduced over {over!r} already, and would be counted once "
+            f"per device. Leave {over!r} out of `axes=` of what is inside `reduced`."
+        )
+    if error is None:
+        return under(cut.others, lambda g: summed(g, over, wire, dim=dim).total)(grad), None
+    owed = error[0] * scale.astype(jnp.float32)
+    total, lost = under(cut.others, lambda g: summed(g, over, wire, dim=dim))(grad + owed)
+    left = lost / scale.astype(jnp.float32)
+    return total, jnp.where(finite, left, error[0])[None]
+
+
+# --------------------------------------------------------------------------------- checks
+
+
+def _check_options(grad_fn: Grad, zero: int, gather: str, wire: str | None) -> None:
+    check_grad(grad_fn, "reduced")
+    if zero not in (0, 1, 2, 3) or isinstance(zero, bool):
+        raise ValueError(expected("`zero`", zero, (0, 1, 2, 3)))
+    if wire not in (None, "bfloat16", "int8"):
+        raise ValueError(expected("`wire`", wire, (None, "bfloat16", "int8")))
+    if gather not in ("step", "layer") or (gather == "layer" and zero != 3):
+        raise ValueError(
+            f"`gather` is {gather!r} with zero={zero}; expected 'step', or 'layer' with zero=3, "
+            "where parameters come as shares."
+        )
+
+
+def _check_filled(
+    grad_fn: Grad, params: Params, batch: Batch, given: Given, rows: int, n: int
+) -> None:
+    if rows % n == 0:
+        return
+    fixed = scalar_terms(grad_fn.loss, params, batch, given)
+    if fixed:
+        raise ValueError(
+            f"{n} devices do not divide {rows} rows, and term {fixed[0]!r} sums its rows itself, "
+            "so those that fill up the last device cannot be left out. Return one number per row, "
+            f"us.Mean(total=losses, weight=counts), or give {rows + -rows % n} rows, some of "
+            "weight 0."
+        )

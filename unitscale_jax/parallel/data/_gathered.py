@@ -1,0 +1,263 @@
+"""Parameters in shares, gathered where they are used: ZeRO 3, layer by layer.
+
+    forward:  gather, use, forget        backward:  gather again, use, scatter the gradient's sum
+
+A share goes through the equations of a function in place of its parameter until something computes
+with it, inside of loops too, so that of stacked layers one is whole at any moment. A stack that is
+shared out along its layers is cut anew ahead of a loop over them: each device trades its layers for
+a share of every layer. What is gathered is not kept for the backward pass, nor a cast of it; what
+the function rematerializes stays so. The transposed gather is a scattered sum: the gradient of a
+share is the share of the whole gradient. Where a function casts a parameter before it uses it, the
+cast share travels, and its gradient is still summed in the parameter's dtype.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from unitscale_jax import tree as trees
+from unitscale_jax.errors import check_type
+from unitscale_jax.loss import around
+from unitscale_jax.mesh_axes import devices_over, varying
+from unitscale_jax.parallel.layouts._context import under
+from unitscale_jax.parallel.layouts._layout import Layout
+from unitscale_jax.parallel.layouts._specs import Held, held, spec_of, zero_spec
+from unitscale_jax.trace.program import (
+    MOVES,
+    Site,
+    primitives_of,
+    scan_counts,
+    stage,
+)
+from unitscale_jax.trace.rewrite import Rewriter
+
+
+def gathered(fn: Callable[..., Any], layout: Layout, over: str = "dp") -> Callable[..., Any]:
+    """Evaluates a function of parameters on this device's shares of them.
+
+    Args:
+        fn: `fn(params, *args)`: a loss or an `apply`.
+        layout: The layout of the parameters over the other mesh axes; as `layout.over(over)` says,
+            each device has its share. Layers that are stacked for a loop may be divided along any
+            dimension; those without one that the axis divides, beside that of the layers, are
+            gathered before the loop.
+        over: The mesh axis of the shares, manual where this is called: inside `reduced(..., zero=3,
+            gather="layer")`, or a `shard_map` of your own.
+
+    Returns:
+        A function of the same signature that takes shares, and whose derivative is that of them. It
+        is traced once per call. Inside a scan, `remat` or `jit` a share stays one until it is used;
+        elsewhere (branches, other loops, custom derivatives) it is gathered before.
+
+    Raises:
+        ValueError: On a call: a leaf is not a share of the layout's.
+
+    Example:
+        >>> def loss(params, x):
+        ...     layer = lambda h, w: (jnp.tanh(h @ w), None)
+        ...     h = jax.lax.scan(layer, x, params["layers"])[0]
+        ...     return us.Mean(jnp.sum(h, -1), jnp.ones(len(h)))
+        >>> params, x = {"layers": jnp.ones((3, 8, 8)) / 8}, jnp.ones((8, 8))
+        >>> mesh = us.parallel.mesh(dp=8)
+        >>> layout = us.parallel.layout(params, {}, mesh)
+        >>> by_layer = us.value_and_grad(us.parallel.gathered(loss, layout))
+        >>> fn = us.parallel.reduced(by_layer, zero=3, gather="layer", layout=layout)
+        >>> with jax.set_mesh(mesh):
+        ...     grads = jax.jit(fn)(params, x)[2]
+        >>> bool(jnp.allclose(grads["layers"], us.value_and_grad(loss)(params, x)[2]["layers"]))
+        True
+    """
+    check_type("layout", layout, Layout, "a us.parallel.Layout")
+    laid = layout.over(over)
+
+    @around(fn, "gathered")
+    def gathered_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
+        shares = _shares(params, layout, laid, over)
+        # Only their types matter; the compiler drops what computes them.
+        dense = [share.whole() if isinstance(share, Share) else share for share in shares]
+        call = stage(fn, jax.tree.structure(params).unflatten(dense), *args, **kwargs)
+        position = dict(zip(call.positions, call.operands, strict=True))
+        operands = [shares[k] if k < len(shares) else position[k] for k in call.positions]
+        closed = call.closed
+
+        @functools.partial(jax.checkpoint, policy=_kept)
+        def evaluate(operands: list[Any]) -> list[Any]:
+            return _Gatherer({})(closed.jaxpr, closed.consts, operands)
+
+        return call.finish(evaluate(operands))
+
+    return gathered_fn
+
+
+def _kept(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Whether the backward pass gets a result as it was; else it is computed again."""
+    inside = primitives_of(params)
+    moves = MOVES | {"all_gather"}
+    gathers = "all_gather" in inside and inside <= moves | {"shard_map"}
+    return not (gathers or primitive.name in moves)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["local"],
+    meta_fields=["dim", "over", "others", "dtype"],
+)
+@dataclass(frozen=True)
+class Share:
+    """A device's share of an array.
+
+    Attributes:
+        local: The share.
+        dim: Which dimension is divided, counted from the end, so that rows of a stack have it too.
+        over: The mesh axis it is divided over.
+        others: The mesh axes that hold each dimension besides.
+        dtype: Of the array, where it has been cast since; None for that of the share.
+    """
+
+    local: jax.Array
+    dim: int = field(metadata=dict(static=True))
+    over: str = field(metadata=dict(static=True))
+    others: tuple[Held, ...] = field(metadata=dict(static=True))
+    dtype: Any = field(default=None, metadata=dict(static=True))
+
+    def whole(self) -> jax.Array:
+        """The array."""
+        axis = self.local.ndim + self.dim
+        others = spec_of(self.others[len(self.others) - self.local.ndim :])
+        own = self.local.dtype
+        return _gather(self.over, axis, others, self.dtype or own, own)(self.local)
+
+    def of_each_row(self) -> "Share | None":
+        """Of a share that is some rows, the like share of all rows; None if no dimension will do.
+
+        An all-to-all, whose transpose is another: both ways it sends no more than a share.
+        """
+        rank, n = self.local.ndim, devices_over(self.over)
+        others = self.others[len(self.others) - rank :]
+        free = zero_spec(self.local.shape[1:], self.over, n, spec_of(others[1:]))
+        if not free:
+            return None
+        dim = len(free)  # the last that `free` names, counted with the rows
+        trade = lambda x: lax.all_to_all(x, self.over, dim, 0, tiled=True)
+        return replace(self, local=under(spec_of(others), trade)(self.local), dim=dim - rank)
+
+
+@functools.cache
+def _gather(
+    over: str, axis: int, others: P, dtype: Any, own: Any
+) -> Callable[[jax.Array], jax.Array]:
+    """A cast and a gather; the other way a cast back and a scattered sum."""
+    whole = lambda x: lax.all_gather(x.astype(dtype), over, axis=axis, tiled=True)
+    share = lambda g: lax.psum_scatter(g.astype(own), over, scatter_dimension=axis, tiled=True)
+
+    @jax.custom_vjp
+    def gather(x: jax.Array) -> jax.Array:
+        return under(others, whole)(x)
+
+    def backward(_: None, ct: jax.Array) -> tuple[jax.Array]:
+        return (under(others, share)(ct),)
+
+    gather.defvjp(lambda x: (gather(x), None), backward)
+    return gather
+
+
+def _shares(params: Any, layout: Layout, laid: Layout, over: str) -> list[Any]:
+    n, out = devices_over(over), []
+    for name, leaf in trees.named_leaves(params).items():
+        by = held(laid.by_name[name], leaf.ndim)
+        dim = next((k for k, axes in enumerate(by) if over in axes), None)
+        if dim is None:
+            out.append(varying(leaf, [over]))
+            continue
+        whole = dict(zip(trees.names(layout.params), jax.tree.leaves(layout.params), strict=True))
+        expected = tuple(s // n if k == dim else s for k, s in enumerate(whole[name].shape))
+        if leaf.shape != expected:
+            raise ValueError(
+                f"{name!r} has shape {leaf.shape}, and a share of {whole[name].shape} over "
+                f"{over}={n} has {expected}. Call this inside us.parallel.reduced(..., zero=3, "
+                f"gather='layer', layout=layout), with the same layout."
+            )
+        others = tuple(axes if k != dim else () for k, axes in enumerate(by))
+        out.append(Share(varying(leaf, [over]), dim - leaf.ndim, over, others))
+    return out
+
+
+class _Gatherer(Rewriter):
+    """Replays equations on shares; what computes with one gathers it."""
+
+    def touches(self, site: Site, operands: list[Any]) -> bool:
+        """Whether an operand is a share, or something is rematerialized as the user says."""
+        inside = primitives_of(site.eqn.params) | {site.name}
+        return any(isinstance(x, Share) for x in operands) or (
+            site.name in _ENTERED and not _REMATS.isdisjoint(inside)
+        )
+
+    def _step(self, site: Site, operands: list[Any]) -> Sequence[Any]:
+        if not self.touches(site, operands):
+            return site.bind(operands)
+        if site.name == "scan":
+            first = sum(scan_counts(site.eqn))  # of what the loop takes one by one
+            operands = [_for_loop(x, k >= first) for k, x in enumerate(operands)]
+        elif site.name in _REMATS:
+            return self._apart(site, operands)
+        elif site.name == "convert_element_type" and operands[0].dtype is None:
+            return [replace(operands[0], dtype=site.results[0])]
+        elif site.name not in _ENTERED:
+            return site.bind([_whole(x) for x in operands])
+        return super()._step(site, operands)
+
+    def _apart(self, site: Site, operands: list[Any]) -> Sequence[Any]:
+        """What is rematerialized keeps what the user says, and no more.
+
+        JAX would let the policy around decide for what is inside too, and keep nearly all of it.
+        With a derivative of its own it is closed to that policy.
+        """
+        own = site.eqn.params["policy"]
+        if own is not None:
+            both = lambda *args, **params: _kept(*args, **params) and own(*args, **params)
+            changed = site.eqn.params | {"policy": both}
+            site = replace(site, eqn=site.eqn.replace(params=changed))
+        flat, structure = jax.tree.flatten(operands)
+        replay = super()._step
+        remat = lambda *flat: replay(site, structure.unflatten(flat))
+        evaluate = jax.custom_vjp(remat)
+        evaluate.defvjp(lambda *flat: jax.vjp(remat, *flat), lambda vjp, cts: vjp(cts))
+        return evaluate(*flat)
+
+    def carried(self, site: Site, carry: list[Any], step: Any) -> list[Any]:
+        """What a loop carries is whole."""
+        del site, step
+        return [_whole(x) for x in carry]
+
+    def partitioned(self, operand: Any, placement: Any) -> Any:
+        """A share lies where it lies."""
+        return None if isinstance(operand, Share) else placement
+
+    def returned(self, site: Site, results: list[Any]) -> list[Any]:
+        """What leaves a body is whole."""
+        del site
+        return [_whole(x) for x in results]
+
+    def __call__(self, *args: Any) -> list[Any]:
+        """Results of equations, none of them a share."""
+        return [_whole(x) for x in super().__call__(*args)]
+
+
+_REMATS = frozenset({"remat2", "checkpoint"})
+_ENTERED = _REMATS | {"jit", "pjit", "scan"}
+
+
+def _whole(x: Any) -> Any:
+    return x.whole() if isinstance(x, Share) else x
+
+
+def _for_loop(x: Any, stacked: bool) -> Any:
+    """A share that a loop can take: not one along the layers, which it would take one by one."""
+    if not isinstance(x, Share) or -x.dim < x.local.ndim:
+        return x
+    return (x.of_each_row() if stacked else None) or x.whole()

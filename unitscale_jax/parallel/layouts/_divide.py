@@ -1,0 +1,228 @@
+"""Which dimensions of a model a mesh axis can divide, and what keeps the others whole.
+
+A dimension is divided in all parameters that have it, or in none. What speaks against it is found
+in one pass of questions, each a few lines; what is left competes for the parameters.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from unitscale_jax import tree as trees
+from unitscale_jax.parallel.layouts._meets import Factors, Meets, factors_of, meets
+from unitscale_jax.trace.dimensions import Dims, Factor, Member
+from unitscale_jax.trace.program import Traced
+
+Role: TypeAlias = Literal["column", "row", "batch", "rows"]
+"""A product makes a dimension of its kernel, sums over it, or has it on both sides; of a table it
+is what tokens pick from."""
+
+HARMLESS = frozenset({"constant", "iota", "random_bits"})
+"""Why channels cannot be taken out one by one, though they can be divided: each knows its place."""
+
+OF_VOCABULARY = HARMLESS | {"gather", "output"}
+
+WHY = {
+    "layer": "a scan runs along it",
+    "input": "of an input",
+    "output": "of an output",
+    "unused": "nothing uses it",
+}
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A function and all that is known of the dimensions of its parameters."""
+
+    traced: Traced
+    dims: Dims
+    leaves: Mapping[str, Any] = field(repr=False)
+
+    @functools.cached_property
+    def members(self) -> dict[Factor, list[Member]]:
+        """Where each dimension is, in the order of the parameters."""
+        found: dict[Factor, list[Member]] = {}
+        for path in self.leaves:
+            for k, axis in enumerate(self.dims.axes(path)):
+                for t, term in enumerate(axis):
+                    for i, factor in enumerate(term):
+                        found.setdefault(factor, []).append(Member(path, k, t, i))
+        return found
+
+    @functools.cached_property
+    def meets(self) -> Meets:
+        """Products, lookups and streams."""
+        return meets(self.traced, self.dims, [f for f in self.members if f.marks <= HARMLESS])
+
+    @functools.cached_property
+    def roles(self) -> dict[tuple[str, Factor], set[Role]]:
+        """What products and lookups do with each dimension of each parameter."""
+        found: dict[tuple[str, Factor], set[Role]] = {}
+
+        def add(paths: frozenset[str], factors: Factors, role: Role) -> None:
+            for path in paths:
+                for factor in factors & self.of(path):
+                    found.setdefault((path, factor), set()).add(role)
+
+        for product in self.meets.products:
+            for side in product.kernels:
+                add(side.params, side.free, "column")
+                add(side.params, product.contracted, "row")
+                add(side.params, product.shared, "batch")
+        for lookup in self.meets.lookups:
+            add(lookup.tables, lookup.rows, "rows")
+            add(lookup.tables, lookup.whole, "column")
+        return found
+
+    def of(self, path: str) -> Factors:
+        """The dimensions of a parameter."""
+        return factors_of(self.dims.axes(path))
+
+    def roles_of(self, factor: Factor) -> set[Role]:
+        """What is done with a dimension anywhere."""
+        paths = {member.path for member in self.members[factor]}
+        return set().union(*(self.roles.get((path, factor), set()) for path in paths))
+
+    def nbytes(self, factor: Factor) -> int:
+        """The bytes of all parameters that have a dimension."""
+        paths = {member.path for member in self.members[factor]}
+        return sum(trees.nbytes(self.leaves[path]) for path in paths)
+
+    def name(self, factor: Factor) -> str:
+        """A dimension by the first parameter that makes it, and the axis it has there."""
+        members = self.members[factor]
+        first = lambda m: "column" not in self.roles.get((m.path, factor), ())
+        path, axis, *_ = min(members, key=first)
+        return f"{path}:{axis}"
+
+    @functools.cached_property
+    def heads(self) -> Factors:
+        """Dimensions along which activations meet one by one: the heads of attention.
+
+        Queries and keys have them both, or the queries alone if there is one head of keys.
+        """
+        found: set[Factor] = set()
+        for product in self.meets.products:
+            summed = product.contracted & self.members.keys()
+            if not product.kernels and any("batch" not in self.roles_of(f) for f in summed):
+                left, right = product.sides
+                own = lambda factors: factors & self.members.keys()
+                found |= own(product.shared) or own(left.free | right.free)
+        return frozenset(f for f in found if f.marks <= HARMLESS) - self.meets.streams
+
+    @functools.cached_property
+    def met(self) -> Factors:
+        """Dimensions that a product of two activations sums over."""
+        pairs = [p.contracted for p in self.meets.products if not p.kernels]
+        return frozenset().union(*pairs)
+
+    @functools.cached_property
+    def vocabulary(self) -> int:
+        """How many rows the longest table has that tokens are looked up in; 0 without one."""
+        rows = [f.size for lookup in self.meets.lookups for f in lookup.rows if f in self.members]
+        return max(rows, default=0)
+
+
+def divided(graph: Graph, n: int, axis: str) -> tuple[list[Factor], dict[Factor, str]]:
+    """The dimensions that a mesh axis of `n` devices divides, and why it does not the others."""
+    against = {f: why for f in graph.members if (why := _against(graph, f, n, axis))}
+    left = [factor for factor in graph.members if factor not in against]
+    chosen: list[Factor] = []
+    taken: dict[str, Factor] = {}
+    first = lambda factor: (_is_vocabulary(graph, factor), graph.nbytes(factor))
+    for factor in sorted(left, key=first, reverse=True):
+        paths = [member.path for member in graph.members[factor]]
+        other = next((path for path in paths if path in taken), None)
+        if other is None:
+            chosen.append(factor)
+            taken |= dict.fromkeys(paths, factor)
+        else:
+            against[factor] = f"{graph.name(taken[other])} goes first"
+    return chosen, against
+
+
+def _against(graph: Graph, factor: Factor, n: int, axis: str) -> str | None:
+    questions = _of_vocabulary if _is_vocabulary(graph, factor) else _of_groups
+    if n == 1:
+        return f"no {axis} to divide it"
+    asked = (question(graph, factor) for question in (*questions, _in_pieces))
+    found = next((why for why in asked if why), None)
+    if found is None and factor.size % n:
+        return f"not divisible by {axis}={n}"
+    return found
+
+
+def _is_vocabulary(graph: Graph, factor: Factor) -> bool:
+    roles = graph.roles_of(factor)
+    logits = "column" in roles and "row" not in roles
+    return factor.size == graph.vocabulary and ("rows" in roles or logits)
+
+
+# ------------------------------------------------------------------------------- the questions
+
+
+def _marked(graph: Graph, factor: Factor) -> str | None:
+    del graph
+    marks = sorted(factor.marks - HARMLESS)
+    return ", ".join(WHY.get(mark, f"{mark} mixes it") for mark in marks) or None
+
+
+def _marked_in_vocabulary(graph: Graph, factor: Factor) -> str | None:
+    return None if factor.marks <= OF_VOCABULARY else _marked(graph, factor)
+
+
+def _stream(graph: Graph, factor: Factor) -> str | None:
+    return "the residual stream" if factor in graph.meets.streams else None
+
+
+def _of_both_sides(graph: Graph, factor: Factor) -> str | None:
+    """A recurrent kernel, of which only one side could be divided."""
+    paths = [member.path for member in graph.members[factor]]
+    axes = {(member.path, member.axis) for member in graph.members[factor]}
+    both = [path for path in dict.fromkeys(paths) if sum(p == path for p, _ in axes) > 1]
+    both += [path for path in paths if graph.roles.get((path, factor), set()) >= {"column", "row"}]
+    return f"{both[0]} has it on both sides" if both else None
+
+
+def _beside_heads(graph: Graph, factor: Factor) -> str | None:
+    if factor in graph.heads:
+        return None
+    paths = (member.path for member in graph.members[factor])
+    beside = next((path for path in paths if graph.heads & graph.of(path)), None)
+    return f"beside the heads of {beside}" if beside else None
+
+
+def _between_activations(graph: Graph, factor: Factor) -> str | None:
+    """A sum over devices of every score; of experts, that of what they give is as it should be."""
+    wrong = factor in graph.met and "batch" not in graph.roles_of(factor)
+    return "activations are multiplied over it" if wrong else None
+
+
+def _without_use(graph: Graph, factor: Factor) -> str | None:
+    roles = graph.roles_of(factor)
+    if "column" not in roles:
+        return "no kernel makes it"
+    expert = "batch" in roles and factor in graph.met
+    return None if "row" in roles or expert else "no kernel sums over it"
+
+
+def _in_pieces(graph: Graph, factor: Factor) -> str | None:
+    """Devices hold neighbors, so a dimension has to come first in its axis, in all its terms."""
+    for path, axis, *_ in graph.members[factor]:
+        terms = graph.dims.axes(path)[axis]
+        if any(not term or term[0] is not factor for term in terms):
+            inside = factor in terms[0][1:]
+            return f"{'inside' if inside else 'a part'} of {path}:{axis}"
+    return None
+
+
+_of_groups = (
+    _marked,
+    _stream,
+    _of_both_sides,
+    _beside_heads,
+    _between_activations,
+    _without_use,
+)
+_of_vocabulary = (_marked_in_vocabulary,)

@@ -1,0 +1,1 @@
+"""Pipeline parallelism: stages, schedules, and the ticks that carry them out."""

@@ -1,0 +1,248 @@
+"""Degrees: powers of a scale, as linear forms in the powers of the parameters.
+
+    a product adds degrees, a sum needs them equal, a nonlinearity needs them zero
+
+A walk over the function collects the equations, and `solved` finds the powers with which the
+scale can be taken out of one parameter and into others.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, TypeAlias
+
+import jax.numpy as jnp
+import numpy as np
+
+from unitscale_jax.trace.dimensions import Dims
+from unitscale_jax.trace.params import Product, product_of
+from unitscale_jax.trace.program import (
+    ADDITIONS,
+    MOVES,
+    PRODUCTS,
+    Flow,
+    Place,
+    Site,
+)
+
+Factors: TypeAlias = tuple[Any, ...]
+Degree: TypeAlias = frozenset[tuple[str, int]] | None
+"""Coefficients by parameter; None: whatever, as of zero."""
+ZERO: Degree = frozenset()
+
+
+class Rigid(ValueError):  # noqa: N818
+    """Channels that nothing can be folded into; the message says what is in the way."""
+
+
+def unknown(name: str) -> Degree:
+    return frozenset({(name, 1)})
+
+
+def _combined(a: Degree, b: Degree, times: int) -> Degree:
+    """The degree of a product with the power `times`; zero times anything is zero."""
+    if a is None or b is None:
+        return None
+    sums = dict(a)
+    for name, n in b:
+        sums[name] = sums.get(name, 0) + times * n
+    return frozenset((name, n) for name, n in sums.items() if n)
+
+
+def carries(axes: Any, factors: frozenset[Any]) -> str:
+    """Whether a value has all the channels, "once" along axes of their own, or "never", or else."""
+    flat = [f for axis in axes for term in axis for f in term if f in factors]
+    clean = [f for axis in axes if len(axis) == 1 for f in axis[0] if f in factors]
+    if len(flat) == len(clean) == len(set(flat)) == len(factors):
+        return "once"
+    return "never" if len(flat) == len(set(flat)) == len(clean) else "twice"
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+LINEAR = (
+    (MOVES - {"unit_scale_by"})
+    | ADDITIONS
+    | _names("""
+    gather max min neg abs select_n pad dynamic_update_slice reduce_sum reduce_max reduce_min cumsum
+    cummax cummin reduce_window_sum reduce_window_max reduce_window_min
+""")
+)
+"""All floating operands that have the channels, and all results, have one degree."""
+COMPARISONS = _names("eq ne lt le gt ge sign is_finite")
+"""The same of the operands; the result has degree zero."""
+
+
+@dataclass
+class Degrees(Flow[Degree]):
+    """The flow of degrees; `equations` collects (a form that must be zero, because of what)."""
+
+    graph: Dims
+    factors: Factors
+    layers: Mapping[Place, Any]
+    equations: list[tuple[Degree, str]] = field(default_factory=list)
+
+    def require(self, form: Degree, because: str) -> None:
+        if form:
+            self.equations.append((form, because))
+
+    def constant(self, value: Any) -> Degree:
+        x = np.asarray(value)
+        known = x.dtype == bool or np.issubdtype(x.dtype, np.integer)
+        return None if not known and x.size and _is_scaleless(x) else ZERO
+
+    def join(self, a: Degree, b: Degree) -> Degree:
+        if a is None or b is None:
+            return b if a is None else a
+        self.require(_combined(a, b, -1), "a branch or a loop")
+        return a
+
+    def unstacked(self, site: Site, x: Degree) -> Degree:
+        del site
+        return x
+
+    def repeated(self, site: Site, carry: list[Degree]) -> list[Degree]:
+        if site.place in self.layers:  # inside, a scale is that of one layer
+            for degree in carry:
+                self.require(degree, "the carry of the loop over layers")
+        return carry
+
+    def visit(self, site: Site, inputs: list[Degree]) -> list[Degree]:
+        ins, outs = self.graph.at(site.place)
+        removed = frozenset(self._removed(site))
+        factors = frozenset(self.factors) - removed
+        had = [carries(axes, factors) for axes in ins]
+        has = [carries(axes, factors) for axes in outs]
+        met = {f for axes in (*ins, *outs) for axis in axes for term in axis for f in term}
+        stacked = not removed.isdisjoint(met)  # all layers at once, in the loop over layers
+        if stacked or "twice" in (*had, *has):
+            had, has = ["never"] * len(had), ["never"] * len(has)
+        known = [
+            d if how == "once" else self._none(d, site) for d, how in zip(inputs, had, strict=True)
+        ]
+        made = self._made(site, known, ins, factors)
+        made = made * len(outs) if len(made) < len(outs) else made
+        return [
+            d if how == "once" else self._none(d, site) for d, how in zip(made, has, strict=True)
+        ]
+
+    def _removed(self, site: Site) -> Iterator[Any]:
+        while site.parent is not None:
+            site = site.parent
+            if site.place in self.layers:
+                yield self.layers[site.place]
+
+    def _none(self, degree: Degree, site: Site) -> Degree:
+        self.require(degree, site.name)
+        return None if degree is None else ZERO
+
+    def _made(
+        self, site: Site, known: list[Degree], ins: Any, factors: frozenset[Any]
+    ) -> list[Degree]:
+        name = site.name
+        if name == "optimization_barrier":
+            return known
+        rounds = name == "convert_element_type" and not _is_float(site.results[0])
+        if name in LINEAR and not rounds:
+            first = 1 if name == "select_n" else 0
+            for d in known[:first]:
+                self.require(d, name)
+            return [self._same(known[first : _operands(name)], name)]
+        if name in COMPARISONS:
+            self._same(known, name)
+            return [ZERO]
+        if name in ("mul", "unit_scale_by"):
+            return [_combined(known[0], known[1], 1)]
+        if name == "div":
+            return [_combined(known[0], known[1], -1)]
+        if name in ("integer_pow", "square"):
+            times = 2 if name == "square" else site.eqn.params["y"]
+            return [_combined(ZERO, known[0], times)]
+        product = product_of(site)
+        if product is not None:
+            return [self._product(product, known, ins, factors)]
+        for d in known:
+            self.require(d, name)
+        return [ZERO]
+
+    def _same(self, known: Sequence[Degree], name: str) -> Degree:
+        definite = [d for d in known if d is not None]
+        for d in definite[1:]:
+            self.require(_combined(definite[0], d, -1), name)
+        return definite[0] if definite else None
+
+    def _product(
+        self, product: Product, known: list[Degree], ins: Any, factors: frozenset[Any]
+    ) -> Degree:
+        """Degrees add up; over the channels themselves to zero."""
+        site = product.site
+        if site.eqn.params.get("feature_group_count", 1) != 1:
+            for d in known:
+                self.require(d, "a grouped convolution")
+            return ZERO
+        total = _combined(known[0], known[1], 1)
+        over = {f for axis in product.contracted(0) for term in ins[0][axis] for f in term}
+        if factors & over:
+            self.require(total, site.name)
+            return ZERO
+        return total
+
+
+def _is_float(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating)
+
+
+def _operands(name: str) -> int | None:
+    """How many of the operands are numbers; the rest are positions."""
+    return {"gather": 1, "dynamic_slice": 1, "dynamic_update_slice": 2, "pad": 2}.get(name)
+
+
+def _is_scaleless(x: np.ndarray) -> bool:
+    """Whether all numbers stay what they are, times any positive one: zero and infinity."""
+    wide = x.astype(np.float32)
+    return bool(((wide == 0) | np.isinf(wide)).all())
+
+
+def solved(name: str, equations: Sequence[tuple[Degree, str]]) -> dict[str, int]:
+    """Powers with that of `name` one, as many zero as the elimination leaves free."""
+    rows: dict[str, dict[str, Fraction]] = {}  # by pivot, in terms of what is free
+    causes: list[str] = []
+    for form, because in equations:
+        causes.append(because)
+        row = _reduced({path: Fraction(n) for path, n in form or ()}, rows)
+        others = sorted(path for path in row if path != name)
+        if not row:
+            continue
+        if not others:
+            raise Rigid(_in_the_way(causes))
+        pivot = others[0]
+        scaled = {path: -n / row[pivot] for path, n in row.items() if path != pivot}
+        for path, held in rows.items():
+            rows[path] = _reduced(held, {pivot: scaled})
+        rows[pivot] = scaled
+    powers = {path: row.get(name, Fraction(0)) for path, row in rows.items()} | {name: Fraction(1)}
+    broken = [path for path, power in powers.items() if power.denominator > 1]
+    if broken:
+        raise Rigid(f"{broken[0]} would take a root of the scale")
+    degrees = {path: int(power) for path, power in powers.items() if power}
+    if min(degrees.values()) > 0:
+        raise Rigid("no parameter produces its channels")
+    return degrees
+
+
+def _in_the_way(causes: Sequence[str]) -> str:
+    """What keeps a scale from passing: the last one, products aside, which only hand it on."""
+    found = [cause for cause in causes if cause not in PRODUCTS]
+    return f"in the way: {found[-1]}" if found else "no parameter before it has its channels"
+
+
+def _reduced(
+    row: Mapping[str, Fraction], rows: Mapping[str, Mapping[str, Fraction]]
+) -> dict[str, Fraction]:
+    out: dict[str, Fraction] = {}
+    for path, n in row.items():
+        for other, m in rows.get(path, {path: Fraction(1)}).items():
+            out[other] = out.get(other, Fraction(0)) + n * m
+    return {path: n for path, n in out.items() if n}

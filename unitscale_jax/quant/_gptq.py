@@ -1,0 +1,286 @@
+"""GPTQ: rounding that makes up for itself, column by column.
+
+    H = 2/n sum x x^T + damp mean(diag H) I,        U upper triangular, U^T U = H^-1
+    for k ascending:  q_k = Q(W_k),    W_j -= U_kj (W_k - q_k) / U_kk    for j > k
+
+Each input channel is rounded by the scale it has anyway, and its error is spread over those that
+are still to come, as far as the data says they are alike (https://arxiv.org/abs/2210.17323). H only
+matters up to a factor.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unitscale_jax import tree as trees
+from unitscale_jax.formats import on_grid
+from unitscale_jax.quant._ops import (
+    as_codes,
+    asymmetric,
+    bounds_of,
+    codes_of,
+    scales,
+    threshold,
+)
+from unitscale_jax.quant._params import Rules, check_leaf, encode, match, range_of
+from unitscale_jax.quant._qtensor import QTensor, is_quantized, value_of
+from unitscale_jax.quant._spec import DotSpec, QSpec
+from unitscale_jax.statistics import Stat, required, warn_unseen
+from unitscale_jax.trace.params import (
+    Layout,
+    canonical,
+    inverse_factor,
+    uncanonical,
+)
+
+EXACT = jax.lax.Precision.HIGHEST
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """What rounding did to one parameter: |X (W - Q)| / |X W|, to nearest and by GPTQ.
+
+    Attributes:
+        nearest: The error of rounding to nearest.
+        gptq: The error of GPTQ.
+        unseen: How many inputs no row used, summed over layers and experts. They are rounded to
+            nearest, and count in neither error.
+    """
+
+    nearest: float
+    gptq: float
+    unseen: int
+
+
+@dataclass(frozen=True)
+class GPTQReport:
+    """Errors by parameter.
+
+    Attributes:
+        errors: Parameter -> errors of its products, on the batches calibrated on.
+        kept: Parameters that no rule names, or that were quantized already.
+    """
+
+    errors: Mapping[str, Rounded]
+    kept: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """A table."""
+        width = max(map(len, self.errors), default=0)
+        rows = [f"{'':<{width}}  nearest     gptq  unseen"]
+        rows += [
+            f"{name:<{width}}  {e.nearest:7.4f}  {e.gptq:7.4f}  {e.unseen:6}"
+            for name, e in self.errors.items()
+        ]
+        return "\n".join(rows)
+
+
+def gptq(
+    params: Any, stats: Mapping[str, Stat], rules: Rules, damp: float = 0.01
+) -> tuple[Any, GPTQReport]:
+    """Quantizes the parameters that rules name, by the second moments of what they meet.
+
+    Scales are those of `quantize`, but for groups, whose scale is taken when the group starts.
+    Entries that are exactly zero stay zero, so a pruned parameter stays pruned. Inputs that no row
+    used are rounded to nearest, and counted in the report: the data has no opinion on them. Stacked
+    layers and experts are rounded each by its own moments.
+
+    Args:
+        params: A pytree of parameters.
+        stats: Of `calibrate(.., collect=("hessian",))`; activations that these have ranges of get
+            static ones.
+        rules: Pairs (pattern, `DotSpec`), their axes as `resolve` gives them.
+        damp: What is added to the diagonal, in parts of its mean.
+
+    Returns:
+        `params` with a `QTensor` for each parameter named, as `quantize` would, and a report of
+        the errors. A parameter that is quantized already stays.
+
+    Raises:
+        ValueError: A rule matches nothing or has no axes; a parameter has no moments (lookups,
+            grouped convolutions), so leave it to `quantize`; the moments are singular.
+
+    Warns:
+        UserWarning: No row used any input of a whole layer or expert.
+
+    Law: with a diagonal H it rounds to nearest.
+
+    Example:
+        >>> import unitscale_jax as us
+        >>> fn = lambda params, x: x @ params["w"]
+        >>> params = {"w": jnp.array([[0.49], [0.49], [1.0]])}
+        >>> x = jnp.array([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+        >>> rules = {"w": us.DotSpec(w=us.QSpec(format="int4", axes=(-2,)))}
+        >>> stats = us.calibrate(fn, params, [x], rules, collect=["hessian"])
+        >>> served, report = gptq(params, stats, rules)
+        >>> served["w"].codes[:, 0].tolist(), us.quantize(params, rules)["w"].codes[:, 0].tolist()
+        ([3, 4, 7], [3, 3, 7])
+    """
+    if damp < 0:
+        raise ValueError(f"damp is {damp}; it is at least zero.")
+    leaves = trees.named_leaves(params, is_leaf=is_quantized)
+    found = match(rules, params)
+    named = {
+        k: spec for k, spec in found.items() if spec is not None and not is_quantized(leaves[k])
+    }
+    for name, spec in named.items():
+        check_leaf(name, leaves[name], spec)
+    required(stats, "hessian", params, named)
+    errors = {}
+    done = dict(leaves)
+    for name, spec in named.items():
+        warn_unseen(name, stats[name], "rounded to nearest")
+        done[name], errors[name] = _rounded(name, leaves[name], stats[name], spec, damp)
+        done[name] = replace(done[name], x_range=range_of(stats, name))
+    structure = jax.tree.structure(params, is_leaf=is_quantized)
+    kept = tuple(name for name in leaves if name not in named)
+    return jax.tree.unflatten(structure, list(done.values())), GPTQReport(errors, kept)
+
+
+def _rounded(name: str, w: Any, stat: Stat, spec: DotSpec, damp: float) -> tuple[QTensor, Rounded]:
+    if set(spec.w.axes or ()) != set(stat.layout.contracted):
+        raise ValueError(
+            f"{name} is contracted over {stat.layout.contracted}, and its rule shares scales over "
+            f"{spec.w.axes}; GPTQ needs the same. Use the axes of `resolve`."
+        )
+    h = stat.matrices
+    w = jnp.asarray(w)
+    made, regular = _on_device(w, h, spec, stat.layout, float(damp))
+    if not bool(jnp.isfinite(made.scale).all() & jnp.isfinite(h).all()):
+        raise ValueError(f"{name}, or what meets it, has NaN or infinite values; mend it first.")
+    if not bool(regular):
+        raise ValueError(
+            f"the second moments of what meets {name} are singular in float32 at damp={damp}; give "
+            "more batches, or a larger damp."
+        )
+    error = lambda t: _errors(w, h, t, stat.layout)
+    return made, Rounded(error(encode(w, spec)), error(made), int(stat.unseen.sum()))
+
+
+def _errors(w: jax.Array, h: jax.Array, t: QTensor, layout: Layout) -> float:
+    wide = on_grid(w)
+    off = value_of(t.astype(jnp.float32)) - wide
+    power = lambda x: jnp.einsum("bkn,bkl,bln->", x, h, x, precision=EXACT)
+    whole = power(canonical(wide, layout))
+    return float(
+        jnp.sqrt(jnp.maximum(power(canonical(off, layout)), 0) / jnp.where(whole > 0, whole, 1))
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _on_device(
+    w: jax.Array, h: jax.Array, spec: DotSpec, layout: Layout, damp: float
+) -> tuple[QTensor, jax.Array]:
+    assert spec.w.axes is not None
+    shape, axes = w.shape, tuple(axis % w.ndim for axis in spec.w.axes)
+    tiles = 1 if spec.w.group is None else shape[axes[-1]] // spec.w.group.size
+    sizes = [shape[axis] for axis in layout.contracted]
+    order = _by_tiles(sizes, tiles)
+    columns = canonical(on_grid(w), layout)[:, order]
+    h = h[:, order][:, :, order]
+    made = jax.vmap(lambda w, h: _columns(w, h, spec.w, tiles, damp))(columns, h)
+    regular = made.pop("regular").all()
+    codes = uncanonical(made["codes"][:, np.argsort(order)], layout, shape)
+    small = lambda n: [n if d == axes[-1] else 1 if d in axes else m for d, m in enumerate(shape)]
+    laid = lambda x: uncanonical(x, layout, small(x.shape[1]))
+    rest = {name: laid(x) for name, x in made.items() if name != "codes"}
+    t = QTensor(codes, **rest, spec=spec, axes=spec.w.axes, dtype=np.dtype(w.dtype))
+    if spec.x is not None and not spec.x.symmetric:
+        t = t.with_sums()
+    return t, regular
+
+
+def _by_tiles(sizes: list[int], tiles: int) -> np.ndarray:
+    """An order of K in which groups, which are along the last of its axes, are consecutive."""
+    k = np.arange(math.prod(sizes)).reshape(-1, tiles, sizes[-1] // tiles)
+    return k.swapaxes(0, 1).reshape(-1)
+
+
+def _columns(w: jax.Array, h: jax.Array, spec: QSpec, tiles: int, damp: float) -> dict[str, Any]:
+    """One matrix (K, outputs) by its H: codes, and scales for each tile."""
+    size = w.shape[0] // tiles
+    u, _ = inverse_factor(h, damp)  # whose rows of unseen inputs spread no error
+    zero = w == 0
+    whole = _whole(w, spec)
+
+    def tile(w: jax.Array, start: jax.Array) -> tuple[jax.Array, Any]:
+        fixed = _fixed(jax.lax.dynamic_slice_in_dim(w, start, size), whole, spec)
+
+        def column(w: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+            row = w[k]
+            code, value = _nearest(row, fixed, spec)
+            nothing = fixed["zero_point"].astype(jnp.float32) if "zero_point" in fixed else 0.0
+            code = jnp.where(zero[k], nothing, code)
+            value = jnp.where(zero[k], np.float32(0), value)
+            spread = jnp.where(jnp.arange(w.shape[0]) > k, u[k] / u[k, k], np.float32(0))
+            return w - spread[:, None] * (row - value)[None], code
+
+        w, codes = jax.lax.scan(column, w, start + jnp.arange(size))
+        return w, (codes, {name: fixed[name] for name in _OUT if name in fixed})
+
+    _, (codes, scales_of_tiles) = jax.lax.scan(tile, w, jnp.arange(tiles) * size)
+    out = {"codes": as_codes(codes.reshape(w.shape), spec), **scales_of_tiles}
+    out["regular"] = jnp.isfinite(u).all()
+    if "multiplier" in out:  # one scale for all groups of a channel
+        out["scale"] = out["scale"][:1]
+    return out
+
+
+_OUT = ("scale", "zero_point", "multiplier")
+
+
+def _whole(w: jax.Array, spec: QSpec) -> Any:
+    """What the integer groups of a channel share: its scale, and the inverse."""
+    if spec.group is None or spec.group.scale == "free":
+        return None
+    reach = np.float32(spec.max_code * spec.most_multiplier)
+    m = jnp.max(_bound(w, spec, spec.group.size), axis=0)
+    zero = m < threshold(float(reach))
+    return jnp.where(zero, 1.0, m * (1 / reach)), jnp.where(zero, 0.0, reach / m)
+
+
+def _bound(w: jax.Array, spec: QSpec, size: int) -> jax.Array:
+    """(groups, outputs): bounds of consecutive rows."""
+    return bounds_of(w, (0,), replace(spec, group=None), w.shape[0] // size)
+
+
+def _fixed(rows: jax.Array, whole: Any, spec: QSpec) -> dict[str, jax.Array]:
+    """What is fixed for some rows (rows, outputs): scale, inverse, and the code of zero."""
+    if not spec.symmetric:
+        low, high = spec.calibrator.bounds(rows, (0,))
+        _, scale, point = asymmetric(rows, low, high, spec)
+        inverse = _inverse(high - low, spec)
+        return {"scale": scale[0], "inverse": inverse[0], "zero_point": point[0]}
+    m = _bound(rows, spec, rows.shape[0])[0]
+    if whole is None:
+        scale, inverse = scales(m, spec)
+        return {"scale": scale, "inverse": inverse}
+    scale, inverse = whole
+    steps = jnp.ceil((m * inverse) * np.float32(1 / spec.max_code))
+    multiplier = jnp.clip(steps, 1, spec.most_multiplier)
+    return {"scale": scale, "inverse": inverse, "multiplier": multiplier.astype(jnp.int8)}
+
+
+def _inverse(r: jax.Array, spec: QSpec) -> jax.Array:
+    n = 2**spec.grid.bits - 1
+    return jnp.where(r < threshold(n), 0.0, np.float32(n) / r)
+
+
+def _nearest(row: jax.Array, fixed: dict[str, jax.Array], spec: QSpec) -> tuple[Any, jax.Array]:
+    """Codes as float32, and the values they stand for."""
+    steps = row * fixed["inverse"]
+    if "zero_point" in fixed:
+        point = fixed["zero_point"].astype(jnp.float32)
+        least = -np.float32(2 ** (spec.grid.bits - 1))
+        whole = jax.lax.round(steps, jax.lax.RoundingMethod.TO_NEAREST_EVEN) + point
+        code = jnp.clip(whole, least, -least - 1)
+        return code, (code - point) * fixed["scale"]
+    by = fixed["multiplier"].astype(jnp.float32) if "multiplier" in fixed else np.float32(1)
+    code = codes_of(steps * (1 / by), spec).astype(jnp.float32)
+    return code, code * by * fixed["scale"]

@@ -1,0 +1,264 @@
+"""The derivative of a product on codes: that of the float product at the values served.
+
+Straight through (https://arxiv.org/abs/1308.3432), and what is kept for it are codes and scales.
+"""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from unitscale_jax.mesh_axes import zeros
+from unitscale_jax.quant._ops import spread
+from unitscale_jax.quant._qtensor import QTensor, integer_codes, is_quantized, value_of
+from unitscale_jax.quant._served import Unquantizable, served
+from unitscale_jax.quant._spec import DotSpec
+from unitscale_jax.quant._transposed import transposed
+from unitscale_jax.quant._views import view
+from unitscale_jax.trace.params import (
+    Conv,
+    Dot,
+    Product,
+    product_of,
+)
+from unitscale_jax.trace.program import Site, not_before
+from unitscale_jax.trace.rewrite import (
+    as_traced,
+    noted,
+    operand_enters,
+    taking,
+)
+from unitscale_jax.typing import Key
+
+Multiply = Callable[..., Any]
+
+
+def straight_through(
+    product: Product, sides: list[Any], spec: DotSpec, key: Key | None, multiply: Multiply
+) -> jax.Array:
+    """`served`, whose derivative is that of the float product at the values served.
+
+    `multiply` makes the products of a quantized backward pass.
+
+    A model has few kinds of products, and both passes of a kind are traced once; not where notes
+    are taken, or devices sum, since those differ from place to place.
+    """
+    if taking() or product.across is not None:
+        return _straight_through(product, sides, spec, key, multiply)
+    kind = _kind(product, sides, spec)
+    if kind not in _PROGRAMS:
+        # Of the program that the product stands in, nothing is kept but its own equation.
+        alone = replace(product, site=Site(product.site.eqn, 0), extra=(), note={})
+        run = lambda extra, sides, key: _straight_through(
+            replace(alone, extra=extra), sides, spec, key, multiply
+        )
+        _PROGRAMS[kind] = jax.jit(run, inline=True)
+    return _PROGRAMS[kind](product.extra, sides, key)
+
+
+_PROGRAMS: dict[Any, Callable[..., jax.Array]] = {}
+
+
+def _straight_through(
+    product: Product, sides: list[Any], spec: DotSpec, key: Key | None, multiply: Multiply
+) -> jax.Array:
+    carriers = [t.latent if is_quantized(t) else t for t in sides]
+    with operand_enters():
+        parts = [
+            replace(t, latent=None) if is_quantized(t) else jax.lax.stop_gradient(t) for t in sides
+        ]
+    if all(c is None for c in carriers):
+        return served(product, parts, spec)
+    beside = (product.extra, key)  # data, so they go in as arguments
+
+    @jax.custom_vjp
+    def call(carriers: Any, parts: Any, beside: Any) -> jax.Array:
+        del carriers
+        return served(replace(product, extra=beside[0]), parts, spec)
+
+    def fwd(carriers: Any, parts: Any, beside: Any) -> tuple[jax.Array, Any]:
+        like = [None if c is None else c.reshape(-1)[:0] for c in carriers]  # dtypes, no numbers
+        return served(replace(product, extra=beside[0]), parts, spec), (parts, beside, like)
+
+    def back(kept: Any, g: jax.Array) -> Any:
+        parts, (extra, key), like = kept
+        g = g if product.across is None else product.across.transposed(g)
+        open_product = replace(product, extra=extra)
+        backward = lambda side: _backward(open_product, parts, side, g, spec, key, multiply)
+        return [None if c is None else backward(k).astype(c.dtype) for k, c in enumerate(like)]
+
+    traced_back = back if taking() else jax.jit(back, inline=True)
+
+    def bwd(kept: Any, g: jax.Array) -> tuple[Any, None, None]:
+        return traced_back(kept, g), None, None
+
+    call.defvjp(fwd, bwd)
+    return call(carriers, parts, beside)
+
+
+def _backward(
+    product: Product,
+    parts: list[Any],
+    side: int,
+    g: jax.Array,
+    spec: DotSpec,
+    key: Key | None,
+    multiply: Multiply,
+) -> jax.Array:
+    """The cotangent of one operand, in the dtype it was traced in."""
+    other = parts[1 - side]
+    if spec.g is None or not is_quantized(other):
+        return _float_backward(product, parts, side, g)
+    own = None if key is None else jax.random.fold_in(key, side)
+    try:
+        return _quantized_backward(product, other, side, g, spec, own, multiply)
+    except Unquantizable as error:  # which `refusals` said in the forward pass
+        with noted(quantize=f"kept: {error}"):
+            return _float_backward(product, parts, side, g)
+
+
+def _float_backward(product: Product, parts: list[Any], side: int, g: jax.Array) -> jax.Array:
+    values = [_value(_waiting(t, g)) if is_quantized(t) else t for t in parts]
+
+    def times(v: jax.Array) -> jax.Array:
+        pair = [v, values[1]] if side == 0 else [values[0], v]
+        return product.as_traced(*pair)
+
+    return jax.vjp(times, values[side])[1](g)[0]
+
+
+def refusals(
+    product: Product, sides: list[Any], spec: DotSpec, multiply: Multiply
+) -> tuple[str, ...]:
+    """Why a backward pass that was to be quantized will be in floating point, operand by operand.
+
+    Nothing is computed: the backward pass is traced on a cotangent of zeros, once for products that
+    are alike. Only of what is trained; codes that are served have no backward pass to speak of.
+    """
+    parts = [replace(t, latent=None) if is_quantized(t) else t for t in sides]
+    weights = [t for t in sides if is_quantized(t) and t.spec.x is not None]
+    if weights and all(t.latent is None for t in weights):
+        return ()
+    alike = _kind(product, parts, spec)
+    if alike not in _REFUSALS:
+        found = (_refusal(product, parts, side, spec, multiply) for side in (0, 1))
+        _REFUSALS[alike] = tuple(why for why in found if why is not None)
+    return _REFUSALS[alike]
+
+
+# Sentences about products that were seen, by what they depend on: a model has few kinds of them.
+_REFUSALS: dict[Any, tuple[str, ...]] = {}
+
+
+def _kind(product: Product, parts: list[Any], spec: DotSpec) -> Any:
+    """All that a backward pass is chosen by: the equation, the types of its operands, the spec."""
+    leaves, structure = jax.tree.flatten(parts)
+    params = frozenset(product.site.eqn.params.items())
+    types = tuple(map(jax.typeof, leaves))
+    return product.site.name, params, product.site.operands, product.dtype, structure, types, spec
+
+
+def _refusal(
+    product: Product, parts: list[Any], side: int, spec: DotSpec, multiply: Multiply
+) -> str | None:
+    other = parts[1 - side]
+    if not is_quantized(other):
+        return None
+
+    def attempt() -> jax.Array:
+        g = zeros(product.result_shape, product.dtype, like=other.codes)
+        return _quantized_backward(product, other, side, g, spec, None, multiply)
+
+    try:
+        jax.eval_shape(attempt)
+    except Unquantizable as error:
+        return f"the derivative by its {('left', 'right')[side]} operand: {error}"
+    return None
+
+
+def _waiting(t: QTensor, g: jax.Array) -> QTensor:
+    """Codes whose scale is there no sooner than the cotangent is.
+
+    Their values depend on the forward pass alone. A compiler that is free to make them early makes
+    those of all layers at once: of three residual blocks 35 MB where the float program takes 13.
+    """
+    return replace(t, scale=not_before(t.scale, g))
+
+
+def _value(t: QTensor) -> jax.Array:
+    """As `value_of`, but for derivatives, which need not be the same bits in every program."""
+    whole = integer_codes(t).astype(jnp.float32)
+    if t.zero_point is not None:
+        whole = whole - spread(t.zero_point, t.shape).astype(jnp.float32)
+    return (whole * spread(t.scale, t.shape)).astype(t.dtype)
+
+
+def _quantized_backward(
+    product: Product,
+    other: QTensor,
+    side: int,
+    g: jax.Array,
+    spec: DotSpec,
+    key: Key | None,
+    multiply: Multiply,
+) -> jax.Array:
+    """The transposed product, on the codes of the other operand and codes of g.
+
+    The other operand's scale varies along this sum, so it is folded into g before g is quantized.
+    """
+    other = replace(other, x_range=None, colsum=None)  # those of the forward pass
+    backward = _backward_spec(product, other, spec)
+    program = transposed(product, side, g, value_of(other)).jaxpr
+    draws = key if spec.g is not None and spec.g.rounding == "stochastic" else None
+    env: dict[Any, Any] = dict(zip(program.invars, (g, other), strict=True))
+    for index, eqn in enumerate(program.eqns):
+        site = Site(eqn, index)
+        operands = [env[v] for v in eqn.invars]
+        inner = product_of(site)
+        if inner is not None:
+            results = [_multiplied(inner, operands, backward, draws, multiply)]
+        elif any(map(is_quantized, operands)):
+            results = view(site, operands)
+            assert results is not None, site.name
+        else:
+            results = site.bind(operands)
+        env |= dict(zip(eqn.outvars, results, strict=True))
+    return env[program.outvars[0]]
+
+
+def _multiplied(
+    inner: Product, operands: list[Any], spec: DotSpec, draws: Key | None, multiply: Multiply
+) -> jax.Array:
+    with noted(quantize=str(spec)), as_traced(low=True):
+        out, verdict = multiply(inner, *operands, spec, draws=draws)
+    if verdict.kept:
+        raise Unquantizable(verdict.kept.removeprefix("kept: "))
+    return out
+
+
+def _backward_spec(product: Product, other: QTensor, spec: DotSpec) -> DotSpec:
+    """How a transposed product is computed.
+
+    Raises:
+        Unquantizable: It is not, but in floating point.
+    """
+    assert spec.g is not None
+    if not isinstance(product, Dot | Conv):
+        raise Unquantizable("of a ragged product it is in floating point")
+    if isinstance(product, Conv) and product.site.eqn.params["feature_group_count"] != 1:
+        raise Unquantizable("of a convolution with feature groups it is in floating point")
+    if other.zero_point is not None:
+        raise Unquantizable("codes with a zero point have scales that cross its sum")
+    nearest = replace(spec.g, rounding="nearest")  # draws say that it is not
+    try:
+        return DotSpec(w=other.spec.w, x=nearest, compute=spec.compute)
+    except ValueError as error:
+        raise Unquantizable(str(error)) from None
+
+
+def draw(key: Key | None, place: tuple[int, ...]) -> Key | None:
+    """A key for the equation at a place."""
+    return None if key is None else jax.random.fold_in(key, zlib.crc32(repr(place).encode()))

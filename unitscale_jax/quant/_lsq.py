@@ -1,0 +1,244 @@
+"""A parameter whose scale is trained beside it: learned step size quantization.
+
+    v^ = s clip(rne(v / s), -Q, Q)
+    dv^/ds = rne(v / s) - v / s  where |v / s| < Q,  else Q sign(v),  times 1 / sqrt(N Q)
+    dv^/dv = 1                   where |v / s| < Q,  else 0
+
+N is how many elements share the scale; of an activation those of one row, so that the gradient of a
+batch is the sum of those of its parts. Reference: https://arxiv.org/abs/1902.08153.
+"""
+
+import functools
+import math
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any, TypeGuard
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unitscale_jax import tree as trees
+from unitscale_jax.formats import on_grid
+from unitscale_jax.fwd_bwd import straight_through
+from unitscale_jax.mesh_axes import match_vma
+from unitscale_jax.quant._calibrators import Axes, Calibrator
+from unitscale_jax.quant._ops import bounds_of, codes_of, fence, spread, threshold
+from unitscale_jax.quant._qtensor import ARRAYS, QTensor, moved, source_of
+from unitscale_jax.quant._spec import DotSpec, QSpec
+from unitscale_jax.typing import DType
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["latent", "scale", "x_scale"],
+    meta_fields=["spec"],
+)
+@dataclass(frozen=True, eq=False)
+class Learned(trees.Compound):
+    """A parameter and its scales, all of them trained; made by `learned`, which checks it.
+
+    An optimizer sees three arrays, "w/latent", "w/scale" and "w/x_scale".
+
+    Attributes:
+        latent: The float array.
+        scale: float32, of its rank: size 1 on the axes that share a scale (with groups the number
+            of groups on the last of them), full elsewhere.
+        x_scale: float32: that of what meets the parameter, its axes those of stacked layers; None
+            if that stays in floating point.
+        spec: How it is quantized, and what it does with what it meets.
+    """
+
+    latent: Any
+    scale: Any
+    x_scale: Any = None
+    _: KW_ONLY
+    spec: DotSpec
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array."""
+        return tuple(self.latent.shape)
+
+    @property
+    def dtype(self) -> DType:
+        """The dtype of the array."""
+        return np.dtype(self.latent.dtype)
+
+    @property
+    def values(self) -> Any:
+        """The float array."""
+        return self.latent
+
+    def with_values(self, values: Any) -> "Learned":
+        """Another float array, and the same scales."""
+        return replace(self, latent=values)
+
+    def astype(self, dtype: Any) -> "Learned":
+        """The array in another float dtype; scales stay as they are."""
+        return replace(self, latent=self.latent.astype(dtype))
+
+    def take(self, axis: int, at: np.ndarray) -> "Learned":
+        """Some positions of an axis, ascending; scales that they share stay.
+
+        Raises:
+            ValueError: It would cut through a group.
+        """
+        return self._moved(axis % len(self.shape), np.asarray(at))
+
+    def put(self, axis: int, at: np.ndarray, size: int) -> "Learned":
+        """Positions of an axis back to where they were `take`n from, with zeros elsewhere."""
+        return self._moved(axis % len(self.shape), source_of(at, size))
+
+    def _moved(self, axis: int, source: np.ndarray) -> "Learned":
+        latent, scale = (
+            moved(x, axis, source, self.shape[axis], fill)
+            for x, fill in ((self.latent, 0), (self.scale, 1))
+        )
+        x_scale = self.x_scale
+        if x_scale is not None and axis < x_scale.ndim:  # of stacked layers
+            x_scale = moved(x_scale, axis, source, self.shape[axis], 1)
+        return replace(self, latent=latent, scale=scale, x_scale=x_scale)
+
+    def __repr__(self) -> str:
+        """Shape, spec and dtype."""
+        shape = getattr(self.latent, "shape", self.latent)
+        return f"Learned({shape}, {self.spec}, axes={self.spec.w.axes})"
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=ARRAYS, meta_fields=["spec", "axes", "dtype"]
+)
+@dataclass(frozen=True, eq=False, repr=False)
+class Trained(QTensor):
+    """A `Learned` inside of `quantized(fn)`: its latent and its `x_range` carry gradients."""
+
+
+def is_learned(leaf: Any) -> TypeGuard[Learned]:
+    """Whether a leaf is a `Learned`."""
+    return isinstance(leaf, Learned)
+
+
+def encoded(leaf: Learned) -> QTensor:
+    """What is served: codes by the trained scale, NaN where the array is not finite."""
+    w, shape = leaf.spec.w, leaf.shape
+    assert w.axes is not None
+    axes = tuple(axis % len(shape) for axis in w.axes)
+    v = on_grid(jax.lax.stop_gradient(leaf.latent))
+    largest = bounds_of(v, axes, QSpec(), tiles_of(shape, w))
+    scale = _kept(jax.lax.stop_gradient(leaf.scale), w)
+    scale = jnp.where(jnp.isfinite(largest), scale, np.float32(np.nan))
+    codes = codes_of(v * spread(1 / scale, shape), w)
+    x_range = None if leaf.x_scale is None else range_of_scale(leaf.x_scale, leaf.spec.x)
+    return QTensor(codes, scale, x_range=x_range, spec=leaf.spec, axes=w.axes, dtype=leaf.dtype)
+
+
+def trained(leaf: Learned) -> Trained:
+    """What `quantized` computes with: what is served, and where its gradients go."""
+    t = encoded(leaf)
+    scale = _kept(leaf.scale, leaf.spec.w)
+    count = math.prod(leaf.shape) // max(math.prod(scale.shape), 1)
+    latent = carrier(leaf.latent, scale, leaf.spec.w.max_code, count)
+    return Trained(
+        t.codes, t.scale, x_range=t.x_range, latent=latent, spec=t.spec, axes=t.axes, dtype=t.dtype
+    )
+
+
+def entered(tree: Any) -> Any:
+    """A tree with a `Trained` for every `Learned`."""
+    swap = lambda leaf: trained(leaf) if is_learned(leaf) else leaf
+    return jax.tree.map(swap, tree, is_leaf=trees.is_compound)
+
+
+def tiles_of(shape: tuple[int, ...], spec: QSpec) -> int:
+    """How many groups there are along the last of the axes that share a scale."""
+    assert spec.axes is not None
+    return 1 if spec.group is None else shape[max(spec.axes)] // spec.group.size
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def carrier(x: jax.Array, scale: jax.Array, q: int, count: int) -> jax.Array:
+    """An array that takes the cotangent of its served value, and gives the scale its share.
+
+    Args:
+        x: Floating.
+        scale: float32, of the rank of x.
+        q: The largest code.
+        count: N, how many elements share a scale.
+    """
+    del scale, q, count
+    return x
+
+
+def _forward(x: jax.Array, scale: jax.Array, q: int, count: int) -> tuple[jax.Array, Any]:
+    del q, count
+    return x, (x, scale)
+
+
+def _backward(q: int, count: int, kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, scale = kept
+    steps = on_grid(x) * spread(1 / scale, x.shape)
+    inside = jnp.abs(steps) < q
+    slope = jnp.where(inside, _rounded(steps) - steps, jnp.sign(steps) * np.float32(q))
+    repeat = lambda s: jnp.broadcast_to(spread(s, x.shape), x.shape)
+    (total,) = jax.vjp(repeat, scale)[1](slope * g.astype(jnp.float32))  # sums for each scale
+    dx = jnp.where(inside, g, jnp.zeros_like(g))
+    return match_vma((dx, total * np.float32(1 / math.sqrt(max(count, 1) * q))), (x, scale))
+
+
+carrier.defvjp(_forward, _backward)
+
+
+def _rounded(steps: jax.Array) -> jax.Array:
+    return jax.lax.round(steps, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
+
+
+def least_scale(spec: QSpec) -> np.float32:
+    """The first number from t(Q) / Q on whose product with Q is not below t(Q)."""
+    q, least = np.float32(spec.max_code), threshold(spec.max_code)
+    scale = np.float32(least / q)
+    return scale if scale * q >= least else np.nextafter(scale, np.float32(1))
+
+
+def _kept(scale: Any, spec: QSpec) -> jax.Array:
+    """The scale, at least the least; one that an update made smaller still has its gradient."""
+    wide = jnp.asarray(scale).astype(jnp.float32)
+    return straight_through(jnp.maximum(wide, least_scale(spec)), wide)
+
+
+def range_of_scale(scale: Any, spec: QSpec | None) -> jax.Array:
+    """The range (-s Q, s Q) on a new last axis."""
+    assert spec is not None
+    # Fenced, or s Q / Q would be s in one program and not in the other.
+    high = fence(_kept(scale, spec) * np.float32(spec.max_code))
+    return jnp.stack([-high, high], axis=-1)
+
+
+def first_scale(x: Any, spec: QSpec) -> jax.Array:
+    """2 mean |x| / sqrt(Q) for each scale, at least the least; NaN where x is not finite.
+
+    Example:
+        >>> v = jnp.array([0.24, -1.5, 5, 0.8, -0.3])
+        >>> round(first_scale(v, QSpec(format="int3", axes=(-1,)))[0].item(), 5)
+        1.81057
+    """
+    assert spec.axes is not None
+    axes = tuple(axis % x.ndim for axis in spec.axes)
+    tiles = tiles_of(x.shape, spec)
+    mean = bounds_of(on_grid(x), axes, replace(spec, calibrator=_Mean()), tiles)
+    return first_of_mean(mean, spec)
+
+
+def first_of_mean(mean: Any, spec: QSpec) -> jax.Array:
+    """The first scale of numbers with a mean magnitude."""
+    first = jnp.asarray(mean, jnp.float32) * np.float32(2 / math.sqrt(spec.max_code))
+    return jnp.maximum(first, least_scale(spec))
+
+
+@dataclass(frozen=True)
+class _Mean(Calibrator):
+    """The mean magnitude, which is no bound, by the axes and groups of one."""
+
+    def bound(self, x: jax.Array, axes: Axes, error: Any) -> jax.Array:
+        """Mean |x|."""
+        del error
+        return jnp.mean(jnp.abs(x), axis=axes, keepdims=True)

@@ -1,0 +1,268 @@
+"""From parameters to codes, leaf by leaf."""
+
+import contextlib
+import functools
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unitscale_jax import rules as named_rules, tree as trees
+from unitscale_jax.errors import not_divisible
+from unitscale_jax.formats import on_grid
+from unitscale_jax.quant._lsq import Learned, encoded, is_learned
+from unitscale_jax.quant._ops import (
+    asymmetric,
+    bounds_of,
+    ends_of,
+    integer_groups,
+    spread,
+    symmetric,
+)
+from unitscale_jax.quant._qtensor import QTensor, has_codes, is_quantized
+from unitscale_jax.quant._spec import DotSpec
+from unitscale_jax.statistics import check_names
+
+Rules = named_rules.Rules[DotSpec]
+ACTIVATIONS: tuple[int, ...] = ()
+"""The axes of a rule's spec once it is known to name products of activations, no parameter."""
+
+
+def quantize(
+    params: Any,
+    rules: Rules | None = None,
+    stats: Mapping[str, Any] | None = None,
+    *,
+    delete: bool = False,
+) -> Any:
+    """Replaces the parameters that rules name, and every `Learned`, by codes and scales.
+
+    Args:
+        params: A pytree of parameters.
+        rules: Pairs (pattern, `DotSpec`) whose axes are given, as `resolve` gives them. A `Learned`
+            needs none.
+        stats: What `calibrate` found: by parameter, the range of what meets it. A parameter that
+            they do not have finds the range of each input when it meets it.
+        delete: Frees each float array once its codes are there, so that the peak is the model and
+            the codes of one leaf; the arrays cannot be used afterwards.
+
+    Returns:
+        `params` with a `QTensor` for each parameter named. One that is quantized already, by the
+        same spec, stays.
+
+    Raises:
+        ValueError: A rule matches nothing, has no axes, or names a parameter that cannot be
+            quantized: not floating, not finite, axes it does not have, groups that do not divide.
+
+    Law: |x - dequantize(quantize(x))| <= s / 2 where nothing is clipped, up to rounding.
+
+    Example:
+        >>> import unitscale_jax as us
+        >>> rules = {"w": us.DotSpec(w=us.QSpec(axes=(-1,)), x=us.QSpec())}
+        >>> w = quantize({"w": jnp.array([[-1.0, 0.3, 0.5, 1.0]])}, rules)["w"]
+        >>> w.codes.tolist(), w.scale.shape
+        ([[-127, 38, 64, 127]], (1, 1))
+    """
+    known = trees.named_leaves(params, is_leaf=trees.is_compound)
+    chosen = {name: leaf.spec for name, leaf in known.items() if is_learned(leaf)}
+    if rules is None and not chosen and not any(map(is_quantized, known.values())):
+        raise ValueError(
+            "no parameter is learned, and there are no rules: give quantize(.., rules)"
+        )
+    found = {} if rules is None else match(rules, params)
+    check_names(stats, known)
+    chosen |= {name: spec for name, spec in found.items() if spec is not None}
+    done = dict(known)
+    bytes_of = lambda name: trees.nbytes(known[name])
+    for name in sorted(chosen, key=bytes_of):  # small ones first, which frees most for the largest
+        leaf, spec = known[name], chosen[name]
+        done[name] = _quantized(name, leaf, spec, range_of(stats, name))
+        array = leaf.latent if is_learned(leaf) else leaf
+        if delete and done[name] is not leaf and isinstance(array, jax.Array):
+            jax.block_until_ready(done[name])
+            array.delete()
+    structure = jax.tree.structure(params, is_leaf=trees.is_compound)
+    return jax.tree.unflatten(structure, list(done.values()))
+
+
+def match(rules: Rules, params: Any, skip: Collection[int] = ()) -> dict[str, DotSpec | None]:
+    """The spec of each parameter; rules known to name activations, or to skip, need match none."""
+    names = trees.names(params, is_leaf=trees.is_compound)
+    specs = map(_checked, named_rules.pairs_of(rules))
+    others = [k for k, spec in enumerate(specs) if spec.w.axes == ACTIVATIONS]
+    return named_rules.match(rules, names, skip={*skip, *others})
+
+
+def _checked(pair: tuple[Any, Any]) -> DotSpec:
+    pattern, spec = pair
+    if not isinstance(spec, DotSpec):
+        raise TypeError(
+            f"rule {pattern!r} has the value {spec!r}; a quantization rule has a DotSpec, such as "
+            "DotSpec(w=QSpec(), x=QSpec())."
+        )
+    return spec
+
+
+def agrees(held: DotSpec, asked: DotSpec) -> bool:
+    """Whether a spec is the asked one, whose axes may be open."""
+    return held == (asked if asked.w.axes is not None else asked.with_axes(held.w.axes))
+
+
+def range_of(stats: Mapping[str, Any] | None, name: str) -> Any:
+    """The calibrated range of what meets a parameter, if there is one."""
+    stat = None if stats is None else stats.get(name)
+    return None if stat is None else stat.range
+
+
+def check_range(name: str, x_range: Any) -> None:
+    """Whether a parameter whose activation has a learned scale is given no other range.
+
+    Raises:
+        ValueError: It is; the message says the way out.
+    """
+    if x_range is not None:
+        raise ValueError(
+            f"{name} is learned, its activation's scale with it, and stats give another range; "
+            "leave it out of the stats."
+        )
+
+
+def _quantized(name: str, leaf: Any, spec: DotSpec, x_range: Any) -> QTensor:
+    if is_quantized(leaf) or is_learned(leaf):
+        if not agrees(leaf.spec, spec):
+            raise ValueError(
+                f"{name} is quantized already, as {leaf.spec}, and a rule asks for {spec}; "
+                "dequantize it first, or leave it out."
+            )
+        if is_quantized(leaf):
+            return leaf
+        check_range(name, x_range)
+        made = _of_learned(leaf)
+        x_range = made.x_range
+    else:
+        check_leaf(name, leaf, spec)
+        made = _on_device(leaf, spec)
+    if not isinstance(made.scale, jax.core.Tracer) and not bool(jnp.isfinite(made.scale).all()):
+        raise ValueError(f"{name} has NaN or infinite values, which no scale fits; mend it first.")
+    return replace(made, x_range=x_range)
+
+
+@contextlib.contextmanager
+def widths_by_name(args: tuple[Any, ...]) -> Iterator[None]:
+    """Names the codes that what meets them does not fit, where JAX gives two shapes alone."""
+    try:
+        yield
+    except TypeError as error:
+        found = re.search(
+            r"contracting dimensions .*got \(([\d, ]+)\) and \(([\d, ]+)\)", str(error)
+        )
+        widths = (
+            [] if found is None else [int(n) for n in re.findall(r"\d+", " ".join(found.groups()))]
+        )
+        params = args[0] if args and widths else ()
+        for name, t in trees.named_leaves(params, is_leaf=is_quantized).items():
+            own = [t.shape[axis] for axis in t.axes] if is_quantized(t) else []
+            for size in (size for size in own if size in widths):
+                other = next((n for n in widths if n != size), size)
+                raise TypeError(
+                    f"{name} has {size} input channels, and what meets it has {other}. Give it "
+                    f"what it was quantized for. ({error})"
+                ) from None
+        raise
+
+
+def check_leaf(name: str, leaf: Any, spec: DotSpec) -> None:
+    """Whether a parameter can be quantized by a spec.
+
+    Raises:
+        ValueError: It cannot; the message names it and the way out.
+    """
+    axes = spec.w.axes
+    check_dtype(name, jnp.result_type(leaf))
+    if axes is None:
+        raise ValueError(
+            f"the rule for {name} does not say which axes share a scale. Use "
+            "`resolve(rules, fn, params, *inputs)`, which finds them, or QSpec(axes=(-2,))."
+        )
+    shape = np.shape(leaf)
+    if any(-axis > len(shape) for axis in axes) or not axes:
+        raise ValueError(f"{name} has shape {shape} and no axes {axes}.")
+    group = spec.w.group
+    if group is not None and shape[max(axes)] % group.size:
+        where, by = f"{name} along axis {max(axes)}", f"groups of {group.size}"
+        says = not_divisible(where, shape[max(axes)], by)
+        raise ValueError(f"{says} Choose a group among them, or pad the parameter.")
+
+
+def check_dtype(name: str, dtype: Any) -> None:
+    """Whether parameters of a dtype have codes.
+
+    Raises:
+        ValueError: They have none; the message names the parameter and the way out.
+    """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name} is {np.dtype(dtype)}; only floats have codes. Exclude it.")
+    if not has_codes(dtype):
+        raise ValueError(
+            f"{name} is {np.dtype(dtype)}, which has no codes: floats of 16 and 32 bits have. "
+            "Cast it to float32 first, or exclude it."
+        )
+
+
+@jax.jit
+def _of_learned(leaf: Learned) -> QTensor:
+    return encoded(leaf)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _on_device(x: jax.Array, spec: DotSpec) -> QTensor:
+    return encode(x, spec)
+
+
+def encode(x: jax.Array, spec: DotSpec, over: Sequence[str] = ()) -> QTensor:
+    """One array as codes and scales; axes are given, and nothing is checked.
+
+    `over` are manual mesh axes that the axes are split over, so that devices share a scale.
+    """
+    w = spec.w
+    assert w.axes is not None
+    axes = tuple(axis % x.ndim for axis in w.axes)
+    v = on_grid(jax.lax.stop_gradient(x))
+    made = functools.partial(QTensor, spec=spec, axes=w.axes, dtype=np.dtype(x.dtype))
+    if not w.symmetric:
+        codes, scale, point = asymmetric(v, *ends_of(v, axes, w, over), w)
+        return _summed(made(codes, scale, point))
+    tiles = 1 if w.group is None else x.shape[max(axes)] // w.group.size
+    m = bounds_of(v, axes, w, tiles, over if w.group is None else ())
+    if w.group is not None and w.group.scale == "integer":
+        codes, scale, multiplier = integer_groups(v, m, max(axes), w, over)
+        return _summed(made(codes, scale, multiplier=multiplier))
+    return _summed(made(*symmetric(v, m, w)))
+
+
+def _summed(t: QTensor) -> QTensor:
+    """Adds the sums of codes that an asymmetric activation needs."""
+    if t.spec.x is None or t.spec.x.symmetric:
+        return t
+    return t.with_sums()
+
+
+def inside(x: jax.Array, t: QTensor, over: Sequence[str] = ()) -> jax.Array:
+    """Where the values of the latent are within its range, and so receive gradients.
+
+    `over` as of `encode`.
+    """
+    w = t.spec.w
+    axes = tuple(axis % x.ndim for axis in t.axes)
+    v = on_grid(x)
+    if not w.symmetric:
+        low, high = ends_of(v, axes, w, over)
+        return (low <= v) & (v <= high)
+    tiles = 1 if w.group is None else x.shape[axes[-1]] // w.group.size
+    m = bounds_of(v, axes, w, tiles, over if w.group is None else ())
+    # |x| <= m, and never Q s: f32(127) s is below m for 4 % of all m.
+    return jnp.abs(v) <= spread(m, x.shape)

@@ -1,0 +1,25 @@
+"""What a function costs: operations and bytes of its equations, collectives of its program."""
+
+from unitscale_jax.trace.costs._cost import (
+    Cost,
+    Row,
+    cost,
+)
+from unitscale_jax.trace.costs._hlo import (
+    Collective,
+    collectives,
+)
+from unitscale_jax.trace.costs._op_cost import (
+    OpCost,
+    cost_of,
+)
+
+__all__ = [
+    "Collective",
+    "Cost",
+    "OpCost",
+    "Row",
+    "collectives",
+    "cost",
+    "cost_of",
+]

@@ -1,0 +1,132 @@
+"""The walk that finds which axes are the same dimension.
+
+What is known of a value is its axes; what an equation says of them is said once and for all, by
+unifying factors, so a loop's body is walked once.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from unitscale_jax.trace.dimensions._axis_rules import RULES, cut_to, opaque, shape, shapes
+from unitscale_jax.trace.dimensions._factors import Axes, Axis, expanded, new_axes, new_axis, unify
+from unitscale_jax.trace.program._compat import Jaxpr
+from unitscale_jax.trace.program._walk import Flow, Place, Site, bodies, walk
+
+Record: TypeAlias = Mapping[Place, tuple[list[Axes], list[Axes]]]
+"""Axes of the operands and the results of equations, by place."""
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """Axes of all values of a function, in terms of factors as they are known in the end.
+
+    Attributes:
+        results: Of the results.
+        record: For each equation without a body.
+        calls: For each call whose derivative is the user's.
+        unknown: Primitives without a rule, and how often they occur.
+    """
+
+    results: list[Axes]
+    record: Record
+    calls: Record
+    unknown: Mapping[str, int]
+
+
+def coupled(
+    jaxpr: Jaxpr,
+    operands: Sequence[Axes],
+    consts: Sequence[Any] = (),
+    parent: Site | None = None,
+    body: int = 0,
+) -> Coupled:
+    """Unifies the axes of everything in `jaxpr`, whose operands have the axes given."""
+    flow = Couplings()
+    results = walk(flow, jaxpr, operands, consts, parent, body)
+    both = lambda record: {at: (settled(i), settled(o)) for at, (i, o) in record.items()}
+    return Coupled(settled(results), both(flow.record), both(flow.calls), dict(flow.unknown))
+
+
+def settled(values: Iterable[Axes]) -> list[Axes]:
+    """Axes in terms of factors as they are known by now; what they cannot express, marked."""
+    return [tuple(map(expanded, axes)) for axes in values]
+
+
+class Couplings(Flow[Axes]):
+    """The walk that unifies axes.
+
+    Attributes:
+        record: For each equation without a body, by place: axes of its operands, of its results.
+        calls: Likewise for each call with a derivative of its own.
+        unknown: How often a primitive without a rule was met.
+    """
+
+    def __init__(self) -> None:
+        """A walk that has met nothing."""
+        self.record: dict[Place, tuple[list[Axes], list[Axes]]] = {}
+        self.calls: dict[Place, tuple[list[Axes], list[Axes]]] = {}
+        self.unknown: Counter[str] = Counter()
+        self._stacks: dict[Place, Axis] = {}  # the axis that a scan runs along
+
+    def constant(self, value: Any) -> Axes:
+        """An array's values say which position is which."""
+        return new_axes(np.shape(value), "constant")
+
+    def join(self, a: Axes, b: Axes) -> Axes:
+        """The same axes, from now on."""
+        for x, y in zip(a, b, strict=True):
+            unify(x, y)
+        return a
+
+    def visit(self, site: Site, inputs: list[Axes]) -> list[Axes]:
+        """By the table."""
+        rule = RULES.get(site.name, opaque)
+        if rule is opaque:
+            self.unknown[site.name] += 1
+        outs = list(rule(site.eqn, inputs))
+        self.record[site.place] = inputs, outs
+        return outs
+
+    def met(self, site: Site, inputs: list[Axes]) -> None:
+        """Remembers what a call with a derivative of its own takes."""
+        if site.name.startswith("custom_"):
+            self.calls[site.place] = inputs, []
+
+    def made(self, site: Site, outputs: list[Axes]) -> None:
+        """Remembers what a call with a derivative of its own returns."""
+        if site.place in self.calls:
+            self.calls[site.place][1][:] = outputs
+
+    def unstacked(self, site: Site, x: Axes) -> Axes:
+        """A row, without the axis that the scan runs along."""
+        unify(x[0], self._stack(site))
+        return x[1:]
+
+    def stacked(self, site: Site, y: Axes) -> Axes:
+        """Rows, along the axis that the scan runs along."""
+        return self._stack(site), *y
+
+    def _stack(self, site: Site) -> Axis:
+        length = site.eqn.params["length"]
+        return self._stacks.setdefault(site.place, new_axis(length, "layer"))
+
+    def entered(self, site: Site, inputs: list[Axes]) -> list[Axes]:
+        """The same axes; inside `shard_map` those of another size than outside are others."""
+        if site.name != "shard_map":
+            return inputs
+        return _sharded(inputs, [shape(v) for v in bodies(site.eqn)[0][0].invars])
+
+    def left(self, site: Site, outputs: list[Axes]) -> list[Axes]:
+        """The same axes, with the same exception."""
+        return _sharded(outputs, shapes(site.eqn)) if site.name == "shard_map" else outputs
+
+
+def _sharded(values: Iterable[Axes], sizes: Iterable[Sequence[int]]) -> list[Axes]:
+    return [
+        tuple(cut_to(axis, n, "sharded") for axis, n in zip(axes, those, strict=True))
+        for axes, those in zip(values, sizes, strict=True)
+    ]

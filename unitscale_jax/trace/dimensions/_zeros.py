@@ -1,0 +1,117 @@
+"""Proofs that removing channels changes nothing: where a computation holds zeros.
+
+    zero(y; c) for y = Wx + b    if zero(W; c) and zero(b; c)
+    Σ_c w_c h_c without channel c is the same    if zero(w; c) or zero(h; c), and both are finite
+
+Set the channels of a factor to zero in all parameters. A second walk carries along which axes of
+which values these channels then hold exact zeros, and along which they may be NaN or infinite. If
+every contraction over the factor multiplies by a zero there and every sum adds one, the function
+without these channels is the function with zeros in them, for all parameters for which that one
+stays finite, and so are its gradients. What else mixes the channels (a maximum, a sum of ones)
+leaks them.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unitscale_jax.trace.dimensions._couplings import Record
+from unitscale_jax.trace.dimensions._factors import Axes, Factor
+from unitscale_jax.trace.dimensions._zero_rules import (
+    EVERYWHERE,
+    MIXING,
+    NOTHING,
+    RESULTS,
+    ZERO,
+    Key,
+    Known,
+    Operation,
+    mixes_nothing,
+)
+from unitscale_jax.trace.program._compat import is_concrete
+from unitscale_jax.trace.program._primitives import REDUCTIONS
+from unitscale_jax.trace.program._walk import Flow, Place, Site
+
+
+class Zeros(Flow[Known]):
+    """The walk that carries zeros.
+
+    Attributes:
+        leaks: For a factor, what mixes its channels with others although they are not zero.
+        sums: The factors over which something was summed.
+    """
+
+    def __init__(self, record: Record, watched: set[Factor]) -> None:
+        """A walk over equations whose axes, expanded, are in `record`."""
+        self._record, self._watched = record, watched
+        self._loops: dict[Place, list[Known]] = {}
+        self.leaks: dict[Factor, set[str]] = {}
+        self.sums: set[Factor] = set()
+
+    def parameter(self, axes: Axes) -> Known:
+        """What is known of a parameter of which channels are removed."""
+        return Known(frozenset(self._keys(axes)))
+
+    def constant(self, value: Any) -> Known:
+        """Zero, or nothing in particular."""
+        if not is_concrete(value) or np.ndim(value):
+            return NOTHING
+        if jnp.issubdtype(jnp.result_type(value), jax.dtypes.extended):
+            return NOTHING
+        return ZERO if value == 0 else NOTHING
+
+    def join(self, a: Known, b: Known) -> Known:
+        """What holds of both."""
+        zero = b.zero if a == ZERO else a.zero if b == ZERO else a.zero & b.zero
+        return Known(zero, a.wild | b.wild)
+
+    def unstacked(self, site: Site, x: Known) -> Known:
+        """Every axis moves to the front by one."""
+        del site
+        return _shifted(x, -1)
+
+    def stacked(self, site: Site, y: Known) -> Known:
+        """Every axis moves to the back by one."""
+        del site
+        return _shifted(y, 1)
+
+    def repeated(self, site: Site, carry: list[Known]) -> list[Known]:
+        """Zeros only become fewer, so what a loop has lost once it has lost for good."""
+        before = self._loops.get(site.place, carry)
+        joined = [self.join(a, b) for a, b in zip(before, carry, strict=True)]
+        self._loops[site.place] = joined
+        return joined
+
+    def visit(self, site: Site, inputs: list[Known]) -> list[Known]:
+        """By the tables: what is mixed, and what the results know."""
+        call = Operation(site.eqn, *self._record[site.place], inputs)
+        for factor, state in MIXING.get(site.name, mixes_nothing)(call):
+            if factor not in self._watched:
+                continue
+            if state != "zero":
+                self.leaks.setdefault(factor, set()).add(site.name)
+            elif site.name in REDUCTIONS:
+                self.sums.add(factor)
+        return [self._result(call, number) for number in range(len(call.outs))]
+
+    def _result(self, call: Operation, number: int) -> Known:
+        rule = RESULTS.get(call.name)
+        if rule is None:
+            return NOTHING
+        if rule(call, number, EVERYWHERE) == "zero":
+            return ZERO
+        states = {key: rule(call, number, key) for key in self._keys(call.outs[number])}
+        at = lambda wanted: frozenset(key for key, state in states.items() if state == wanted)
+        return Known(at("zero"), at("wild"))
+
+    def _keys(self, axes: Axes) -> set[Key]:
+        keys = {(k, f) for k, axis in enumerate(axes) for term in axis for f in term}
+        return {(k, f) for k, f in keys if f in self._watched}
+
+
+def _shifted(known: Known, by: int) -> Known:
+    if known == ZERO:
+        return ZERO
+    return Known(*(frozenset((k + by, f) for k, f in keys if k + by >= 0) for keys in known))

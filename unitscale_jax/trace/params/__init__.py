@@ -1,0 +1,83 @@
+"""Parameters among the equations: where a value comes from, and which products it meets."""
+
+from unitscale_jax.trace.params._device_sums import (
+    DeviceSum,
+    device_sums,
+)
+from unitscale_jax.trace.params._layouts import (
+    Layout,
+    batch_pairs,
+    canonical,
+    contraction,
+    layout_of,
+    uncanonical,
+)
+from unitscale_jax.trace.params._meetings import (
+    Held,
+    Meeting,
+    above,
+    meetings,
+    observable,
+    stacks_of,
+)
+from unitscale_jax.trace.params._operands import (
+    channel_rows,
+    count_rows,
+    damped_moments,
+    input_rows,
+    inverse_factor,
+    second_moments,
+    valid_rows,
+)
+from unitscale_jax.trace.params._product import (
+    Conv,
+    Dot,
+    Product,
+    Ragged,
+    product_of,
+)
+from unitscale_jax.trace.params._provenance import (
+    ACTIVATION,
+    CONSTANT,
+    Origin,
+    addresses,
+    origins,
+    parameter,
+    provenance,
+)
+
+__all__ = [
+    "ACTIVATION",
+    "CONSTANT",
+    "Conv",
+    "DeviceSum",
+    "Dot",
+    "Held",
+    "Layout",
+    "Meeting",
+    "Origin",
+    "Product",
+    "Ragged",
+    "above",
+    "addresses",
+    "batch_pairs",
+    "canonical",
+    "channel_rows",
+    "contraction",
+    "count_rows",
+    "damped_moments",
+    "device_sums",
+    "input_rows",
+    "inverse_factor",
+    "layout_of",
+    "meetings",
+    "observable",
+    "origins",
+    "parameter",
+    "product_of",
+    "provenance",
+    "second_moments",
+    "stacks_of",
+    "uncanonical",
+    "valid_rows",
+]

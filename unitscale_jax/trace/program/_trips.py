@@ -1,0 +1,171 @@
+"""How often a loop that counts runs, read from its equations.
+
+    i = s;  while i < n:  i += d        runs max(0, ⌈(n - s) / d⌉) times
+
+Both sides of the test are lines in the number of turns t: the counter is `s + d t`, a limit is
+`n + 0 t`. So the test compares their difference, one line, with zero, and two counters that
+approach each other are no special case.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from unitscale_jax.trace.program import _compat
+from unitscale_jax.trace.program._compat import Equation, Jaxpr, Literal
+
+
+class Count(NamedTuple):
+    """An integer known up to a carry: carry number `carry` at the start of a turn + `number`."""
+
+    carry: int | None
+    number: int
+
+
+class Test(NamedTuple):
+    """A comparison of two counts."""
+
+    name: str
+    left: Count
+    right: Count
+
+
+Known = Count | Test | None
+Enter = Callable[[Equation], Jaxpr | None]
+
+
+def while_trips(eqn: Equation) -> int | None:
+    """How often a while loop that counts up or down to a known limit runs; None for any other."""
+    opened, inlinable = _compat.opened, _compat.INLINABLE
+    cond, body = (opened(eqn.params[key])[0] for key in ("cond_jaxpr", "body_jaxpr"))
+    consts = sum(_compat.while_counts(eqn))
+    inside = lambda e: opened(_compat.call_body(e))[0] if e.primitive.name in inlinable else None
+    return turns(cond, body, eqn.invars[:consts], eqn.invars[consts:], inside)
+
+
+def turns(
+    cond: Jaxpr, body: Jaxpr, consts: Sequence[Any], init: Sequence[Any], enter: Enter
+) -> int | None:
+    """How often a while loop runs; None where only its data say.
+
+    Args:
+        cond: From constants of its own and the carries, whether to go on.
+        body: From constants of its own and the carries, the carries.
+        consts: Operands of the loop: the constants of `cond`, then those of `body`.
+        init: Operands of the loop: the first carries.
+        enter: The body of an equation that is a call; None for other equations.
+    """
+    of_cond = len(cond.invars) - len(init)
+    given, start = [_literal(v) for v in consts], [_literal(v) for v in init]
+    carries = [Count(k, 0) for k in range(len(init))]
+    after = _counted(body, [*given[of_cond:], *carries], body.outvars, enter)
+    (test,) = _counted(cond, [*given[:of_cond], *carries], cond.outvars, enter)
+    if not isinstance(test, Test):
+        return None
+    left, right = _line(test.left, start, after), _line(test.right, start, after)
+    if left is None or right is None:
+        return None
+    found = _until(test.name, left[0] - right[0], left[1] - right[1])
+    within = lambda side, line: found is None or _in_range(side, line, found, init)
+    return found if within(test.left, left) and within(test.right, right) else None
+
+
+def _line(side: Count, start: Sequence[Known], after: Sequence[Known]) -> tuple[int, int] | None:
+    """Where a side of the test starts, and what every turn adds to it."""
+    if side.carry is None:
+        return side.number, 0
+    s, a = start[side.carry], after[side.carry]
+    if not (isinstance(s, Count) and isinstance(a, Count) and a.carry == side.carry):
+        return None
+    return s.number + side.number, a.number
+
+
+def _until(name: str, gap: int, step: int) -> int | None:
+    """The first t at which `gap + step t` no longer stands in a relation to zero."""
+    if name == "eq":
+        return 0 if gap else 1 if step else None
+    if name == "ne":
+        crosses = gap == 0 or (step != 0 and gap % step == 0 and -gap // step > 0)
+        return -gap // step if gap and crosses else 0 if crosses else None
+    if name in ("gt", "ge"):
+        gap, step = -gap, -step
+    missing = -gap + (name in ("le", "ge"))
+    return 0 if missing <= 0 else -(-missing // step) if step > 0 else None
+
+
+def _in_range(side: Count, line: tuple[int, int], turns: int, init: Sequence[Any]) -> bool:
+    """Whether a counter stays in the range of its dtype, beyond which it would wrap around."""
+    if side.carry is None:
+        return True
+    limits, (start, step) = jnp.iinfo(init[side.carry].aval.dtype), line
+    return all(limits.min <= at <= limits.max for at in (start, start + step * turns))
+
+
+def _literal(v: Any) -> Known:
+    """The number that a literal integer is."""
+    return Count(None, int(v.val)) if isinstance(v, Literal) and _is_integer(v) else None
+
+
+def _is_integer(v: Any) -> bool:
+    aval = _aval(v)
+    return aval.shape == () and jnp.issubdtype(aval.dtype, jnp.integer)
+
+
+def _aval(v: Any) -> Any:
+    return v.aval
+
+
+def _counted(
+    jaxpr: Jaxpr, inputs: Sequence[Known], wanted: Sequence[Any], enter: Enter
+) -> list[Known]:
+    """What is known of some variables of a body, given what is known of its inputs."""
+    made = {v: (eqn, i) for eqn in jaxpr.eqns for i, v in enumerate(eqn.outvars)}
+    given = dict(zip(jaxpr.invars, inputs, strict=True))
+    read = lambda v: _literal(v) if isinstance(v, Literal) else of(v)
+
+    @functools.cache
+    def of(v: Any) -> Known:
+        if v not in made or _aval(v).shape:
+            return given.get(v)
+        eqn, number = made[v]
+        inner, rule = enter(eqn), _RULES.get(eqn.primitive.name)
+        operands = [read(x) for x in eqn.invars] if inner or rule else []
+        if inner:
+            return _counted(inner, operands, [inner.outvars[number]], enter)[0]
+        return rule(eqn, *operands) if rule else None
+
+    return [read(v) for v in wanted]
+
+
+def _add(eqn: Equation, a: Known, b: Known, sign: int = 1) -> Known:
+    del eqn
+    if not (isinstance(a, Count) and isinstance(b, Count)):
+        return None
+    if b.carry is None:
+        return Count(a.carry, a.number + sign * b.number)
+    return Count(b.carry, a.number + b.number) if a.carry is None and sign == 1 else None
+
+
+def _sub(eqn: Equation, a: Known, b: Known) -> Known:
+    return _add(eqn, a, b, sign=-1)
+
+
+def _convert(eqn: Equation, a: Known) -> Known:
+    before, after = (_aval(v).dtype for v in (eqn.invars[0], eqn.outvars[0]))
+    return a if _is_integer(eqn.outvars[0]) and np.can_cast(before, after, "safe") else None
+
+
+def _compare(eqn: Equation, a: Known, b: Known) -> Known:
+    both = isinstance(a, Count) and isinstance(b, Count)
+    return Test(eqn.primitive.name, a, b) if both else None
+
+
+_RULES: dict[str, Callable[..., Known]] = {
+    "add": _add,
+    "sub": _sub,
+    "convert_element_type": _convert,
+    **dict.fromkeys(("lt", "le", "gt", "ge", "eq", "ne"), _compare),
+}

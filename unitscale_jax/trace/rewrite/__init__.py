@@ -1,0 +1,49 @@
+"""Functions made anew from their equations: the Rewriter, custom derivatives, captures, notes."""
+
+from unitscale_jax.trace.rewrite._capture import (
+    Capture,
+    captured,
+)
+from unitscale_jax.trace.rewrite._derivatives import (
+    Moving,
+)
+from unitscale_jax.trace.rewrite._manual import (
+    as_on_one_device,
+)
+from unitscale_jax.trace.rewrite._notes import (
+    as_traced,
+    dtypes_meant,
+    made_result,
+    noted,
+    notes_at,
+    operand_enters,
+    scope_without_notes,
+    taking,
+    taking_notes,
+)
+from unitscale_jax.trace.rewrite._rewrite import (
+    Rewriter,
+    Rule,
+    Rules,
+    rewritten,
+)
+
+__all__ = [
+    "Capture",
+    "Moving",
+    "Rewriter",
+    "Rule",
+    "Rules",
+    "as_on_one_device",
+    "as_traced",
+    "captured",
+    "dtypes_meant",
+    "made_result",
+    "noted",
+    "notes_at",
+    "operand_enters",
+    "rewritten",
+    "scope_without_notes",
+    "taking",
+    "taking_notes",
+]

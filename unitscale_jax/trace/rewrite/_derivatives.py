@@ -1,0 +1,202 @@
+"""Custom derivatives of a rewritten function: the user's own rules, rewritten by the same table.
+
+The rule is read by differentiating the original call, which runs the user's code and nothing else;
+its equations are then replayed. In forward mode that is one function of primals and tangents, in
+reverse mode one that returns residuals and one that takes them.
+
+A rule may ask which of its operands are differentiated (`x.perturbed`) and which cotangents are
+zero (`symbolic_zeros=True`), and libraries assert what they expect. So the call is differentiated
+by exactly those operands that the caller differentiates, and cotangents that nobody made stay
+symbolic zeros on their way to the rule.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from unitscale_jax.trace.program._compat import Jaxpr, Literal, no_cotangent
+from unitscale_jax.trace.program._walk import Site
+
+
+@dataclass(frozen=True)
+class Moving:
+    """Whose derivatives a derived body takes and gives.
+
+    Attributes:
+        before: Of a jvp the operands of the call whose tangents it takes; of a backward pass the
+            results whose cotangents it does.
+        after: Of a jvp the results of the call whose tangents it gives; of a backward pass the
+            operands whose gradients it does.
+    """
+
+    before: Sequence[int] = ()
+    after: Sequence[int] = ()
+
+
+def custom_jvp(rewriter: Any, site: Site, operands: list[Any]) -> Sequence[Any]:
+    """The same value and the user's rule for its tangent, both rewritten."""
+    flat, structure = jax.tree.flatten(operands)
+    avals, latent = [v.aval for v in site.eqn.invars], _latent_leaves(rewriter, structure)
+    floats = [k for k, v in enumerate(site.eqn.outvars) if _is_inexact(v.aval)]
+
+    @jax.custom_jvp
+    def call(*xs: Any) -> list[Any]:
+        return rewriter.inline(site, structure.unflatten(xs))
+
+    def jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        is_zero = [isinstance(t, SymbolicZero) for t in tangents]
+        moving = _moving(avals, latent, [not zero for zero in is_zero])
+        if not moving:
+            results = call(*primals)
+            return results, jax.tree.map(_no_tangent, results)
+
+        def both(xs: Sequence[Any], ts: Sequence[Any]) -> list[Any]:
+            out, out_ts = jax.jvp(_open(site, xs, moving), [xs[k] for k in moving], list(ts))
+            return [*out, *(out_ts[k] for k in floats)]
+
+        closed = jax.make_jaxpr(both)(avals, [avals[k] for k in moving])
+        given = [*structure.unflatten(primals), *(tangents[latent[k]] for k in moving)]
+        out = rewriter.derived(site, 1, closed, given, Moving(moving, floats))
+        moved = dict(zip(floats, _after(site, out), strict=True))
+        if site.eqn.params["symbolic_zeros"]:  # the rule may say so of results, too
+            still = zip(floats, _after(site, _are_zeros(closed.jaxpr)), strict=True)
+            moved |= {k: None for k, zero in still if zero}
+        results = out[: len(site.eqn.outvars)]
+        return results, [_tangent(rewriter, r, moved.get(k)) for k, r in enumerate(results)]
+
+    call.defjvp(jvp, symbolic_zeros=True)
+    return call(*flat)
+
+
+def custom_vjp(rewriter: Any, site: Site, operands: list[Any]) -> Sequence[Any]:
+    """The same value and the user's two passes, all rewritten."""
+    flat, structure = jax.tree.flatten(operands)
+    avals, latent = [v.aval for v in site.eqn.invars], _latent_leaves(rewriter, structure)
+    dtypes = [jnp.result_type(x) for x in flat]
+    # Another rule cannot tell, and not every place takes one that can (a shard_map outside of jit).
+    symbolic = site.eqn.params["symbolic_zeros"]
+
+    @jax.custom_vjp
+    def call(*xs: Any) -> list[Any]:
+        return rewriter.inline(site, structure.unflatten(xs))
+
+    def fwd(*xs: Any) -> tuple[list[Any], tuple[list[Any], Any]]:
+        values = [x.value for x in xs] if symbolic else list(xs)
+        moving = _moving(avals, latent, [x.perturbed if symbolic else True for x in xs])
+        if not moving:
+            return call(*values), ([], None)
+        backward: list[jax.tree_util.PyTreeDef] = []  # the pullback's structure, once traced
+
+        def pull(*xs: Any) -> tuple[list[Any], list[Any]]:
+            out, pullback = jax.vjp(_open(site, xs, moving), *(xs[k] for k in moving))
+            residuals, tree = jax.tree.flatten(pullback)
+            backward[:] = [tree]
+            return list(out), residuals
+
+        closed = jax.make_jaxpr(pull)(*avals)
+        out = rewriter.derived(site, 1, closed, structure.unflatten(values))
+        count = len(site.eqn.outvars)
+        like = _Backward(backward[0], tuple(closed.out_avals[count:]), tuple(moving))
+        return out[:count], (_after(site, out), like)
+
+    def bwd(kept: tuple[list[Any], Any], cotangents: list[Any]) -> tuple[Any, ...]:
+        values, like = kept
+        gradients: list[Any] = [None] * len(flat)
+        if like is None:
+            return tuple(gradients)
+        types: list[Any] = [v.aval for v in site.eqn.outvars]
+        given = [rewriter.latent(g) for g in cotangents]
+        is_zero = [g is None or isinstance(g, SymbolicZero) for g in given]
+        if all(is_zero):  # where none is left JAX passes over the rule, which may do without
+            pairs = zip(given, types, strict=True)
+            is_zero = [g is None or not _is_inexact(aval) for g, aval in pairs]
+            given = [_dense(g) for g in given]
+
+        def push(leaves: Sequence[Any], cts: Sequence[Any]) -> list[Any]:
+            rest = iter(cts)
+            pairs = zip(types, is_zero, strict=True)
+            full = [no_cotangent(aval) if zero else next(rest) for aval, zero in pairs]
+            return list(jax.tree.unflatten(like.structure, leaves)(full))
+
+        real = [k for k, zero in enumerate(is_zero) if not zero]
+        closed = jax.make_jaxpr(push)(like.avals, [types[k] for k in real])
+        own = [*values, *(given[k] for k in real)]
+        out = rewriter.derived(site, 2, closed, own, Moving(real, like.moving))
+        for k, g, zero in zip(like.moving, out, _are_zeros(closed.jaxpr), strict=True):
+            gradients[latent[k]] = None if zero else g.astype(dtypes[latent[k]])
+        return tuple(gradients)
+
+    call.defvjp(fwd, bwd, symbolic_zeros=symbolic)
+    return call(*flat)
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Backward:
+    """What the backward pass is traced from; `moving` are the operands that it is by."""
+
+    structure: jax.tree_util.PyTreeDef
+    avals: tuple[Any, ...]
+    moving: tuple[int, ...]
+
+
+def _latent_leaves(rewriter: Any, structure: jax.tree_util.PyTreeDef) -> list[Any]:
+    """For each operand which of all leaves takes its gradient; None if none of its leaves does."""
+    numbered = structure.unflatten(range(structure.num_leaves))
+    return [rewriter.latent(x) for x in numbered]
+
+
+def _moving(avals: Sequence[Any], latent: Sequence[Any], moves: Sequence[bool]) -> list[int]:
+    """The operands that are differentiated by, given which leaves are."""
+    pairs = enumerate(zip(avals, latent, strict=True))
+    return [k for k, (a, at) in pairs if at is not None and moves[at] and _is_inexact(a)]
+
+
+def _open(site: Site, xs: Sequence[Any], moving: Sequence[int]) -> Any:
+    """The call as a function of some of its operands: JAX takes the others for constants."""
+
+    def call(*given: Any) -> list[Any]:
+        new = dict(zip(moving, given, strict=True))
+        return site.bind([new.get(k, x) for k, x in enumerate(xs)])
+
+    return call
+
+
+def _after(site: Site, out: Sequence[Any]) -> list[Any]:
+    """What a derived body returns after the results of the call: tangents or residuals."""
+    return list(out[len(site.eqn.outvars) :])
+
+
+def _tangent(rewriter: Any, result: Any, tangent: Any) -> Any:
+    """A result's tangent in the form of the result: that of its latent leaf, and zeros."""
+    leaves, structure = jax.tree.flatten(result)
+    (at,) = _latent_leaves(rewriter, jax.tree.structure([result]))
+    moves = [tangent if k == at else None for k in range(len(leaves))]
+    pairs = zip(leaves, moves, strict=True)
+    return structure.unflatten(
+        [_no_tangent(x) if t is None else t.astype(jnp.result_type(x)) for x, t in pairs]
+    )
+
+
+def _no_tangent(x: Any) -> SymbolicZero:
+    return SymbolicZero(jax.typeof(x).to_tangent_aval())
+
+
+def _are_zeros(jaxpr: Jaxpr) -> list[bool]:
+    """Which results are zeros written into the program, as JAX writes a gradient of None."""
+    full = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "broadcast_in_dim"]
+    constants = {v: eqn.invars[0] for eqn in full for v in eqn.outvars}
+    found = [v if isinstance(v, Literal) else constants.get(v) for v in jaxpr.outvars]
+    return [isinstance(v, Literal) and not v.val for v in found]
+
+
+def _dense(g: Any) -> Any:
+    return None if g is None else jnp.zeros(g.aval.shape, g.aval.dtype)
+
+
+def _is_inexact(aval: Any) -> bool:
+    return jnp.issubdtype(aval.dtype, jnp.inexact)
