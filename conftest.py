@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(config, items):
         cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for test, of in cases.items():
         if len(of) > most and not test.startswith("tests/trace/"):
-            kept = {round(k * (len(of) - 1) / (most - 1)) for k in range(most)}
+            kept = {round(k * (len(of) - 1) / max(most - 1, 1)) for k in range(most)}
             cases[test] = [item for k, item in enumerate(of) if k in kept]
     kept = {item for of in cases.values() for item in of}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
