@@ -21,7 +21,14 @@ QUICKLY = {"XLA_FLAGS": " ".join(_FLAGS)}  # of the environment, for JAX reads i
 
 _ANYHOW = {
     ".": ["README.md", "unitscale_jax"],
-    "tests": ["checkpoint", "compaction", "prune", "support", "test_bridge.py", "test_checkpoint.py"],
+    "tests": [
+        "checkpoint",
+        "compaction",
+        "prune",
+        "support",
+        "test_bridge.py",
+        "test_checkpoint.py",
+    ],
     "tests/distill": ["test_cache.py", "test_distilled.py", "test_features.py", "test_losses.py"],
     "tests/examples": ["test_data.py", "test_minilm.py"],
     "tests/laws": ["test_pairs.py", "test_parallel_zoo.py"],

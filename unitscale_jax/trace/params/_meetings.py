@@ -110,7 +110,7 @@ def meetings(staged: Staged, params: Any) -> dict[str, list[Meeting]]:
     entry.
 
     Example:
-        >>> from unitscale_jax.trace import stage
+        >>> from unitscale_jax.trace.program import stage
         >>> fn = lambda p, x: x @ p["w"].T + p["b"]
         >>> params = {"w": jnp.ones((3, 4)), "b": jnp.ones(3)}
         >>> met = meetings(stage(fn, params, jnp.ones((2, 4))), params)
