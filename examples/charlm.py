@@ -257,7 +257,7 @@ def parallel(settings: argparse.Namespace, apply, grad_fn, optimizer, params):
         params = us.parallel.stack(params, "blocks/*", settings.mesh["pipe"])
         first, layer, last = pieces(settings)
         pipeline = us.parallel.pipelined(
-            first, layer, last, mean_loss, parts=settings.parts, axis="pipe"
+            first, layer, last, mean_loss, parts=settings.parts, mesh_axis="pipe"
         )
         grad_fn, apply = pipeline, lambda params, text: pipeline.apply(params, {"text": text})
         layout = us.parallel.layout(params, stacked_rules(layout), layout.mesh)
@@ -273,7 +273,7 @@ def layout_of(settings: argparse.Namespace, params) -> us.parallel.Layout:
     apply, _ = build(settings)
     text = jnp.zeros((2, settings.length), jnp.int32)
     mesh = us.parallel.mesh(**settings.mesh)
-    return us.parallel.infer(apply, params, text, mesh=mesh, axis="tensor")
+    return us.parallel.infer(apply, params, text, mesh=mesh, mesh_axis="tensor")
 
 
 def stacked_rules(layout: us.parallel.Layout) -> dict:

@@ -110,13 +110,6 @@ def check_callable(what: str, got: Any) -> None:
         raise TypeError(expected(what, got, "a function"))
 
 
-def check_axes(axes: Any) -> None:
-    """Raises `TypeError` unless these are names of mesh axes: a word is no list of letters."""
-    names = not isinstance(axes, str) and isinstance(axes, Iterable)
-    if not (names and all(isinstance(axis, str) for axis in axes)):
-        raise TypeError(expected("`axes`", axes, "names of mesh axes, as ('dp',)"))
-
-
 def check_array(what: str, got: Any, ndim: int = 0) -> None:
     """Raises `TypeError` unless a value is an array, and `ValueError` if it has too few axes."""
     if not (hasattr(got, "shape") and hasattr(got, "dtype")):

@@ -5,26 +5,38 @@ have one type throughout, and a parameter cast to varying *before* differentiati
 left unreduced, so that one reduction can follow many parts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from unitscale_jax.errors import expected
+from unitscale_jax.typing import MeshAxis
 
-def devices_over(axes: str | Sequence[str]) -> int:
+
+def names_of(mesh_axis: MeshAxis) -> tuple[str, ...]:
+    """The names of one mesh axis or of several; `TypeError` for what is neither."""
+    if isinstance(mesh_axis, str):
+        return (mesh_axis,)
+    if isinstance(mesh_axis, Iterable) and all(isinstance(name, str) for name in mesh_axis):
+        return tuple(mesh_axis)
+    wanted = "the name of a mesh axis, as 'dp', or several, as ('dp', 'tp')"
+    raise TypeError(expected("`mesh_axis`", mesh_axis, wanted))
+
+
+def devices_over(mesh_axis: MeshAxis) -> int:
     """How many devices there are along a manual mesh axis, or along several.
 
     Raises:
         ValueError: No `shard_map` around has them.
     """
     try:
-        return jax.lax.axis_size(axes if isinstance(axes, str) else tuple(axes))
+        return jax.lax.axis_size(mesh_axis if isinstance(mesh_axis, str) else tuple(mesh_axis))
     except NameError:
-        what = f"axis={axes!r}" if isinstance(axes, str) else f"axes={tuple(axes)}"
         raise ValueError(
-            f"{what} outside of a shard_map that has them. Call it inside of one over a mesh with "
-            "them, or leave them out."
+            f"mesh_axis={mesh_axis!r} outside of a shard_map that has them. Call it inside of one "
+            "over a mesh with them, or leave them out."
         ) from None
 
 

@@ -10,7 +10,7 @@ whether its gradients are good, on all devices alike (`flaws`), what happens if 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from unitscale_jax import tree as trees
 from unitscale_jax.errors import expected, wrong_shape
 from unitscale_jax.loss import Mean
 from unitscale_jax.mesh_axes import devices_over, varying, varying_axes
-from unitscale_jax.typing import Axes, Params
+from unitscale_jax.typing import Params
 
 
 def check_optimizer(tx: Any, technique: str) -> None:
@@ -304,7 +304,9 @@ class Flaws(NamedTuple):
     all: jax.Array
 
 
-def flaws(grads: Params, flags: Any, dropped: Any, *beside: Any, axes: Axes | None = None) -> Flaws:
+def flaws(
+    grads: Params, flags: Any, dropped: Any, *beside: Any, axes: Sequence[str] | None = None
+) -> Flaws:
     """Looks for what is not finite, with one reduction over devices.
 
     Args:
@@ -380,15 +382,15 @@ def _is_any(dropped: Any) -> jax.Array:
     return jnp.asarray(dropped.total if isinstance(dropped, Mean) else dropped) > 0
 
 
-def _anywhere(flags: jax.Array, axes: Axes | None) -> jax.Array:
+def _anywhere(flags: jax.Array, axes: Sequence[str] | None) -> jax.Array:
     """Flags that are set on any device along `axes`."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     own = varying_axes(flags)
     if axes is not None and own - set(axes):
         forgotten = sorted(own - set(axes))
         raise ValueError(
-            f"gradients vary over the manual axes {forgotten}, which axes={tuple(axes)} lacks: "
-            f"devices would disagree about the scale. Pass axes={(*axes, *forgotten)}."
+            f"gradients vary over the manual axes {forgotten}, which mesh_axis={tuple(axes)} "
+            f"lacks: devices would disagree about the scale. Pass mesh_axis={(*axes, *forgotten)}."
         )
     over = sorted(own) if axes is None else [*axes]
     devices_over(over)

@@ -30,8 +30,8 @@ DType: TypeAlias = Any
 Array: TypeAlias = jax.Array | np.ndarray
 """An array on a device or on the host."""
 
-Axes: TypeAlias = Sequence[str]
-"""Names of manual mesh axes, those of an enclosing `shard_map`."""
+MeshAxis: TypeAlias = str | Sequence[str]
+"""The name of a manual mesh axis, one of an enclosing `shard_map`, or the names of several."""
 
 Apply: TypeAlias = Callable[..., Any]
 """`apply(params, *inputs)`: the model as a pure function."""

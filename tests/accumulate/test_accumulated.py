@@ -480,7 +480,7 @@ def test_sharded_rows_give_the_gradient_of_the_whole_batch(shape, options):
     mesh = _mesh(**shape)
     sharded = jax.jit(
         jax.shard_map(
-            us.accumulated(loss, 3, axes=("data",), **options),
+            us.accumulated(loss, 3, mesh_axis=("data",), **options),
             mesh=mesh,
             in_specs=(P(), P("data")),
             out_specs=P(),
@@ -504,7 +504,7 @@ def test_the_counter_of_all_reduces_sees_one_in_a_loop():
 
 def test_a_bad_part_on_one_device_is_dropped_there_alone():
     x = jnp.arange(1.0, 33.0).at[5].set(jnp.nan)
-    grad_fn = us.accumulated(us.value_and_grad(squares), 2, axes=("data",), nonfinite="drop")
+    grad_fn = us.accumulated(us.value_and_grad(squares), 2, mesh_axis=("data",), nonfinite="drop")
     run = jax.shard_map(grad_fn, mesh=_mesh(data=4), in_specs=(P(), P("data")), out_specs=P())
     terms, _, grads = jax.jit(run)(3.0, {"x": x})
     local = np.arange(32).reshape(4, 8)
@@ -518,7 +518,7 @@ def test_a_row_has_its_mask_on_any_number_of_devices():
     params, batch = example(rows=24)
     key = jax.random.key(7)
     grad_fn = us.value_and_grad(dropout_loss)
-    accumulated = us.accumulated(grad_fn, 3, axes=("data",), reduce={"keep": "concat"})
+    accumulated = us.accumulated(grad_fn, 3, mesh_axis=("data",), reduce={"keep": "concat"})
     run = jax.shard_map(
         lambda p, b: accumulated(p, b, key=key)[1]["keep"],
         mesh=_mesh(data=4),

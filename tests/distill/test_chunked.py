@@ -101,7 +101,7 @@ def test_sharded_over_tokens_and_vocabulary_equals_unsharded(over, outside):
             chunk=3,
             over=over,
             temperature=2.0,
-            axis_name="model",
+            mesh_axis="model",
         )
         return jax.lax.psum(total, "data")
 

@@ -171,18 +171,18 @@ SLIPS = {
         "the loss returned no terms",
     ),
     "axes outside of shard_map": (
-        lambda: us.accumulated(grad_fn, 2, axes=("dp",))(PARAMS, X),
-        r"axes=\('dp',\) outside of a shard_map that has them",
+        lambda: us.accumulated(grad_fn, 2, mesh_axis=("dp",))(PARAMS, X),
+        r"mesh_axis=\('dp',\) outside of a shard_map that has them",
     ),
     "axes of a loss scale": (
         lambda: (lambda t: t.update(W, t.init(W), W))(
-            us.loss_scaled(optax.sgd(1.0), us.StaticScale(1.0), axes=("dp",))
+            us.loss_scaled(optax.sgd(1.0), us.StaticScale(1.0), mesh_axis=("dp",))
         ),
-        r"axes=\('dp',\) outside of a shard_map that has them",
+        r"mesh_axis=\('dp',\) outside of a shard_map that has them",
     ),
     "an axis of a collective": (
-        lambda: us.parallel.row(X, jnp.ones((4, 3)), axis="tp"),
-        "axis='tp' outside of a shard_map that has them",
+        lambda: us.parallel.row(X, jnp.ones((4, 3)), mesh_axis="tp"),
+        "mesh_axis='tp' outside of a shard_map that has them",
     ),
     "gradients of another tree": (lambda: tx.update({"v": X}, tx.init(W), W), "gradient of 'w'"),
     "codes of another shape": (
@@ -218,13 +218,13 @@ SLIPS = {
         "built and not its class",
     ),
     "a word for a scale": (lambda: us.StaticScale("8"), "scale is '8'; expected a power of two"),
-    "one axis for axes": (
-        lambda: us.loss_scaled(optax.sgd(1.0), us.StaticScale(1.0), axes="dp"),
-        "`axes` is 'dp'; expected names of mesh axes",
+    "a number for the axis of a loss scale": (
+        lambda: us.loss_scaled(optax.sgd(1.0), us.StaticScale(1.0), mesh_axis=0),
+        "`mesh_axis` is 0; expected the name of a mesh axis",
     ),
-    "one axis for the axes of parts": (
-        lambda: us.accumulated(grad_fn, 2, axes="dp"),
-        "`axes` is 'dp'; expected names of mesh axes",
+    "numbers for the axes of parts": (
+        lambda: us.accumulated(grad_fn, 2, mesh_axis=(0, 1)),
+        r"`mesh_axis` is \(0, 1\); expected the name of a mesh axis",
     ),
     "a mesh for an axis": (
         lambda: us.parallel.reduced(grad_fn, us.parallel.mesh(dp=8))(PARAMS, X),

@@ -82,7 +82,7 @@ def on_mesh(**axes):
 
 def in_shard_map(grad_fn):
     """A station that adds up over devices itself, in a `shard_map` of the user."""
-    parts = us.accumulated(grad_fn, 3, axes=("dp",))
+    parts = us.accumulated(grad_fn, 3, mesh_axis=("dp",))
 
     def call(params, batch, **given):
         local = lambda p, b, given: parts(p, b, **given)

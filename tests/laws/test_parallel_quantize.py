@@ -49,7 +49,7 @@ def local(p, x, sequence=False):
     if sequence:
         partial = jnp.tensordot(h, p["down"], h.ndim - 1)
         return parallel.exit_sequence(partial, "tp") + p["bias"]
-    return parallel.row(h, p["down"], p["bias"], axis="tp")
+    return parallel.row(h, p["down"], p["bias"], mesh_axis="tp")
 
 
 def split(fn, sequence, params=LAYOUT):
@@ -103,7 +103,7 @@ def test_the_worked_example():
     w = {"w": jnp.array([[1.0, 2], [3, -4], [5, 6], [-7, 8]])}
     rules = {"w": DotSpec(w=QSpec(axes=(-2,)), x=QSpec())}
     with jax.set_mesh(parallel.mesh(dp=4, tp=2)):
-        body = us.quantized(lambda p, x: parallel.row(x, p["w"], axis="tp"), rules)
+        body = us.quantized(lambda p, x: parallel.row(x, p["w"], mesh_axis="tp"), rules)
         run = jax.shard_map(body, in_specs=({"w": P("tp")}, P(None, "tp")), out_specs=P())
         got = jax.jit(run)(w, x)
     expected = [float.fromhex("-0x1.1fdefcp+4"), float.fromhex("0x1.e08288p+5")]
@@ -148,7 +148,7 @@ def test_a_row_that_is_not_finite_on_one_device_is_nan_on_all():
     rules = {"w": rules[1][1].with_axes((-2,))}
     h = activations(ROWS, FFN, seed=5).at[1, 3].set(jnp.nan).at[2, 60].set(jnp.inf)
     with jax.set_mesh(parallel.mesh(dp=2, tp=4)):
-        body = lambda p, h: parallel.row(h, p["w"], axis="tp")
+        body = lambda p, h: parallel.row(h, p["w"], mesh_axis="tp")
         run = jax.shard_map(body, in_specs=({"w": P("tp")}, P(None, "tp")), out_specs=P())
         got = jax.jit(us.quantized(run, rules))(w, h)
     one = jax.jit(us.quantized(lambda p, h: h @ p["w"], rules))(w, h)
@@ -177,7 +177,7 @@ def test_the_bound_of_int32_is_that_of_all_devices():
     rules = {"w": DotSpec(w=QSpec(axes=(-2,)), x=QSpec())}
     shapes = {"w": jax.ShapeDtypeStruct((140_000, 1), jnp.float32)}, jnp.zeros((1, 140_000))
     with jax.set_mesh(parallel.mesh(dp=2, tp=4)):
-        body = lambda p, x: parallel.row(x, p["w"], axis="tp")
+        body = lambda p, x: parallel.row(x, p["w"], mesh_axis="tp")
         run = jax.shard_map(body, in_specs=({"w": P("tp")}, P(None, "tp")), out_specs=P())
         with pytest.raises(ValueError, match="sums 140000 products"):
             jax.eval_shape(us.quantized(run, rules), *shapes)

@@ -196,7 +196,7 @@ def test_a_primitive_of_the_users_own_is_known_where_it_is_used():
 @pytest.mark.parametrize("choice", [P("pp"), P(None, ("tp", "pp")), {-1: "pp"}, "column", "row"])
 def test_an_axis_that_the_mesh_lacks_is_an_error_or_whole_on_request(choice):
     mesh = us.parallel.mesh(dp=4, tp=2)
-    take = functools.partial(us.parallel.layout, PARAMS, {"a": choice}, mesh, axis="pp")
+    take = functools.partial(us.parallel.layout, PARAMS, {"a": choice}, mesh, mesh_axis="pp")
     with pytest.raises(ValueError, match=r"rule 'a': there is no mesh axis 'pp'.*dp=4, tp=2"):
         take()
     found = take(missing="whole")
@@ -204,12 +204,12 @@ def test_an_axis_that_the_mesh_lacks_is_an_error_or_whole_on_request(choice):
 
 
 def test_an_axis_that_no_rule_names_is_not_asked_for():
-    assert us.parallel.layout(PARAMS, {"a": P("dp")}, MESH, axis="zz").by_name["a"] == P("dp")
+    assert us.parallel.layout(PARAMS, {"a": P("dp")}, MESH, mesh_axis="zz").by_name["a"] == P("dp")
 
 
 def test_inference_over_an_axis_that_the_mesh_lacks_is_an_error_or_whole_on_request():
     take = functools.partial(us.parallel.infer, fn, PARAMS, X, mesh=MESH)
     with pytest.raises(ValueError, match=r"there is no mesh axis 'zz'.*dp=4, tp=2"):
-        take(axis="zz")
-    assert set(take(axis="zz", missing="whole").by_name.values()) == {P()}
-    assert take(axis="tp").by_name["a"] == P(None, "tp")
+        take(mesh_axis="zz")
+    assert set(take(mesh_axis="zz", missing="whole").by_name.values()) == {P()}
+    assert take(mesh_axis="tp").by_name["a"] == P(None, "tp")

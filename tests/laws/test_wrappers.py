@@ -139,7 +139,7 @@ def test_a_shard_map_gives_what_is_outside(name, spec, check_vma):
     """Also where the number that is not finite is on one device of two."""
     if name in MASKS | {"stochastic"} and spec == P("dp"):
         pytest.skip("ranks whole arrays and draws bits of whole arrays: see the next test")
-    tx, (params, grads) = WRAPPERS[name](INNER, axes=("dp",)), case(name)
+    tx, (params, grads) = WRAPPERS[name](INNER, mesh_axis=("dp",)), case(name)
     whole = outside(name)
     of = lambda tree: jax.tree.map(lambda x: spec if np.shape(x) in SHAPES.values() else P(), tree)
     along = {n: P(None, *spec) for n in SHAPES}

@@ -343,7 +343,7 @@ def test_errors_say_what_to_do():
     with pytest.raises(ValueError, match="'dp', which a shard_map around it owns already"):
         call(us.parallel.reduced(us.parallel.reduced(GRAD)))
     with pytest.raises(ValueError, match="gradient of 'bias' is reduced over 'dp' already"):
-        call(us.parallel.reduced(us.accumulated(GRAD, 2, axes=("dp",))))
+        call(us.parallel.reduced(us.accumulated(GRAD, 2, mesh_axis=("dp",))))
     with pytest.raises(TypeError, match="takes what us.value_and_grad"):
         us.parallel.reduced(jax.grad(loss))
     with pytest.raises(ValueError, match="`zero` is 4"):

@@ -62,7 +62,7 @@ def split(capacity=None, k=K):
     def body(p, x):
         chosen, gates = routed(p, x, k)
         own = {name: p[name] for name in ("up", "down")}
-        y, load = expert_parallel(expert, own, x, chosen, gates, axis="ep", capacity=capacity)
+        y, load = expert_parallel(expert, own, x, chosen, gates, mesh_axis="ep", capacity=capacity)
         return y, jax.tree.map(lambda count: lax.psum(count, "dp"), load)
 
     return jax.shard_map(body, in_specs=(LAYOUT, rows), out_specs=(rows, P()))
@@ -94,7 +94,7 @@ def test_the_mixture_of_the_zoo():
 
     def body(router, own, x):
         scores, chosen = lax.top_k(x @ router["kernel"] + router["bias"], 2)
-        return expert_parallel(expert, own, x, chosen, jax.nn.softmax(scores), axis="ep")[0]
+        return expert_parallel(expert, own, x, chosen, jax.nn.softmax(scores), mesh_axis="ep")[0]
 
     with jax.set_mesh(mesh(ep=2, dp=4)):
         specs = (P(), P("ep"), P("ep"))
@@ -162,7 +162,9 @@ def test_shapes_that_do_not_fit_are_errors():
     x, chosen = jnp.ones((8, 3)), jnp.zeros((8, 2), jnp.int32)
 
     def run(p, chosen, gates, **options):
-        body = lambda *args: expert_parallel(lambda p, rows, _: rows, *args, axis="ep", **options)
+        body = lambda *args: expert_parallel(
+            lambda p, rows, _: rows, *args, mesh_axis="ep", **options
+        )
         with jax.set_mesh(mesh(dp=2, ep=4)):
             jax.eval_shape(
                 jax.shard_map(body, in_specs=P("ep"), out_specs=(P("ep"), P())), p, x, chosen, gates

@@ -137,8 +137,11 @@ def test_packing_loses_nothing():
 ERRORS = {
     "how": (lambda: merged(FNS, "max"), "choose one of"),
     "count": (lambda: merged(FNS[:3])(pack(FOREST), X), "3 functions for parameters of 4"),
-    "axis": (lambda: merged(FNS[:3], axis="dp")(pack(FOREST[:3]), X), "3 sub-models .* dp=2"),
-    "no axis": (lambda: merged(FNS, axis="ep")(pack(FOREST), X), "axis 'ep', and the mesh here"),
+    "axis": (lambda: merged(FNS[:3], mesh_axis="dp")(pack(FOREST[:3]), X), "3 sub-models .* dp=2"),
+    "no axis": (
+        lambda: merged(FNS, mesh_axis="ep")(pack(FOREST), X),
+        "axis 'ep', and the mesh here",
+    ),
     "stacked": (lambda: merged(two)({"a": X, "b": X[:2]}, X), r"\['b'\] has another"),
     "shapes": (lambda: merged(WIDE)(pack(FOREST), X), r"sub-model 2 returns .*\[4, 2\]"),
     "weights": (lambda: merged(FNS, "weighted")(pack(FOREST), X), "weights"),

@@ -29,7 +29,7 @@ def test_is_the_same_batch_on_any_mesh(axes):
 
 def test_rows_may_lie_over_several_axes():
     mesh = us.parallel.mesh(pod=2, tp=2, dp=2)
-    batch = us.parallel.global_batch(read, 24, mesh, over=("dp", "pod"))
+    batch = us.parallel.global_batch(read, 24, mesh, mesh_axis=("dp", "pod"))
     assert {shard.data.shape for shard in batch["x"].addressable_shards} == {(6, 4)}
     np.testing.assert_array_equal(batch["x"], TABLE["x"])
 
@@ -46,7 +46,7 @@ def test_reads_once_in_ascending_order():
         (lambda mesh: us.parallel.global_batch(read, 18, mesh), "18 rows .* dp=4. Read 20, the"),
         (lambda mesh: us.parallel.global_batch(read, 0, mesh), "0 rows .* Read 4"),
         (
-            lambda mesh: us.parallel.global_batch(read, 16, mesh, over="data"),
+            lambda mesh: us.parallel.global_batch(read, 16, mesh, mesh_axis="data"),
             "rows over 'data': the mesh has dp, tp. Name one of them, or make it with data=1",
         ),
         (

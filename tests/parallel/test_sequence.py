@@ -64,7 +64,7 @@ def ring(options, dealt, segments=None):
     back = functools.partial(unstripe, parts=CP) if dealt else lambda x: x
 
     def body(q, k, v, s):
-        return ring_attention(q, k, v, axis="cp", segments=s, **options)
+        return ring_attention(q, k, v, mesh_axis="cp", segments=s, **options)
 
     specs = (SPEC, SPEC, SPEC, None if segments is None else SPEC)
     split = jax.shard_map(body, in_specs=specs, out_specs=SPEC)
@@ -88,7 +88,7 @@ def test_a_ring_is_attention_with_its_gradients(case):
 def test_a_ring_in_float64_and_differentiated_inside():
     with jax.enable_x64(True), jax.set_mesh(parallel.mesh(dp=2, cp=CP)):
         args = inputs(2, "float64")
-        body = functools.partial(ring_attention, axis="cp", causal=True)
+        body = functools.partial(ring_attention, mesh_axis="cp", causal=True)
         specs = (P("dp", "cp"),) * 4  # rows of a batch too
         inside = jax.shard_map(
             functools.partial(values_and_grads, body),
@@ -105,7 +105,7 @@ def test_a_mask_is_of_all_keys_and_a_query_that_sees_nothing_has_zeros():
     mask = np.random.default_rng(0).random((BATCH, 1, TIME, TIME)) < 0.5
     mask[0, 0, 5] = False
     with jax.set_mesh(parallel.mesh(dp=2, cp=CP)):
-        body = lambda q, k, v, m: ring_attention(q, k, v, m, axis="cp")
+        body = lambda q, k, v, m: ring_attention(q, k, v, m, mesh_axis="cp")
         split = jax.shard_map(
             body, in_specs=(SPEC, SPEC, SPEC, P(None, None, "cp")), out_specs=SPEC
         )
@@ -120,7 +120,7 @@ def test_a_mask_is_of_all_keys_and_a_query_that_sees_nothing_has_zeros():
 def test_a_ring_of_one_device_and_bfloat16():
     """Of one device no ring is left in the program; sums are float32 whatever comes in."""
     q, k, v, _ = inputs(2, "bfloat16")
-    body = functools.partial(ring_attention, axis="cp", causal=True)
+    body = functools.partial(ring_attention, mesh_axis="cp", causal=True)
     seen = jnp.broadcast_to(jnp.tri(TIME, dtype=bool), (BATCH, TIME, TIME))
     want = oracle(*(x.astype("float32") for x in (q, k, v)), seen)
     for mesh in (parallel.mesh(cp=1, devices=jax.devices()[:1]), parallel.mesh(dp=2, cp=CP)):
@@ -135,7 +135,7 @@ def test_a_ring_of_one_device_and_bfloat16():
 def test_a_backward_pass_keeps_no_other_devices_keys():
     """Residuals are as many numbers as the device's own rows have."""
     q, k, v, _ = inputs(HEADS)
-    body = functools.partial(ring_attention, axis="cp", causal=True)
+    body = functools.partial(ring_attention, mesh_axis="cp", causal=True)
     with jax.set_mesh(parallel.mesh(dp=2, cp=CP)):
         split = jax.shard_map(body, in_specs=SPEC, out_specs=SPEC)
         pull = jax.eval_shape(lambda *xs: jax.vjp(split, *xs)[1], q, k, v)
@@ -145,7 +145,7 @@ def test_a_backward_pass_keeps_no_other_devices_keys():
 
 def test_a_striped_ring_does_five_eighths_of_the_products():
     def flops(**options):
-        body = functools.partial(ring_attention, axis="cp", causal=True, **options)
+        body = functools.partial(ring_attention, mesh_axis="cp", causal=True, **options)
         with jax.set_mesh(parallel.mesh(dp=2, cp=CP)):
             split = jax.shard_map(body, in_specs=SPEC, out_specs=SPEC)
             rows = us.trace.cost(lambda *xs: jax.vjp(split, *xs)[1](xs[0]), *inputs(HEADS)[:3]).rows
@@ -169,7 +169,7 @@ def test_a_flax_layer_over_a_split_sequence_is_the_layer():
     x, mask = activations(BATCH, TIME, 12), nn.make_causal_mask(jnp.ones((BATCH, TIME)))
     whole = Decoder(nn.dot_product_attention)
     params = jax.jit(whole.init)(jax.random.key(0), x, mask)
-    split = Decoder(functools.partial(ring_attention, axis="cp", causal=True))
+    split = Decoder(functools.partial(ring_attention, mesh_axis="cp", causal=True))
     loss = lambda out: jnp.sum(jnp.sin(out))
     with jax.set_mesh(parallel.mesh(dp=2, cp=CP)):
         body = jax.shard_map(
@@ -190,7 +190,7 @@ def test_dropout_and_shapes_are_refused():
     with jax.set_mesh(parallel.mesh(dp=2, cp=CP)):
         run = lambda q, k, **options: jax.eval_shape(
             jax.shard_map(
-                functools.partial(ring_attention, axis="cp", **options),
+                functools.partial(ring_attention, mesh_axis="cp", **options),
                 in_specs=SPEC,
                 out_specs=SPEC,
             ),
@@ -207,7 +207,7 @@ def test_dropout_and_shapes_are_refused():
 def test_ulysses_is_attention_with_its_gradients():
     args, seen = inputs(2), jnp.broadcast_to(jnp.tri(TIME, dtype=bool), (BATCH, TIME, TIME))
     with jax.set_mesh(parallel.mesh(dp=4, cp=2)):
-        body = functools.partial(ulysses_attention, axis="cp", is_causal=True)
+        body = functools.partial(ulysses_attention, mesh_axis="cp", is_causal=True)
         fn = jax.shard_map(body, in_specs=SPEC, out_specs=SPEC)
         got = jax.jit(functools.partial(values_and_grads, fn))(*args)
     assert_near(got, of_one_device(seen, *args))
@@ -216,7 +216,7 @@ def test_ulysses_is_attention_with_its_gradients():
 def test_ulysses_refuses_heads_that_do_not_divide():
     q, k, v, _ = inputs(1)
     with jax.set_mesh(parallel.mesh(dp=2, cp=CP)):
-        body = functools.partial(ulysses_attention, axis="cp")
+        body = functools.partial(ulysses_attention, mesh_axis="cp")
         with pytest.raises(ValueError, match="key of 1 heads, which cp=4.*`ring_attention`"):
             jax.eval_shape(jax.shard_map(body, in_specs=SPEC, out_specs=SPEC), q, k, v)
 

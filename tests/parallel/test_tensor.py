@@ -80,7 +80,7 @@ def local(p, b, sequence):
 
     def out(h, w, bias=0.0):
         if not sequence:
-            return row(h, w, bias, axis="tp")
+            return row(h, w, bias, mesh_axis="tp")
         return exit_sequence(jnp.tensordot(h, w, w.ndim - 1), "tp") + bias
 
     x = parallel.vocab_embed(p["tokens"], b["ids"], "tp", sequence=dim)
@@ -119,7 +119,7 @@ def test_an_axis_of_one_device_is_no_axis_to_the_bit():
     def kit(p, x, h):
         entered = enter_sequence(x, "tp")
         up = column(entered, p["up"], p["bias"])
-        down = row(h, p["down"], p["last"], axis="tp")
+        down = row(h, p["down"], p["last"], mesh_axis="tp")
         ring = parallel.ring_matmul(x, p["up"], "tp"), parallel.ring_scatter(h, p["down"], "tp")
         return up, down, exit_sequence(h @ p["down"], "tp"), *ring
 
@@ -154,7 +154,7 @@ def test_rings_are_the_product_with_its_gradients(kind):
 def test_a_ring_sends_its_rows_to_neighbors_only():
     with jax.set_mesh(parallel.mesh(tp=8)):
         ring = jax.shard_map(
-            functools.partial(parallel.ring_matmul, axis="tp"),
+            functools.partial(parallel.ring_matmul, mesh_axis="tp"),
             in_specs=(P("tp"), P(None, "tp")),
             out_specs=P(None, "tp"),
         )

@@ -256,7 +256,7 @@ def mesh():
 @pytest.mark.parametrize("place", [(0, 0), (3, 0), (0, 1), (2, 1)])
 @pytest.mark.parametrize("fault", ["nan", "dropped"])
 def test_one_bad_device_and_all_hold_the_same_scale(place, check_vma, fault):
-    optimizer = loss_scaled(optax.sgd(1.0), DynamicScale(init=8), axes=("data", "model"))
+    optimizer = loss_scaled(optax.sgd(1.0), DynamicScale(init=8), mesh_axis=("data", "model"))
 
     def body(params, grads, dropped):
         # The state differs along the mesh as in real life: the weights along "model" only.
@@ -288,7 +288,9 @@ def test_one_bad_device_and_all_hold_the_same_scale(place, check_vma, fault):
 
 def test_state_leaves_a_shard_map_as_replicated():
     """Scale and flags are the same on all devices, and the types of JAX know it."""
-    optimizer = loss_scaled(optax.sgd(1.0, momentum=0.9), DynamicScale(), axes=("data", "model"))
+    optimizer = loss_scaled(
+        optax.sgd(1.0, momentum=0.9), DynamicScale(), mesh_axis=("data", "model")
+    )
 
     def body(w, x):
         state = optimizer.init(w)
@@ -303,15 +305,15 @@ def test_state_leaves_a_shard_map_as_replicated():
 
 
 def test_a_forgotten_axis_is_named():
-    optimizer = loss_scaled(optax.sgd(1.0), DynamicScale(), axes=("data",))
+    optimizer = loss_scaled(optax.sgd(1.0), DynamicScale(), mesh_axis=("data",))
     body = lambda w: optimizer.update(w, optimizer.init(w))[0]
     step = jax.shard_map(body, mesh=mesh(), in_specs=P("model"), out_specs=P("model"))
-    with pytest.raises(ValueError, match=r"\['model'\].*Pass axes=\('data', 'model'\)"):
+    with pytest.raises(ValueError, match=r"\['model'\].*Pass mesh_axis=\('data', 'model'\)"):
         jax.jit(step)(jnp.ones(4))
 
 
 def test_costs_one_check_per_leaf_and_one_reduction():
-    optimizer = loss_scaled(optax.sgd(1.0), DynamicScale(), axes=("data",))
+    optimizer = loss_scaled(optax.sgd(1.0), DynamicScale(), mesh_axis=("data",))
     body = lambda params: optimizer.update(params, optimizer.init(params))[0]
     step = jax.shard_map(body, mesh=mesh(), in_specs=P("data"), out_specs=P("data"))
     text = str(jax.make_jaxpr(step)({"a": jnp.ones(4), "b": jnp.ones(8)}))

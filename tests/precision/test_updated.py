@@ -149,7 +149,7 @@ def two_devices():
 @pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
 @pytest.mark.parametrize("make", [plain, scaled, outside, inside], ids=["no", "yes", "out", "in"])
 def test_in_a_shard_map_it_is_the_step_outside(make, check_vma):
-    across = functools.partial(us.loss_scaled, spec=DYNAMIC, axes=("dp",))
+    across = functools.partial(us.loss_scaled, spec=DYNAMIC, mesh_axis=("dp",))
     around = {plain: plain, scaled: across, outside: lambda tx: across(windows(tx))}
     around[inside] = lambda tx: windows(across(tx))
     tx = around[make](INNER)
@@ -168,7 +168,7 @@ def test_in_a_shard_map_it_is_the_step_outside(make, check_vma):
 
     data = DATA.at[2, -1].set(overflow(DATA[2, -1])) if make is not plain else DATA
     grad_fn = us.value_and_grad(without_state)
-    local = functools.partial(run, us.accumulated(grad_fn, 2, axes=("dp",)), tx)
+    local = functools.partial(run, us.accumulated(grad_fn, 2, mesh_axis=("dp",)), tx)
     mapped = jax.shard_map(
         local, mesh=two_devices(), in_specs=P(None, "dp"), out_specs=P(), check_vma=check_vma
     )

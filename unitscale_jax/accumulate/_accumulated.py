@@ -15,7 +15,6 @@ import jax.numpy as jnp
 
 from unitscale_jax import rules, tree as trees
 from unitscale_jax.accumulate import _inplace
-from unitscale_jax.errors import check_axes
 from unitscale_jax.loss import (
     Denominators,
     Given,
@@ -35,7 +34,9 @@ from unitscale_jax.loss import (
 )
 from unitscale_jax.mesh_axes import (
     agree,
+    axes_of,
     devices_over,
+    names_of,
     varying,
     varying_axes,
     zeros,
@@ -46,14 +47,14 @@ from unitscale_jax.trace.program import (
     compiled_once,
     trace,
 )
-from unitscale_jax.typing import Axes, Batch, Loss, Params, State
+from unitscale_jax.typing import Batch, Loss, MeshAxis, Params, State
 
 
 def accumulated(
     grad_fn: Grad,
     parts: int,
     *,
-    axes: Axes = (),
+    mesh_axis: MeshAxis = (),
     mask: rules.Pattern | Sequence[rules.Pattern] | None = None,
     reduce: rules.Rules[str] = (),
     nonfinite: Literal["keep", "drop"] = "keep",
@@ -69,8 +70,8 @@ def accumulated(
     Args:
         grad_fn: A `us.Grad`, as `us.value_and_grad` or another technique returns it.
         parts: Number of parts K. Part k holds rows k, k + K, k + 2K, ...
-        axes: Manual mesh axes, inside `shard_map`, over which the batch is sharded. The gradient is
-            then that of the whole batch, with one reduction over them a step.
+        mesh_axis: Manual mesh axes, inside `shard_map`, over which the batch is sharded. The
+            gradient is then that of the whole batch, with one reduction over them a step.
         mask: Patterns of the batch leaves to set to zero in rows that only fill up the last part.
             Needed for a loss that sums its rows itself when `parts` does not divide them.
         reduce: Rules `(pattern, kind)` for auxiliary outputs, with a kind of "sum", "mean" (by rows
@@ -89,7 +90,7 @@ def accumulated(
         A `Grad` of the same signature.
 
     Raises:
-        TypeError: `grad_fn` is not a `Grad`, or `axes` no names.
+        TypeError: `grad_fn` is not a `Grad`, or `mesh_axis` no name.
         ValueError: Here for options that exclude each other; on a call for what `value_and_grad`
             refuses, more parts than rows, and auxiliary outputs without a rule.
 
@@ -102,7 +103,7 @@ def accumulated(
         [44.0, 44.0, 44.0, 44.0]
     """
     _check_options(grad_fn, parts, nonfinite, inplace)
-    check_axes(axes)
+    axes = names_of(mesh_axis)
 
     def call(params: Params, batch: Batch, given: Given) -> tuple[Terms, Any, Params]:
         if nonfinite == "drop":
@@ -188,14 +189,10 @@ def _sum_parts(
         return agree(after, carry), (whole, used)
 
     # A sum must vary over the axes of what is added to it, and of what decides whether it is added.
-    mixed = start if kept is None else varying(start, _axes_of((part_fn.result, stacked)))
+    mixed = start if kept is None else varying(start, axes_of((part_fn.result, stacked)))
     mixed = (mixed[0], agree(mixed[1], thread(aux, mixed[1])))
     (sums, _), (whole, used) = jax.lax.scan(add_part, mixed, (stacked, kept))
     return sums._replace(whole=whole), used
-
-
-def _axes_of(tree: Any) -> list[str]:
-    return sorted(frozenset().union(*map(varying_axes, jax.tree.leaves(tree))))
 
 
 class _Pass(NamedTuple):
@@ -204,7 +201,9 @@ class _Pass(NamedTuple):
     stable: jax.Array
 
 
-def _until_stable(run: Callable[..., Any], parts: int, axes: Axes) -> tuple[_Sums, jax.Array]:
+def _until_stable(
+    run: Callable[..., Any], parts: int, axes: Sequence[str]
+) -> tuple[_Sums, jax.Array]:
     """Repeats passes until no part of the last one was bad: one when all are finite, else two.
 
     The weights of a pass count the parts it keeps, so a part that turns out bad makes the pass
@@ -225,7 +224,7 @@ def _until_stable(run: Callable[..., Any], parts: int, axes: Axes) -> tuple[_Sum
     return last.sums, last.kept
 
 
-def _whole(sums: _Sums, kinds: Any, rows: int, axes: Axes) -> tuple[Terms, Any, Params]:
+def _whole(sums: _Sums, kinds: Any, rows: int, axes: Sequence[str]) -> tuple[Terms, Any, Params]:
     """Sums over the mesh axes: the one reduction of the step."""
     of_terms, of_aux = kinds
     grads = jax.lax.psum(sums.grads, tuple(axes)) if axes else sums.grads
@@ -233,7 +232,7 @@ def _whole(sums: _Sums, kinds: Any, rows: int, axes: Axes) -> tuple[Terms, Any, 
     return terms, of_aux.finish(sums.aux, sums.whole[1], rows, axes), grads
 
 
-def _counted(terms: Terms, kept: jax.Array, axes: Axes) -> Terms:
+def _counted(terms: Terms, kept: jax.Array, axes: Sequence[str]) -> Terms:
     """Adds the term "dropped": how many parts, of how many."""
     bad, all_parts = jnp.sum(~kept).astype(jnp.float32), jnp.float32(kept.size)
     if axes:
@@ -246,7 +245,7 @@ def _weigher(
     params: Params,
     stacked: Part,
     given: Given,
-    axes: Axes,
+    axes: Sequence[str],
 ) -> Callable[[jax.Array | None], Denominators]:
     """`kept -> weights` of the parts kept, over all devices: the first of the two passes."""
     fixed = given.denominators
@@ -266,7 +265,7 @@ def _weigher(
     return weigh
 
 
-def _first_row(axes: Axes, rows: int) -> Any:
+def _first_row(axes: Sequence[str], rows: int) -> Any:
     """Index in the whole batch of this device's first row."""
     shard: Any = 0
     for axis in axes:

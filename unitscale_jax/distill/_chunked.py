@@ -47,7 +47,7 @@ def chunked_kl(
     chunk: int,
     over: Literal["tokens", "vocabulary"] = "tokens",
     weight: jax.Array | None = None,
-    axis_name: str | None = None,
+    mesh_axis: str | None = None,
 ) -> jax.Array:
     """Sums `kl` over rows, from hidden states and heads.
 
@@ -61,7 +61,7 @@ def chunked_kl(
         over: What is cut in pieces.
         weight: How much each row counts, booleans or numbers of the leading axes `(...)`; None:
             one each.
-        axis_name: Inside `shard_map`, the manual axis over which both heads are cut by vocabulary.
+        mesh_axis: Inside `shard_map`, the manual axis over which both heads are cut by vocabulary.
 
     Returns:
         A float32 scalar, `sum weight * kl`: the total of a `Mean` whose weight is the sum of
@@ -69,7 +69,7 @@ def chunked_kl(
 
     Raises:
         ValueError: Vocabularies, rows or widths differ, a chunk below 1, a temperature that is not
-            positive, heads that do not vary over `axis_name`.
+            positive, heads that do not vary over `mesh_axis`.
 
     Value and gradients are those of `kl`, for every chunk. Products sum in float32.
 
@@ -80,7 +80,7 @@ def chunked_kl(
         True
     """
     check_array("h_t", h_t, 1)
-    _check(h_t, w_t, h_s, w_s, chunk, over, axis_name)
+    _check(h_t, w_t, h_s, w_s, chunk, over, mesh_axis)
     check_temperature(temperature)
     rows = h_s.shape[:-1]
     weight = jnp.ones(rows, jnp.float32) if weight is None else weight
@@ -90,13 +90,13 @@ def chunked_kl(
     scale = jnp.asarray(temperature).astype(jnp.float32)
     weight = weight.reshape(-1).astype(jnp.float32)
     t, scale, weight = lax.stop_gradient((t, scale, weight))
-    return _TOTALS[over](chunk, axis_name, t, s, scale, weight)
+    return _TOTALS[over](chunk, mesh_axis, t, s, scale, weight)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _by_tokens(
     chunk: int,
-    axis: str | None,
+    mesh_axis: str | None,
     t: Head,
     s: Head,
     temperature: jax.Array,
@@ -105,16 +105,16 @@ def _by_tokens(
     (t, s, temperature, weight), axes = alike((t, s, temperature, weight))
 
     def step(total: jax.Array, start: Any, size: int) -> jax.Array:
-        log_p, log_q, rows = _piece(t, s, temperature, weight, start, size, axis, axes)
+        log_p, log_q, rows = _piece(t, s, temperature, weight, start, size, mesh_axis, axes)
         return total + counted(rows, divergence(log_p, log_q))
 
     total = pieces(step, varying(jnp.float32(0), axes), len(weight), chunk)
-    return summed(total * temperature**2, axis)
+    return summed(total * temperature**2, mesh_axis)
 
 
 def _by_tokens_fwd(
     chunk: int,
-    axis: str | None,
+    mesh_axis: str | None,
     t: Head,
     s: Head,
     temperature: jax.Array,
@@ -125,7 +125,7 @@ def _by_tokens_fwd(
 
     def step(carry: Any, start: Any, size: int) -> Any:
         total, dh, dw = carry
-        log_p, log_q, rows = _piece(t, s, temperature, weight, start, size, axis, axes)
+        log_p, log_q, rows = _piece(t, s, temperature, weight, start, size, mesh_axis, axes)
         total += counted(rows, divergence(log_p, log_q))
         d = rows_times(rows * temperature, jnp.exp(log_q) - jnp.exp(log_p))
         dh = lax.dynamic_update_slice_in_dim(dh, times(d, s.w.T), start, 0)
@@ -134,11 +134,11 @@ def _by_tokens_fwd(
     zeros = [jnp.zeros(x.shape, jnp.float32) for x in (temperature, *s)]
     total, dh, dw = pieces(step, tuple(varying(zeros, axes)), len(weight), chunk)
     # Not yet summed over devices, since what comes back may differ between them.
-    return summed(total * temperature**2, axis), (dh, dw, given)
+    return summed(total * temperature**2, mesh_axis), (dh, dw, given)
 
 
-def _by_tokens_bwd(chunk: int, axis: str | None, saved: Any, g: jax.Array) -> Any:
-    del chunk, axis
+def _by_tokens_bwd(chunk: int, mesh_axis: str | None, saved: Any, g: jax.Array) -> Any:
+    del chunk, mesh_axis
     dh, dw, s = saved
     return None, Head(like(dh * g, s.h), like(dw * g, s.w)), None, None
 
@@ -149,18 +149,18 @@ _by_tokens.defvjp(_by_tokens_fwd, _by_tokens_bwd)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _by_vocabulary(
     chunk: int,
-    axis: str | None,
+    mesh_axis: str | None,
     t: Head,
     s: Head,
     temperature: jax.Array,
     weight: jax.Array,
 ) -> jax.Array:
-    return _by_vocabulary_fwd(chunk, axis, t, s, temperature, weight)[0]
+    return _by_vocabulary_fwd(chunk, mesh_axis, t, s, temperature, weight)[0]
 
 
 def _by_vocabulary_fwd(
     chunk: int,
-    axis: str | None,
+    mesh_axis: str | None,
     t: Head,
     s: Head,
     temperature: jax.Array,
@@ -180,7 +180,7 @@ def _by_vocabulary_fwd(
 
     low, zero = (jnp.full(weight.shape, x) for x in (jnp.finfo(jnp.float32).min, jnp.float32(0)))
     seen = pieces(step, varying(((low, zero, zero), (low, zero)), axes), s.w.shape[1], chunk)
-    (m_t, z_t, cross), (m_s, z_s) = _over_shards(seen, axis)
+    (m_t, z_t, cross), (m_s, z_s) = _over_shards(seen, mesh_axis)
     # log(z_t / z_s) and not the difference of two large logarithms, which T^2 would magnify.
     rows = jnp.maximum(cross / z_t - (m_t - m_s) - jnp.log(z_t / z_s), 0)
     # As given, these do not vary over shards of the vocabulary, nor then does the total.
@@ -189,8 +189,8 @@ def _by_vocabulary_fwd(
     return total, (*given, (m_t + jnp.log(z_t), m_s + jnp.log(z_s)))
 
 
-def _by_vocabulary_bwd(chunk: int, axis: str | None, saved: Any, g: jax.Array) -> Any:
-    del axis
+def _by_vocabulary_bwd(chunk: int, mesh_axis: str | None, saved: Any, g: jax.Array) -> Any:
+    del mesh_axis
     *given, normalizers = saved
     (t, s, temperature, weight), axes = alike(given)
     lse_t, lse_s = varying(normalizers, axes)
@@ -223,28 +223,28 @@ def _piece(
     weight: jax.Array,
     start: Any,
     size: int,
-    axis: str | None,
+    mesh_axis: str | None,
     axes: list[str],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Logarithms of both distributions of some rows, and how much these count."""
     logits = [head.rows(start, size).logits(temperature) for head in (t, s)]
     tops = jnp.stack([jnp.max(x, axis=-1) for x in logits])
-    tops = varying(tops if axis is None else lax.pmax(tops, axis), axes)
+    tops = varying(tops if mesh_axis is None else lax.pmax(tops, mesh_axis), axes)
     shifted = [x - top[:, None] for x, top in zip(logits, tops, strict=True)]
-    totals = summed(jnp.stack([jnp.sum(jnp.exp(x), axis=-1) for x in shifted]), axis)
+    totals = summed(jnp.stack([jnp.sum(jnp.exp(x), axis=-1) for x in shifted]), mesh_axis)
     logs = jnp.log(varying(totals, axes))
     log_p, log_q = (x - z[:, None] for x, z in zip(shifted, logs, strict=True))
     return log_p, log_q, lax.dynamic_slice_in_dim(weight, start, size)
 
 
-def _over_shards(seen: Any, axis: str | None) -> Any:
+def _over_shards(seen: Any, mesh_axis: str | None) -> Any:
     """Running maxima and sums of all shards as one."""
-    if axis is None:
+    if mesh_axis is None:
         return seen
     (m_t, z_t, cross), (m_s, z_s) = seen
-    n_t, n_s = lax.pmax((m_t, m_s), axis)
+    n_t, n_s = lax.pmax((m_t, m_s), mesh_axis)
     decay_t, decay_s = jnp.exp(m_t - n_t), jnp.exp(m_s - n_s)
-    z_t, cross, z_s = lax.psum((z_t * decay_t, cross * decay_t, z_s * decay_s), axis)
+    z_t, cross, z_s = lax.psum((z_t * decay_t, cross * decay_t, z_s * decay_s), mesh_axis)
     return (n_t, z_t, cross), (n_s, z_s)
 
 
@@ -255,7 +255,7 @@ def _check(
     w_s: jax.Array,
     chunk: int,
     over: str,
-    axis_name: str | None,
+    mesh_axis: str | None,
 ) -> None:
     for who, h, w in (("teacher", h_t, w_t), ("student", h_s, w_s)):
         if w.ndim != 2 or h.shape[-1:] != w.shape[:1]:
@@ -263,9 +263,9 @@ def _check(
                 f"the {who}'s hidden states have shape {h.shape}, its head {w.shape}; expected "
                 "(..., width) and (width, vocabulary). Of an embedding table give the transpose."
             )
-        if axis_name is not None and axis_name not in varying_axes(w):
+        if mesh_axis is not None and mesh_axis not in varying_axes(w):
             raise ValueError(
-                f"the {who}'s head does not vary over the manual axis {axis_name!r}. Cut it along "
+                f"the {who}'s head does not vary over the manual axis {mesh_axis!r}. Cut it along "
                 "the vocabulary in `in_specs`, and leave `check_vma` of shard_map on."
             )
     if w_t.shape[1] != w_s.shape[1]:

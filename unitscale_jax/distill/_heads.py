@@ -65,9 +65,9 @@ def alike(operands: Any) -> tuple[Any, list[str]]:
     return varying(operands, axes), axes
 
 
-def summed(x: jax.Array, axis: str | None) -> jax.Array:
+def summed(x: jax.Array, mesh_axis: str | None) -> jax.Array:
     """The sum over a manual axis, if there is one."""
-    return x if axis is None else lax.psum(x, axis)
+    return x if mesh_axis is None else lax.psum(x, mesh_axis)
 
 
 def like(gradient: jax.Array, x: jax.Array) -> jax.Array:

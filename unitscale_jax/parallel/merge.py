@@ -30,7 +30,7 @@ HOWS = ("sum", "mean", "concat", "weighted", "vote")
 
 
 def merged(
-    fns: Apply | Sequence[Apply], how: How = "sum", *, axis: str = "branch"
+    fns: Apply | Sequence[Apply], how: How = "sum", *, mesh_axis: str = "branch"
 ) -> Callable[..., Any]:
     """Makes one function of several, each evaluated where its parameters are.
 
@@ -43,7 +43,7 @@ def merged(
             "vote": how many outputs have their largest number at each place of the last axis,
                 int32; its argmax is the winner.
             A function of the outputs stacked on a new first axis, which the compiler partitions.
-        axis: The mesh axis; its size divides the number of sub-models.
+        mesh_axis: The mesh axis; its size divides the number of sub-models.
 
     Returns:
         A function `fn(params, *inputs)`, and of "weighted" `fn(params, *inputs, weights=w)`, w of
@@ -74,19 +74,19 @@ def merged(
     def merged_fn(params: Params, *inputs: Any, weights: Any = None) -> Any:
         count = _count(params, fns)
         _check_weights(how, weights, count)
-        _check_axis(axis, count)
+        _check_axis(mesh_axis, count)
         models = [functools.partial(_call, _function(fns, i), i) for i in range(count)]
         alone = [functools.partial(model, row=i) for i, model in enumerate(models)]
         outs = [jax.eval_shape(model, params, inputs) for model in alone]
         _check_outputs(how, outs)
-        body = functools.partial(_body, models, outs, how, axis)
+        body = functools.partial(_body, models, outs, how, mesh_axis)
         stays = how in ("sum", "mean", "weighted", "vote")
         whole = jax.tree.map(lambda _: P(), (inputs, weights))
         run = jax.shard_map(
             body,
-            in_specs=(jax.tree.map(lambda _: P(axis), params), *whole),
-            out_specs=P() if stays else P(axis),
-            axis_names={axis},
+            in_specs=(jax.tree.map(lambda _: P(mesh_axis), params), *whole),
+            out_specs=P() if stays else P(mesh_axis),
+            axis_names={mesh_axis},
         )
         y = run(params, inputs, weights)
         if how == "concat":
@@ -209,23 +209,23 @@ def _body(
     models: list[Callable[..., Any]],
     outs: list[Any],
     how: How,
-    axis: str,
+    mesh_axis: str,
     params: Params,
     inputs: tuple[Any, ...],
     weights: Any,
 ) -> Any:
     """Outputs of the device's sub-models, merged as far as it goes without the others."""
     count = len(models)
-    each = count // devices_over(axis)
-    inputs, weights = varying((inputs, weights), [axis])
+    each = count // devices_over(mesh_axis)
+    inputs, weights = varying((inputs, weights), [mesh_axis])
     made = []
     for k in range(each):
-        y = _one_of(models[k::each], outs, how, axis, params, k, inputs)
-        mine = lax.axis_index(axis) * each + k
+        y = _one_of(models[k::each], outs, how, mesh_axis, params, k, inputs)
+        mine = lax.axis_index(mesh_axis) * each + k
         made.append(jax.tree.map(functools.partial(_share, how, weights, mine), y))
     if how == "concat" or callable(how):
         return jax.tree.map(lambda *ys: jnp.stack(ys), *made)
-    total = jax.tree.map(lambda *ys: lax.psum(functools.reduce(jnp.add, ys), axis), *made)
+    total = jax.tree.map(lambda *ys: lax.psum(functools.reduce(jnp.add, ys), mesh_axis), *made)
     return jax.tree.map(lambda y: y / count, total) if how == "mean" else total
 
 
@@ -233,7 +233,7 @@ def _one_of(
     models: list[Callable[..., Any]],
     outs: list[Any],
     how: How,
-    axis: str,
+    mesh_axis: str,
     params: Params,
     row: int,
     inputs: tuple[Any, ...],
@@ -248,11 +248,11 @@ def _one_of(
     calls = [functools.partial(of, model) for model in models]
     avals = [jax.eval_shape(call, params, inputs) for call in calls]
     # Branches of a switch have one type: they differ over all the axes that any of them does.
-    axes = sorted({axis}.union(*(varying_axes(x) for x in jax.tree.leaves(avals))))
+    axes = sorted({mesh_axis}.union(*(varying_axes(x) for x in jax.tree.leaves(avals))))
     alike = [lambda p, x, call=call: varying(call(p, x), axes) for call in calls]
     if len(alike) == 1:
         return alike[0](params, inputs)
-    return lax.switch(lax.axis_index(axis), alike, params, inputs)
+    return lax.switch(lax.axis_index(mesh_axis), alike, params, inputs)
 
 
 def _call(fn: Apply, i: int, params: Params, inputs: tuple[Any, ...], *, row: int) -> Any:
@@ -307,12 +307,12 @@ def _count(params: Params, fns: Apply | Sequence[Apply]) -> int:
     return count
 
 
-def _check_axis(axis: str, count: int) -> None:
-    size = axis_size(axis, "merged")
+def _check_axis(mesh_axis: str, count: int) -> None:
+    size = axis_size(mesh_axis, "merged")
     if count % size:
         raise ValueError(
-            f"{count} sub-models do not lie evenly on {axis}={size} devices. Choose a size that "
-            f"divides {count}."
+            f"{count} sub-models do not lie evenly on {mesh_axis}={size} devices. Choose a size "
+            f"that divides {count}."
         )
 
 

@@ -25,8 +25,9 @@ import optax
 from jax.tree_util import DictKey, SequenceKey
 
 from unitscale_jax import tree as trees
-from unitscale_jax.errors import check_axes, check_type
+from unitscale_jax.errors import check_type
 from unitscale_jax.loss import Mean
+from unitscale_jax.mesh_axes import names_of
 from unitscale_jax.optimizer import (
     LossScaleState,
     applied,
@@ -40,13 +41,13 @@ from unitscale_jax.optimizer import (
 )
 from unitscale_jax.precision._scale import DynamicScale, StaticScale
 from unitscale_jax.trace.program import compiled_once
-from unitscale_jax.typing import Axes, Params
+from unitscale_jax.typing import MeshAxis, Params
 
 Scale: TypeAlias = StaticScale | DynamicScale
 
 
 def loss_scaled(
-    inner: optax.GradientTransformation, spec: Scale, *, axes: Axes = ()
+    inner: optax.GradientTransformation, spec: Scale, *, mesh_axis: MeshAxis = ()
 ) -> optax.GradientTransformationExtraArgs:
     """Unscales gradients, skips a step that overflowed, and adapts the scale.
 
@@ -56,8 +57,8 @@ def loss_scaled(
     Args:
         inner: The optimizer. It sees unscaled gradients, and only finite ones.
         spec: `StaticScale(2**k)` or `DynamicScale(...)`.
-        axes: Inside `shard_map`, the names of **all** manual axes, those that split the data and
-            those that split parameters: a step is skipped everywhere or nowhere.
+        mesh_axis: Inside `shard_map`, the names of **all** manual axes, those that split the data
+            and those that split parameters: a step is skipped everywhere or nowhere.
 
     Returns:
         A transform whose `update(grads, state, params, *, dropped=0, **extra)` takes gradients
@@ -67,8 +68,8 @@ def loss_scaled(
         no part was left, the step is skipped. `extra` goes to `inner`. State: `LossScaleState`.
 
     Raises:
-        ValueError: In `update`, gradients vary over a manual axis that `axes` lacks, or are not
-            those of the parameters.
+        ValueError: In `update`, gradients vary over a manual axis that `mesh_axis` lacks, or are
+            not those of the parameters.
         TypeError: In `update`, `inner` changes the shape or dtype of its own state.
 
     Gradients at scale 2^k are bit-equal to those at scale 1 when nothing over- or underflows. A
@@ -86,7 +87,7 @@ def loss_scaled(
     """
     check_optimizer(inner, "loss_scaled")
     check_type("spec", spec, Scale, "a us.StaticScale or us.DynamicScale, built and not its class")
-    check_axes(axes)
+    axes = names_of(mesh_axis)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Params) -> Any:

@@ -172,10 +172,10 @@ def bounds_of(
 
 @functools.partial(_inlined, static_argnums=(1, 2, 3, 4))
 def _bounds(
-    x: jax.Array, axes: tuple[int, ...], spec: QSpec, tiles: int, over: tuple[str, ...]
+    x: jax.Array, axes: tuple[int, ...], spec: QSpec, tiles: int, mesh_axis: tuple[str, ...]
 ) -> jax.Array:
     if tiles == 1:
-        return shared(_bound(x, axes, spec), over)
+        return shared(_bound(x, axes, spec), mesh_axis)
     last = axes[-1]
     inner = tuple(a if a < last else a + 1 for a in axes)
     return _bound(tiled(x, last, tiles), inner, spec).squeeze(last + 1)

@@ -30,7 +30,7 @@ def expert_parallel(
     chosen: Array,
     gates: Array,
     *,
-    axis: str,
+    mesh_axis: str,
     capacity: int | None = None,
 ) -> tuple[jax.Array, "Load"]:
     """Evaluates experts that are split over a mesh axis on the rows that chose them.
@@ -44,7 +44,7 @@ def expert_parallel(
         x: `(.., width)`, the device's rows.
         chosen: `(.., k)` integers below `experts`, which are different for a row.
         gates: `(.., k)`, their weights.
-        axis: The manual mesh axis, which holds both the experts and the rows.
+        mesh_axis: The manual mesh axis, which holds both the experts and the rows.
         capacity: How many of its rows a device sends to one expert at most; the later ones are
             dropped, their part of the sum is zero. None drops none. Buffers are fixed when the
             program is compiled: (n, min(experts / n, k) rows, width) without a capacity,
@@ -64,23 +64,23 @@ def expert_parallel(
         >>> x, chosen = jnp.ones((8, 2)), jnp.arange(8)[:, None] % 4
         >>> fn = lambda w, rows, sizes: jax.lax.ragged_dot(rows, w, sizes)
         >>> split = jax.shard_map(
-        ...     lambda *args: us.parallel.expert_parallel(fn, *args, axis="ep")[0],
+        ...     lambda *args: us.parallel.expert_parallel(fn, *args, mesh_axis="ep")[0],
         ...     in_specs=P("ep"), out_specs=P("ep"))
         >>> with jax.set_mesh(us.parallel.mesh(dp=2, ep=4)):
         ...     w = jnp.arange(4.0)[:, None, None] * jnp.ones((4, 2, 1))
         ...     split(w, x, chosen, jnp.ones((8, 1)))[:, 0].tolist()
         [0.0, 2.0, 4.0, 6.0, 0.0, 2.0, 4.0, 6.0]
     """
-    local = _check(params, x, chosen, gates, capacity, axis)
-    flat = varying(x.reshape(-1, x.shape[-1]), [axis])
+    local = _check(params, x, chosen, gates, capacity, mesh_axis)
+    flat = varying(x.reshape(-1, x.shape[-1]), [mesh_axis])
     choices = jnp.asarray(chosen).astype(jnp.int32).reshape(-1, chosen.shape[-1])
-    route = _route(varying(choices, [axis]), local, axis, capacity)
-    out = _there_and_back(fn, params, flat, route, axis)
+    route = _route(varying(choices, [mesh_axis]), local, mesh_axis, capacity)
+    out = _there_and_back(fn, params, flat, route, mesh_axis)
     found = jnp.take(out, route.place, axis=0, mode="fill", fill_value=0)  # (rows, k, out)
     wide = trees.wide(out.dtype)
     weights = gates.reshape(choices.shape).astype(wide)
     y = jnp.sum(found.astype(wide) * weights[..., None], axis=1).astype(out.dtype)
-    sum_over = lambda count: lax.psum(count, axis)
+    sum_over = lambda count: lax.psum(count, mesh_axis)
     return y.reshape(*x.shape[:-1], -1), Load(sum_over(route.asked), sum_over(route.kept))
 
 
@@ -114,9 +114,9 @@ class _Route(NamedTuple):
     kept: jax.Array  # (experts,)
 
 
-def _route(choices: jax.Array, local: int, axis: str, capacity: int | None) -> _Route:
+def _route(choices: jax.Array, local: int, mesh_axis: str, capacity: int | None) -> _Route:
     """Sorts choices by expert; those of one device's experts stand together, the earlier first."""
-    n, (rows, k) = devices_over(axis), choices.shape
+    n, (rows, k) = devices_over(mesh_axis), choices.shape
     most = rows if capacity is None else min(capacity, rows)
     slots = min(rows * min(k, local), local * most)
     flat = choices.reshape(-1)
@@ -135,10 +135,10 @@ def _route(choices: jax.Array, local: int, axis: str, capacity: int | None) -> _
 
 
 def _there_and_back(
-    fn: Callable[..., jax.Array], params: Params, flat: jax.Array, route: _Route, axis: str
+    fn: Callable[..., jax.Array], params: Params, flat: jax.Array, route: _Route, mesh_axis: str
 ) -> jax.Array:
     """What the experts make of each place: `(n slots, out)`."""
-    trade = functools.partial(lax.all_to_all, axis_name=axis, split_axis=0, concat_axis=0)
+    trade = functools.partial(lax.all_to_all, axis_name=mesh_axis, split_axis=0, concat_axis=0)
     sent = jnp.take(flat, route.row, axis=0, mode="fill", fill_value=0)
     received, sizes = trade(sent, tiled=True), trade(route.sizes, tiled=True)
     # Rows from one device are in the order of its experts; from all of them they are sorted again.
@@ -161,7 +161,9 @@ def _before(counts: jax.Array) -> jax.Array:
     return jnp.cumsum(counts, axis=-1, dtype=jnp.int32) - counts
 
 
-def _check(params: Params, x: Any, chosen: Any, gates: Any, capacity: int | None, axis: str) -> int:
+def _check(
+    params: Params, x: Any, chosen: Any, gates: Any, capacity: int | None, mesh_axis: str
+) -> int:
     """How many experts a device has."""
     if chosen.shape != gates.shape or chosen.shape[:-1] != x.shape[:-1]:
         raise ValueError(
@@ -174,6 +176,6 @@ def _check(params: Params, x: Any, chosen: Any, gates: Any, capacity: int | None
     if len(set(counts.values())) != 1 or () in counts.values():
         raise ValueError(
             f"leaves of params have the first axes {counts}; it is that of the device's experts, "
-            f"split by the in_spec P({axis!r})."
+            f"split by the in_spec P({mesh_axis!r})."
         )
     return next(iter(counts.values()))[0]

@@ -32,7 +32,7 @@ def ring_attention(
     value: Array,
     mask: Array | None = None,
     *,
-    axis: str,
+    mesh_axis: str,
     causal: bool = False,
     segments: Array | None = None,
     striped: bool = False,
@@ -42,8 +42,8 @@ def ring_attention(
 ) -> jax.Array:
     """Softmax attention over all rows of a sequence of which each device has some.
 
-    With `functools.partial(ring_attention, axis="cp", causal=True)` it is the `attention_fn` of a
-    Flax attention layer.
+    With `functools.partial(ring_attention, mesh_axis="cp", causal=True)` it is the `attention_fn`
+    of a Flax attention layer.
 
     Args:
         query: `(.., rows / n, heads, dim)`, of the device's rows.
@@ -52,7 +52,7 @@ def ring_attention(
         mask: Bool, broadcasting to `(.., heads, rows / n, rows)`: which keys, of all devices and in
             the order of the sequence, a query may see. For long sequences use `causal` and
             `segments`, which need no memory.
-        axis: The manual mesh axis.
+        mesh_axis: The manual mesh axis.
         causal: A query sees the rows up to its own, by position in the whole sequence.
         segments: `(.., rows / n)` integers: a query sees the rows of its own number, so that
             several texts, and padding, share a sequence.
@@ -78,8 +78,8 @@ def ring_attention(
     heads = key.shape[-2], query.shape[-2] // key.shape[-2]
     q = query.reshape(*query.shape[:-2], *heads, query.shape[-1])
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    ring = _Ring(axis, causal, striped, factor)
-    seen = _Seen(segments, _of_all_keys(mask, key.shape[-3], heads, axis))
+    ring = _Ring(mesh_axis, causal, striped, factor)
+    seen = _Seen(segments, _of_all_keys(mask, key.shape[-3], heads, mesh_axis))
     out = _attend(ring, q, key, value, seen)
     return out.reshape(*query.shape[:-1], value.shape[-1])
 
@@ -89,7 +89,7 @@ def ulysses_attention(
     key: Array,
     value: Array,
     *,
-    axis: str,
+    mesh_axis: str,
     attention_fn: Callable[..., jax.Array] = jax.nn.dot_product_attention,
     **options: Any,
 ) -> jax.Array:
@@ -99,7 +99,7 @@ def ulysses_attention(
         query: `(.., rows / n, heads, dim)`, of the device's rows, in the order of the sequence.
         key: `(.., rows / n, kv_heads, dim)`.
         value: `(.., rows / n, kv_heads, dim)`.
-        axis: The manual mesh axis; it divides `heads` and `kv_heads`.
+        mesh_axis: The manual mesh axis; it divides `heads` and `kv_heads`.
         attention_fn: Attention of one device, such as a fused kernel, with the heads on axis -2.
         **options: Passed to it, such as `is_causal=True`.
 
@@ -113,14 +113,15 @@ def ulysses_attention(
     device's rows, whatever n is, where a ring sends all keys and values.
     """
     check_array("query", query, 3)
-    n = devices_over(axis)
+    n = devices_over(mesh_axis)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.shape[-2] % n:
             raise ValueError(
-                f"ulysses_attention got a {name} of {x.shape[-2]} heads, which {axis}={n} does not "
-                "divide. Repeat key and value heads, or use `ring_attention`, which splits none."
+                f"ulysses_attention got a {name} of {x.shape[-2]} heads, which {mesh_axis}={n} "
+                "does not divide. Repeat key and value heads, or use `ring_attention`, which splits "
+                "none."
             )
-    trade = functools.partial(lax.all_to_all, axis_name=axis, tiled=True)
+    trade = functools.partial(lax.all_to_all, axis_name=mesh_axis, tiled=True)
     to_heads = lambda x: trade(x, split_axis=x.ndim - 2, concat_axis=x.ndim - 3)
     out = attention_fn(to_heads(query), to_heads(key), to_heads(value), **options)
     return trade(out, split_axis=out.ndim - 3, concat_axis=out.ndim - 2)
@@ -160,20 +161,20 @@ def unstripe(x: Array, parts: int, dim: int = 1) -> jax.Array:
     return stripe(x, jnp.shape(x)[dim] // parts, dim)
 
 
-def row_positions(rows: int, axis: str, *, striped: bool = False) -> jax.Array:
+def row_positions(rows: int, mesh_axis: str, *, striped: bool = False) -> jax.Array:
     """Where in the whole sequence a device's rows stand, for embeddings of positions.
 
     Args:
         rows: How many the device has.
-        axis: The manual mesh axis.
+        mesh_axis: The manual mesh axis.
         striped: As of `ring_attention`.
 
     Returns:
         `(rows,)`, int32.
     """
     check_type("rows", rows, int, "how many rows the device has")
-    devices_over(axis)
-    return _positions(lax.axis_index(axis), rows, axis, striped)
+    devices_over(mesh_axis)
+    return _positions(lax.axis_index(mesh_axis), rows, mesh_axis, striped)
 
 
 class _Ring(NamedTuple):
@@ -321,7 +322,7 @@ def _scores(
     part = q[..., piece, :, :, :]
     scores = _einsum("...nhgd,...khd->...hngk", part, k, trees.wide(q.dtype)) * ring.scale
     n, me = devices_over(ring.axis), lax.axis_index(ring.axis)
-    where = functools.partial(_positions, axis=ring.axis, striped=ring.striped)
+    where = functools.partial(_positions, mesh_axis=ring.axis, striped=ring.striped)
     theirs = where((me - step) % n, k.shape[-3])
     if ring.causal:
         mine = where(me, q.shape[-4])[piece]
@@ -354,9 +355,9 @@ def _padded(x: jax.Array, rows: int) -> jax.Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, missing), (0, 0), (0, 0)]) if missing else x
 
 
-def _positions(device: Any, rows: int, axis: str, striped: bool) -> jax.Array:
+def _positions(device: Any, rows: int, mesh_axis: str, striped: bool) -> jax.Array:
     index = jnp.arange(rows, dtype=jnp.int32)
-    return index * devices_over(axis) + device if striped else device * rows + index
+    return index * devices_over(mesh_axis) + device if striped else device * rows + index
 
 
 def _finite(x: jax.Array) -> jax.Array:
@@ -367,14 +368,14 @@ def _einsum(equation: str, a: Any, b: Any, dtype: Any) -> jax.Array:
     return jnp.einsum(equation, a, b, preferred_element_type=dtype)
 
 
-def _of_all_keys(mask: Any, keys: int, heads: tuple[int, int], axis: str) -> Any:
+def _of_all_keys(mask: Any, keys: int, heads: tuple[int, int], mesh_axis: str) -> Any:
     """A mask `(.., heads, rows, all keys)` as scores are laid out."""
     if mask is None:
         return None
-    n = devices_over(axis)
+    n = devices_over(mesh_axis)
     if mask.shape[-1] != keys * n:
         raise ValueError(
-            f"ring_attention got a mask of {mask.shape[-1]} keys; {axis}={n} devices have "
+            f"ring_attention got a mask of {mask.shape[-1]} keys; {mesh_axis}={n} devices have "
             f"{keys * n} of them. Give a mask (.., heads or 1, own rows, all keys), or leave it to "
             "`causal=True` and `segments=`."
         )

@@ -47,14 +47,14 @@ def column(x: Array, w: Array, bias: Array | None = None) -> jax.Array:
     return y if bias is None else y + bias
 
 
-def row(h: Array, w: Array, bias: Array | None = None, *, axis: str) -> jax.Array:
+def row(h: Array, w: Array, bias: Array | None = None, *, mesh_axis: str) -> jax.Array:
     """Multiplies by a kernel split over its inputs and sums over the axis.
 
     Args:
         h: `(.., *in)`, split as `column` leaves it.
         w: `(*in, out)`, split over one of `in`: the in_spec is `P("tp", None)`.
         bias: `(out,)`, whole; it is added once, after the sum.
-        axis: The manual mesh axis.
+        mesh_axis: The manual mesh axis.
 
     Returns:
         `(.., out)`, the same on all devices.
@@ -64,35 +64,35 @@ def row(h: Array, w: Array, bias: Array | None = None, *, axis: str) -> jax.Arra
     Example:
         >>> from jax.sharding import PartitionSpec as P
         >>> h, w = jnp.ones((2, 4)), jnp.arange(12.0).reshape(4, 3)
-        >>> split = jax.shard_map(lambda h, w: us.parallel.row(h, w, axis="tp"),
+        >>> split = jax.shard_map(lambda h, w: us.parallel.row(h, w, mesh_axis="tp"),
         ...                       in_specs=(P(None, "tp"), P("tp", None)), out_specs=P())
         >>> with jax.set_mesh(us.parallel.mesh(dp=2, tp=4)):
         ...     bool((split(h, w) == h @ w).all())
         True
     """
     check_array("h", h, 1)
-    devices_over(axis)
-    y = lax.psum(jnp.tensordot(h, w, jnp.ndim(w) - 1), axis)
+    devices_over(mesh_axis)
+    y = lax.psum(jnp.tensordot(h, w, jnp.ndim(w) - 1), mesh_axis)
     return y if bias is None else y + bias
 
 
-def enter_sequence(x: Array, axis: str, *, dim: int = -2) -> jax.Array:
+def enter_sequence(x: Array, mesh_axis: str, *, dim: int = -2) -> jax.Array:
     """Gathers rows before a `column`.
 
     Args:
         x: `(.., rows / n, width)`, the device's rows.
-        axis: The manual mesh axis.
+        mesh_axis: The manual mesh axis.
         dim: That of the rows.
 
     Returns:
         `(.., rows, width)`. All devices have the same, though its type varies over the axis.
     """
     check_array("x", x, 1)
-    devices_over(axis)
-    return lax.all_gather(x, axis, axis=dim % jnp.ndim(x), tiled=True)
+    devices_over(mesh_axis)
+    return lax.all_gather(x, mesh_axis, axis=dim % jnp.ndim(x), tiled=True)
 
 
-def exit_sequence(partial: Array, axis: str, *, dim: int = -2) -> jax.Array:
+def exit_sequence(partial: Array, mesh_axis: str, *, dim: int = -2) -> jax.Array:
     """Sums over the axis what a split contraction left, each device keeping its rows of the sum.
 
     Norms, residuals and dropout between the layers then hold 1 / n of the activations, for the
@@ -100,7 +100,7 @@ def exit_sequence(partial: Array, axis: str, *, dim: int = -2) -> jax.Array:
 
     Args:
         partial: `(.., rows, width)`, as `h @ w` with a kernel split over its inputs.
-        axis: The manual mesh axis; it divides the rows.
+        mesh_axis: The manual mesh axis; it divides the rows.
         dim: That of the rows.
 
     Returns:
@@ -122,11 +122,11 @@ def exit_sequence(partial: Array, axis: str, *, dim: int = -2) -> jax.Array:
     """
     check_array("partial", partial, 1)
     dim %= jnp.ndim(partial)
-    check_rows(jnp.shape(partial)[dim], axis, "exit_sequence")
-    return lax.psum_scatter(partial, axis, scatter_dimension=dim, tiled=True)
+    check_rows(jnp.shape(partial)[dim], mesh_axis, "exit_sequence")
+    return lax.psum_scatter(partial, mesh_axis, scatter_dimension=dim, tiled=True)
 
 
-def ring_matmul(x: Array, w: Array, axis: str, *, dim: int = -2) -> jax.Array:
+def ring_matmul(x: Array, w: Array, mesh_axis: str, *, dim: int = -2) -> jax.Array:
     """Multiplies gathered rows, the gathering hidden under the products.
 
     The rows that a device holds are multiplied while the next ones travel to it: n - 1 messages
@@ -135,7 +135,7 @@ def ring_matmul(x: Array, w: Array, axis: str, *, dim: int = -2) -> jax.Array:
     Args:
         x: `(.., rows / n, in)`, the device's rows.
         w: `(in, *out)`, split over its outputs or whole.
-        axis: The manual mesh axis.
+        mesh_axis: The manual mesh axis.
         dim: That of the rows, one of the axes of x before the last.
 
     Returns:
@@ -147,10 +147,10 @@ def ring_matmul(x: Array, w: Array, axis: str, *, dim: int = -2) -> jax.Array:
     """
     check_array("x", x, 1)
     dim = _rows_dim(x, dim, "ring_matmul")
-    n, me, rows = devices_over(axis), lax.axis_index(axis), x.shape[dim]
-    x, out = varying(x, [axis]), None
+    n, me, rows = devices_over(mesh_axis), lax.axis_index(mesh_axis), x.shape[dim]
+    x, out = varying(x, [mesh_axis]), None
     for k in range(n):
-        coming = lax.ppermute(x, axis, around(n)) if k < n - 1 else x
+        coming = lax.ppermute(x, mesh_axis, around(n)) if k < n - 1 else x
         part = jnp.tensordot(x, w, 1)
         if out is None:
             shape = (*part.shape[:dim], rows * n, *part.shape[dim + 1 :])
@@ -161,7 +161,7 @@ def ring_matmul(x: Array, w: Array, axis: str, *, dim: int = -2) -> jax.Array:
     return out
 
 
-def ring_scatter(h: Array, w: Array, axis: str, *, dim: int = -2) -> jax.Array:
+def ring_scatter(h: Array, w: Array, mesh_axis: str, *, dim: int = -2) -> jax.Array:
     """Sums a split contraction and scatters its rows, the messages hidden under the products.
 
     The sum for a device goes around the ring and every device adds its part of it, made while the
@@ -170,7 +170,7 @@ def ring_scatter(h: Array, w: Array, axis: str, *, dim: int = -2) -> jax.Array:
     Args:
         h: `(.., rows, in / n)`, split over what the product sums over.
         w: `(in / n, *out)`, the device's inputs.
-        axis: The manual mesh axis; it divides the rows.
+        mesh_axis: The manual mesh axis; it divides the rows.
         dim: That of the rows, one of the axes of h before the last.
 
     Returns:
@@ -181,13 +181,13 @@ def ring_scatter(h: Array, w: Array, axis: str, *, dim: int = -2) -> jax.Array:
     """
     check_array("h", h, 1)
     dim = _rows_dim(h, dim, "ring_scatter")
-    n, me = devices_over(axis), lax.axis_index(axis)
-    rows = check_rows(h.shape[dim], axis, "ring_scatter")
+    n, me = devices_over(mesh_axis), lax.axis_index(mesh_axis)
+    rows = check_rows(h.shape[dim], mesh_axis, "ring_scatter")
     # The sum that ends here was begun by the next device, and each has added what it has of it.
     piece = lambda k: lax.dynamic_slice_in_dim(h, (me - k - 1) % n * rows, rows, dim)
     total = jnp.tensordot(piece(0), w, 1)
     for k in range(1, n):
-        total = lax.ppermute(total, axis, around(n)) + jnp.tensordot(piece(k), w, 1)
+        total = lax.ppermute(total, mesh_axis, around(n)) + jnp.tensordot(piece(k), w, 1)
     return total
 
 
@@ -196,17 +196,17 @@ def around(n: int) -> list[tuple[int, int]]:
     return [(i, (i + 1) % n) for i in range(n)]
 
 
-def check_rows(rows: int, axis: str, name: str) -> int:
+def check_rows(rows: int, mesh_axis: str, name: str) -> int:
     """How many rows each device of an axis gets.
 
     Raises:
         ValueError: The axis does not divide them.
     """
-    n = devices_over(axis)
+    n = devices_over(mesh_axis)
     if rows % n:
         raise ValueError(
-            f"{name} splits {rows} rows over {axis}={n}, which does not divide them. Pad the rows "
-            f"to {-(-rows // n) * n}, with weight 0 in the loss, or choose another `dim`."
+            f"{name} splits {rows} rows over {mesh_axis}={n}, which does not divide them. Pad the "
+            f"rows to {-(-rows // n) * n}, with weight 0 in the loss, or choose another `dim`."
         )
     return rows // n
 

@@ -19,14 +19,16 @@ from unitscale_jax.parallel.collectives._tensor import exit_sequence
 from unitscale_jax.typing import Array
 
 
-def vocab_loss(logits: Array, labels: Array, axis: str, *, vocab: int | None = None) -> jax.Array:
+def vocab_loss(
+    logits: Array, labels: Array, mesh_axis: str, *, vocab: int | None = None
+) -> jax.Array:
     """Cross-entropy of integer labels, row by row, from logits split over the vocabulary.
 
     Args:
         logits: `(.., vocabulary / n)`, the device's part, of consecutive words; any float dtype.
         labels: `(..)` integers over the whole vocabulary. One that it does not have, such as the
             -1 of padding, has the loss `log sum exp`: leave its row out by the weight of a `Mean`.
-        axis: The manual mesh axis.
+        mesh_axis: The manual mesh axis.
         vocab: How many words there are, if the last ones only pad the table: they have no part.
 
     Returns:
@@ -46,61 +48,65 @@ def vocab_loss(logits: Array, labels: Array, axis: str, *, vocab: int | None = N
         [0.1, 0.2, -0.7, 0.4]
     """
     check_array("logits", logits, 1)
-    devices_over(axis)
-    logits = _real(logits, axis, vocab)
-    at_label = _words(logits, axis) == jnp.asarray(labels).astype(jnp.int32)[..., None]
-    target = lax.psum(jnp.sum(jnp.where(at_label, logits, 0), axis=-1), axis)
-    return vocab_logsumexp(logits, axis) - target
+    devices_over(mesh_axis)
+    logits = _real(logits, mesh_axis, vocab)
+    at_label = _words(logits, mesh_axis) == jnp.asarray(labels).astype(jnp.int32)[..., None]
+    target = lax.psum(jnp.sum(jnp.where(at_label, logits, 0), axis=-1), mesh_axis)
+    return vocab_logsumexp(logits, mesh_axis) - target
 
 
-def vocab_logsumexp(logits: Array, axis: str, *, vocab: int | None = None) -> jax.Array:
+def vocab_logsumexp(logits: Array, mesh_axis: str, *, vocab: int | None = None) -> jax.Array:
     """`log sum exp` over a split vocabulary: what normalizes logits, and what a z-loss squares.
 
     Args:
         logits: `(.., vocabulary / n)`, the device's part.
-        axis: The manual mesh axis.
+        mesh_axis: The manual mesh axis.
         vocab: As of `vocab_loss`.
 
     Returns:
         `(..)`, float32 or wider, the same on all devices; -inf where all logits are.
     """
     check_array("logits", logits, 1)
-    devices_over(axis)
-    logits = _real(logits, axis, vocab)
+    devices_over(mesh_axis)
+    logits = _real(logits, mesh_axis, vocab)
     # The largest is a constant of the equation, and pmax has no derivative.
-    largest = lax.pmax(lax.stop_gradient(jnp.max(logits, axis=-1)), axis)
+    largest = lax.pmax(lax.stop_gradient(jnp.max(logits, axis=-1)), mesh_axis)
     shift = jnp.where(jnp.isfinite(largest), largest, 0)
-    return jnp.log(lax.psum(jnp.sum(jnp.exp(logits - shift[..., None]), axis=-1), axis)) + shift
+    return (
+        jnp.log(lax.psum(jnp.sum(jnp.exp(logits - shift[..., None]), axis=-1), mesh_axis)) + shift
+    )
 
 
-def vocab_argmax(logits: Array, axis: str, *, vocab: int | None = None) -> jax.Array:
+def vocab_argmax(logits: Array, mesh_axis: str, *, vocab: int | None = None) -> jax.Array:
     """The word of the largest logit, of equals the first: greedy decoding over a split vocabulary.
 
     Args:
         logits: `(.., vocabulary / n)`, the device's part.
-        axis: The manual mesh axis.
+        mesh_axis: The manual mesh axis.
         vocab: As of `vocab_loss`.
 
     Returns:
         `(..)`, int32 over the whole vocabulary, the same on all devices.
     """
     check_array("logits", logits, 1)
-    devices_over(axis)
-    logits = _real(logits, axis, vocab)
+    devices_over(mesh_axis)
+    logits = _real(logits, mesh_axis, vocab)
     logits = jnp.where(jnp.isnan(logits), jnp.inf, logits)  # first, as for jnp.argmax
     best = jnp.max(logits, axis=-1)
-    first = _words(logits, axis)[jnp.argmax(logits, axis=-1)]
-    wins = best == lax.pmax(best, axis)
-    return lax.pmin(jnp.where(wins, first, np.iinfo(np.int32).max), axis)
+    first = _words(logits, mesh_axis)[jnp.argmax(logits, axis=-1)]
+    wins = best == lax.pmax(best, mesh_axis)
+    return lax.pmin(jnp.where(wins, first, np.iinfo(np.int32).max), mesh_axis)
 
 
-def vocab_embed(table: Array, ids: Array, axis: str, *, sequence: int | None = None) -> jax.Array:
+def vocab_embed(
+    table: Array, ids: Array, mesh_axis: str, *, sequence: int | None = None
+) -> jax.Array:
     """Looks rows up in a table that is split by its rows.
 
     Args:
         table: `(vocabulary / n, width)`, the device's rows: the in_spec is `P("tp", None)`.
         ids: `(..)` integers over the whole vocabulary; outside of it the row is zero.
-        axis: The manual mesh axis.
+        mesh_axis: The manual mesh axis.
         sequence: A dim of the result that is to stay split over the axis, as `exit_sequence` leaves
             it; None keeps all.
 
@@ -119,22 +125,28 @@ def vocab_embed(table: Array, ids: Array, axis: str, *, sequence: int | None = N
         [[0.0, 1.0], [10.0, 11.0], [14.0, 15.0]]
     """
     check_array("table", table, 2)
-    devices_over(axis)
+    devices_over(mesh_axis)
     rows = table.shape[0]
-    here = jnp.asarray(ids).astype(jnp.int32) - lax.axis_index(axis) * rows
+    here = jnp.asarray(ids).astype(jnp.int32) - lax.axis_index(mesh_axis) * rows
     mine = (here >= 0) & (here < rows)
     found = jnp.where(mine[..., None], table[jnp.clip(here, 0, rows - 1)], 0)
-    return lax.psum(found, axis) if sequence is None else exit_sequence(found, axis, dim=sequence)
+    return (
+        lax.psum(found, mesh_axis)
+        if sequence is None
+        else exit_sequence(found, mesh_axis, dim=sequence)
+    )
 
 
-def _words(logits: jax.Array, axis: str) -> jax.Array:
+def _words(logits: jax.Array, mesh_axis: str) -> jax.Array:
     """Which words of the whole vocabulary a device has."""
     count = logits.shape[-1]
-    return lax.axis_index(axis) * count + jnp.arange(count, dtype=jnp.int32)
+    return lax.axis_index(mesh_axis) * count + jnp.arange(count, dtype=jnp.int32)
 
 
-def _real(logits: Array, axis: str, vocab: int | None) -> jax.Array:
+def _real(logits: Array, mesh_axis: str, vocab: int | None) -> jax.Array:
     """Wide logits, those of words that only pad the table -inf."""
     logits = jnp.asarray(logits)
     logits = logits.astype(trees.wide(logits.dtype))
-    return logits if vocab is None else jnp.where(_words(logits, axis) < vocab, logits, -jnp.inf)
+    return (
+        logits if vocab is None else jnp.where(_words(logits, mesh_axis) < vocab, logits, -jnp.inf)
+    )

@@ -43,7 +43,7 @@ from unitscale_jax.typing import Batch, Params, State
 
 def reduced(
     grad_fn: Grad,
-    over: str = "dp",
+    mesh_axis: str = "dp",
     *,
     zero: Literal[0, 1, 2, 3] = 0,
     gather: Literal["step", "layer"] = "step",
@@ -56,8 +56,8 @@ def reduced(
     Args:
         grad_fn: A `us.Grad`, as `us.value_and_grad`, `us.accumulated` or `pipelined` return it.
             Accumulation goes inside: `reduced(accumulated(grad_fn, parts))` reduces once.
-        over: The mesh axis that holds the rows; it is manual in here. All other axes stay with the
-            partitioner, so any layout of the parameters over them is kept.
+        mesh_axis: The mesh axis that holds the rows; it is manual in here. All other axes stay with
+            the partitioner, so any layout of the parameters over them is kept.
         zero: What each of n devices keeps. 0: everything. 1, 2: gradients leave as shares, and so
             optimizer state is one (`sharded`). 3: parameters come as shares too.
         gather: With `zero=3`, when parameters are whole: "step", once, before the parts; "layer",
@@ -93,45 +93,45 @@ def reduced(
     _check_options(grad_fn, zero, gather, wire)
 
     def call(params: Params, batch: Batch, given: Given) -> tuple[Terms, Any, Params]:
-        n, rows = axis_size(over, "reduced"), row_count(batch)
+        n, rows = axis_size(mesh_axis, "reduced"), row_count(batch)
         part = filled(Part(batch, keys_of_rows(given.key, rows), given.valid), rows, n)
         kept = given.state if isinstance(given.state, Feedback) else None
         given = given._replace(state=given.state if kept is None else kept.state).of(part)
         _check_filled(grad_fn, params, part.batch, given, rows, n)
         check_feedback(kept, params, wire, n)
-        combine = Outputs(reduce, over)
+        combine = Outputs(reduce, mesh_axis)
         if n == 1 and gather == "step" and kept is None:  # no collective, not even of one device
             terms, aux, grads = grad_fn.call(params, batch, given)
             combine.check(aux, part)
             return terms, aux, grads
-        cuts, scale = _cuts(params, layout, over, n), jnp.asarray(given.scale)
+        cuts, scale = _cuts(params, layout, mesh_axis, n), jnp.asarray(given.scale)
         shares = [cut.spec for cut in cuts]
         leaves, structure = jax.tree.flatten(params)
         errors = None if kept is None else jax.tree.leaves(kept.error)
 
         def mapped(local: Local) -> tuple[Any, ...]:
-            one = _OneDevice(local, over, zero, gather, wire, params, cuts)
+            one = _OneDevice(local, mesh_axis, zero, gather, wire, params, cuts)
 
             def body(
                 leaves: list[Any], part: Part, state: State, errors: Any, factors: Any
             ) -> tuple[Any, ...]:
                 terms, aux, grads = one.gradients(leaves, part, state, *factors)
                 sums = one.sums(grads, errors, factors[1])
-                whole = {name: total(term, over) for name, term in terms.items()}
+                whole = {name: total(term, mesh_axis) for name, term in terms.items()}
                 return (whole, *sums, *combine(aux, part))
 
             return jax.shard_map(
                 body,
-                in_specs=(shares if zero == 3 else P(), P(over), P(), P(over), P()),
-                out_specs=(P(), shares if zero else P(), P(over), P(), P(over)),
-                axis_names={over},
+                in_specs=(shares if zero == 3 else P(), P(mesh_axis), P(), P(mesh_axis), P()),
+                out_specs=(P(), shares if zero else P(), P(mesh_axis), P(), P(mesh_axis)),
+                axis_names={mesh_axis},
             )(leaves, part, given.state, errors, (given.denominators, scale))
 
         try:
             terms, grads, lost, sums, stacks = mapped(direct(grad_fn))
         except TypeError as refused:
             try:
-                local = replayed(grad_fn, params, part, given.state, scale, over)
+                local = replayed(grad_fn, params, part, given.state, scale, mesh_axis)
             except Exception:  # then it is not for the axis that it was refused
                 raise refused from None
             terms, grads, lost, sums, stacks = mapped(local)
@@ -188,7 +188,7 @@ class _OneDevice:
         self, grads: list[jax.Array], errors: list[jax.Array] | None, scale: jax.Array
     ) -> tuple[list[Any], list[Any]]:
         """The gradients of all rows, or shares of them, and what wires took away."""
-        add = functools.partial(_added_up, over=self.over, wire=self.wire, scale=scale)
+        add = functools.partial(_added_up, mesh_axis=self.over, wire=self.wire, scale=scale)
         if errors is not None:  # one device that overflows voids the step of all
             finite = lax.pmin(trees.is_finite(grads).astype(jnp.int32), self.over) > 0
             add = functools.partial(add, finite=finite)
@@ -206,15 +206,15 @@ class _OneDevice:
         return totals, lost
 
 
-def _cuts(params: Params, layout: Layout | None, over: str, n: int) -> list[_Cut]:
+def _cuts(params: Params, layout: Layout | None, mesh_axis: str, n: int) -> list[_Cut]:
     leaves = trees.named_leaves(params)
     if layout is None:
-        specs = {name: zero_spec(jnp.shape(x), over, n) for name, x in leaves.items()}
-        return [_cut(spec, over) for spec in specs.values()]
-    if layout.mesh.shape.get(over, 1) != n:
+        specs = {name: zero_spec(jnp.shape(x), mesh_axis, n) for name, x in leaves.items()}
+        return [_cut(spec, mesh_axis) for spec in specs.values()]
+    if layout.mesh.shape.get(mesh_axis, 1) != n:
         raise ValueError(
-            f"the layout is for a mesh of {dict(layout.mesh.shape)}, and here {over}={n}. Lay the "
-            "parameters out on the mesh that is set."
+            f"the layout is for a mesh of {dict(layout.mesh.shape)}, and here {mesh_axis}={n}. Lay "
+            "the parameters out on the mesh that is set."
         )
     if set(layout.by_name) != set(leaves):
         missing = sorted(set(layout.by_name) ^ set(leaves))
@@ -222,29 +222,29 @@ def _cuts(params: Params, layout: Layout | None, over: str, n: int) -> list[_Cut
             f"the layout and the parameters differ in {missing[0]!r}. Make the layout of these "
             "parameters."
         )
-    both = layout.over(over).by_name
-    return [_cut(both[name], over) for name in leaves]
+    both = layout.over(mesh_axis).by_name
+    return [_cut(both[name], mesh_axis) for name in leaves]
 
 
-def _cut(both: P, over: str) -> _Cut:
+def _cut(both: P, mesh_axis: str) -> _Cut:
     by = held(both, len(both))
-    dim = next((k for k, axes in enumerate(by) if over in axes), None)
+    dim = next((k for k, axes in enumerate(by) if mesh_axis in axes), None)
     if dim is None:
         return _Cut(None, P(), both)
-    if by[dim] != (over,):
+    if by[dim] != (mesh_axis,):
         raise ValueError(
-            f"dimension {dim} is to be held by {by[dim]}, and {over!r}, which is manual here, must "
-            "hold a dimension alone. Leave it out of the layout; ZeRO finds a free dimension."
+            f"dimension {dim} is to be held by {by[dim]}, and {mesh_axis!r}, which is manual here, "
+            "must hold a dimension alone. Leave it out of the layout; ZeRO finds a free dimension."
         )
     return _Cut(
-        dim, P(*[None] * dim, over), spec_of([a if k != dim else () for k, a in enumerate(by)])
+        dim, P(*[None] * dim, mesh_axis), spec_of([a if k != dim else () for k, a in enumerate(by)])
     )
 
 
-def _gathered_leaf(share: jax.Array, cut: _Cut, over: str) -> jax.Array:
+def _gathered_leaf(share: jax.Array, cut: _Cut, mesh_axis: str) -> jax.Array:
     if cut.dim is None:
         return share
-    whole = lambda x: lax.all_gather(x, over, axis=cut.dim, tiled=True)
+    whole = lambda x: lax.all_gather(x, mesh_axis, axis=cut.dim, tiled=True)
     return under(cut.others, whole)(share)
 
 
@@ -254,22 +254,22 @@ def _added_up(
     cut: _Cut,
     error: jax.Array | None,
     *,
-    over: str,
+    mesh_axis: str,
     wire: WireDType | None,
     scale: jax.Array,
     dim: int | None,
     finite: jax.Array | bool = True,
 ) -> tuple[jax.Array, jax.Array | None]:
     """The gradient of all rows, or a share of it, and what this device's wire took away."""
-    if over not in varying_axes(grad):
+    if mesh_axis not in varying_axes(grad):
         raise ValueError(
-            f"the gradient of {name!r} is reduced over {over!r} already, and would be counted once "
-            f"per device. Leave {over!r} out of `axes=` of what is inside `reduced`."
+            f"the gradient of {name!r} is reduced over {mesh_axis!r} already, and would be counted "
+            f"once per device. Leave {mesh_axis!r} out of `mesh_axis=` of what is inside `reduced`."
         )
     if error is None:
-        return under(cut.others, lambda g: summed(g, over, wire, dim=dim).total)(grad), None
+        return under(cut.others, lambda g: summed(g, mesh_axis, wire, dim=dim).total)(grad), None
     owed = error[0] * scale.astype(jnp.float32)
-    total, lost = under(cut.others, lambda g: summed(g, over, wire, dim=dim))(grad + owed)
+    total, lost = under(cut.others, lambda g: summed(g, mesh_axis, wire, dim=dim))(grad + owed)
     left = lost / scale.astype(jnp.float32)
     return total, jnp.where(finite, left, error[0])[None]
 

@@ -25,9 +25,9 @@ def filled(part: Part, rows: int, n: int) -> Part:
 class Outputs:
     """Auxiliary outputs of all devices: sums leave whole, rows as they lie."""
 
-    def __init__(self, kinds: rules.Rules[str], over: str) -> None:
+    def __init__(self, kinds: rules.Rules[str], mesh_axis: str) -> None:
         """By rules on their names, over a mesh axis."""
-        self._kinds, self._over = kinds, over
+        self._kinds, self._over = kinds, mesh_axis
         self._reduction: Reduction | None = None
 
     def check(self, aux: Any, part: Part) -> Reduction:
@@ -64,12 +64,12 @@ class Outputs:
         return jax.tree.unflatten(self._reduction.structure, found)
 
 
-def total(term: Mean, over: str) -> Mean:
+def total(term: Mean, mesh_axis: str) -> Mean:
     """A term of the loss, of all devices."""
-    whole, weight = lax.psum(varying((term.total, term.weight), [over]), over)
-    return Mean(whole, weight, same(term.coef, over))
+    whole, weight = lax.psum(varying((term.total, term.weight), [mesh_axis]), mesh_axis)
+    return Mean(whole, weight, same(term.coef, mesh_axis))
 
 
-def same(x: jax.Array, over: str) -> jax.Array:
+def same(x: jax.Array, mesh_axis: str) -> jax.Array:
     """A number that all devices have alike, typed so."""
-    return lax.pmax(x, over) if over in varying_axes(x) else x
+    return lax.pmax(x, mesh_axis) if mesh_axis in varying_axes(x) else x

@@ -37,12 +37,12 @@ class Feedback:
         return Feedback(jax.tree.structure(self.error).unflatten(lost), aux)
 
 
-def feedback(params: Params, over: str = "dp", state: State = None) -> Feedback:
+def feedback(params: Params, mesh_axis: str = "dp", state: State = None) -> Feedback:
     """Nothing rounded away yet; called under `jax.set_mesh(mesh)`.
 
     Args:
         params: The parameters, or their shapes.
-        over: The mesh axis that gradients are reduced over.
+        mesh_axis: The mesh axis that gradients are reduced over.
         state: The model's state.
 
     Example:
@@ -50,9 +50,9 @@ def feedback(params: Params, over: str = "dp", state: State = None) -> Feedback:
         ...     us.parallel.feedback({"w": jnp.ones((3, 5))}).error["w"].shape
         (4, 3, 5)
     """
-    n = axis_size(over, "feedback")
+    n = axis_size(mesh_axis, "feedback")
     make = lambda: jax.tree.map(lambda x: jnp.zeros((n, *jnp.shape(x)), jnp.float32), params)
-    return Feedback(jax.jit(make, out_shardings=P(over))(), state)
+    return Feedback(jax.jit(make, out_shardings=P(mesh_axis))(), state)
 
 
 def check_feedback(feedback: Feedback | None, params: Params, wire: str | None, n: int) -> None:

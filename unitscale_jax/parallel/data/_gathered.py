@@ -37,7 +37,7 @@ from unitscale_jax.trace.program import (
 from unitscale_jax.trace.rewrite import Rewriter
 
 
-def gathered(fn: Callable[..., Any], layout: Layout, over: str = "dp") -> Callable[..., Any]:
+def gathered(fn: Callable[..., Any], layout: Layout, mesh_axis: str = "dp") -> Callable[..., Any]:
     """Evaluates a function of parameters on this device's shares of them.
 
     Args:
@@ -46,8 +46,8 @@ def gathered(fn: Callable[..., Any], layout: Layout, over: str = "dp") -> Callab
             each device has its share. Layers that are stacked for a loop may be divided along any
             dimension; those without one that the axis divides, beside that of the layers, are
             gathered before the loop.
-        over: The mesh axis of the shares, manual where this is called: inside `reduced(..., zero=3,
-            gather="layer")`, or a `shard_map` of your own.
+        mesh_axis: The mesh axis of the shares, manual where this is called: inside `reduced(...,
+            zero=3, gather="layer")`, or a `shard_map` of your own.
 
     Returns:
         A function of the same signature that takes shares, and whose derivative is that of them. It
@@ -73,11 +73,11 @@ def gathered(fn: Callable[..., Any], layout: Layout, over: str = "dp") -> Callab
         True
     """
     check_type("layout", layout, Layout, "a us.parallel.Layout")
-    laid = layout.over(over)
+    laid = layout.over(mesh_axis)
 
     @around(fn, "gathered")
     def gathered_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
-        shares = _shares(params, layout, laid, over)
+        shares = _shares(params, layout, laid, mesh_axis)
         # Only their types matter; the compiler drops what computes them.
         dense = [share.whole() if isinstance(share, Share) else share for share in shares]
         call = stage(fn, jax.tree.structure(params).unflatten(dense), *args, **kwargs)
@@ -149,11 +149,11 @@ class Share:
 
 @functools.cache
 def _gather(
-    over: str, axis: int, others: P, dtype: Any, own: Any
+    mesh_axis: str, axis: int, others: P, dtype: Any, own: Any
 ) -> Callable[[jax.Array], jax.Array]:
     """A cast and a gather; the other way a cast back and a scattered sum."""
-    whole = lambda x: lax.all_gather(x.astype(dtype), over, axis=axis, tiled=True)
-    share = lambda g: lax.psum_scatter(g.astype(own), over, scatter_dimension=axis, tiled=True)
+    whole = lambda x: lax.all_gather(x.astype(dtype), mesh_axis, axis=axis, tiled=True)
+    share = lambda g: lax.psum_scatter(g.astype(own), mesh_axis, scatter_dimension=axis, tiled=True)
 
     @jax.custom_vjp
     def gather(x: jax.Array) -> jax.Array:
@@ -166,24 +166,24 @@ def _gather(
     return gather
 
 
-def _shares(params: Any, layout: Layout, laid: Layout, over: str) -> list[Any]:
-    n, out = devices_over(over), []
+def _shares(params: Any, layout: Layout, laid: Layout, mesh_axis: str) -> list[Any]:
+    n, out = devices_over(mesh_axis), []
     for name, leaf in trees.named_leaves(params).items():
         by = held(laid.by_name[name], leaf.ndim)
-        dim = next((k for k, axes in enumerate(by) if over in axes), None)
+        dim = next((k for k, axes in enumerate(by) if mesh_axis in axes), None)
         if dim is None:
-            out.append(varying(leaf, [over]))
+            out.append(varying(leaf, [mesh_axis]))
             continue
         whole = dict(zip(trees.names(layout.params), jax.tree.leaves(layout.params), strict=True))
         expected = tuple(s // n if k == dim else s for k, s in enumerate(whole[name].shape))
         if leaf.shape != expected:
             raise ValueError(
                 f"{name!r} has shape {leaf.shape}, and a share of {whole[name].shape} over "
-                f"{over}={n} has {expected}. Call this inside us.parallel.reduced(..., zero=3, "
-                f"gather='layer', layout=layout), with the same layout."
+                f"{mesh_axis}={n} has {expected}. Call this inside us.parallel.reduced(..., "
+                f"zero=3, gather='layer', layout=layout), with the same layout."
             )
         others = tuple(axes if k != dim else () for k, axes in enumerate(by))
-        out.append(Share(varying(leaf, [over]), dim - leaf.ndim, over, others))
+        out.append(Share(varying(leaf, [mesh_axis]), dim - leaf.ndim, mesh_axis, others))
     return out
 
 

@@ -37,20 +37,20 @@ def direct(grad_fn: Grad) -> Local:
 
 
 def replayed(
-    grad_fn: Grad, params: Params, part: Part, state: State, scale: Any, over: str
+    grad_fn: Grad, params: Params, part: Part, state: State, scale: Any, mesh_axis: str
 ) -> Local:
-    """The station traced where `over` is not manual, on the rows of one of its devices.
+    """The station traced where `mesh_axis` is not manual, on the rows of one of its devices.
 
     For models with loops whose carry begins the same on every device, which JAX refuses to trace
     where the axis is manual (recurrent layers that begin with zeros, for instance).
     """
-    n = jax.sharding.get_abstract_mesh().shape[over]
+    n = jax.sharding.get_abstract_mesh().shape[mesh_axis]
     mine = lambda x: jax.ShapeDtypeStruct((x.shape[0] // n, *x.shape[1:]), x.dtype)
     whole = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
     given = (jax.tree.map(whole, params), jax.tree.map(mine, part), jax.tree.map(whole, state))
     weigh, grad = direct(grad_fn)
     weights = jax.eval_shape(weigh, *given)
     return Local(
-        as_on_one_device(weigh, *given, axes=[over]),
-        as_on_one_device(grad, *given, weights, whole(scale), axes=[over]),
+        as_on_one_device(weigh, *given, axes=[mesh_axis]),
+        as_on_one_device(grad, *given, weights, whole(scale), axes=[mesh_axis]),
     )

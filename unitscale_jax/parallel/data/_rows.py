@@ -21,7 +21,7 @@ def global_batch(
     rows: int,
     mesh: Mesh,
     *,
-    over: str | tuple[str, ...] = "dp",
+    mesh_axis: str | tuple[str, ...] = "dp",
 ) -> Any:
     """Makes a batch that is spread over a mesh, of rows that each process reads for itself.
 
@@ -30,7 +30,7 @@ def global_batch(
             rows of the batch that have them. It is called once, with what this process holds.
         rows: Rows of the whole batch.
         mesh: Of `mesh`.
-        over: The mesh axis, or axes, that rows are divided over.
+        mesh_axis: The mesh axis, or axes, that rows are divided over.
 
     Returns:
         The tree of `read`, of global arrays `(rows, ...)`.
@@ -50,8 +50,8 @@ def global_batch(
         >>> bool((batch["text"] == text[order[:8]]).all())
         True
     """
-    _check(rows, mesh, (over,) if isinstance(over, str) else over)
-    sharding = NamedSharding(mesh, PartitionSpec(over))
+    _check(rows, mesh, (mesh_axis,) if isinstance(mesh_axis, str) else mesh_axis)
+    sharding = NamedSharding(mesh, PartitionSpec(mesh_axis))
     cuts = sharding.addressable_devices_indices_map((rows,)).values()
     held = sorted({cut[0].indices(rows)[:2] for cut in cuts if cut})
     index = np.concatenate([np.arange(*bounds) for bounds in held])
@@ -74,16 +74,16 @@ def global_batch(
     return trees.map_named(spread, read(index))
 
 
-def _check(rows: int, mesh: Mesh, over: tuple[str, ...]) -> None:
-    absent = [axis for axis in over if axis not in mesh.shape]
+def _check(rows: int, mesh: Mesh, mesh_axis: tuple[str, ...]) -> None:
+    absent = [axis for axis in mesh_axis if axis not in mesh.shape]
     if absent:
         raise ValueError(
             f"rows over {absent[0]!r}: the mesh has {', '.join(mesh.shape)}. Name one of them, or "
             f"make it with {absent[0]}=1."
         )
-    parts = math.prod(mesh.shape[axis] for axis in over)
+    parts = math.prod(mesh.shape[axis] for axis in mesh_axis)
     if rows % parts or rows < 1:
-        listed = ", ".join(f"{axis}={mesh.shape[axis]}" for axis in over)
+        listed = ", ".join(f"{axis}={mesh.shape[axis]}" for axis in mesh_axis)
         raise ValueError(
             f"{rows} rows do not divide over {listed}. Read {max(-(-rows // parts), 1) * parts}, "
             "the last of them with weight 0."

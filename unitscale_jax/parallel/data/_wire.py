@@ -32,12 +32,14 @@ class Summed(NamedTuple):
     lost: jax.Array | None
 
 
-def summed(x: jax.Array, axis: str, wire: WireDType | None, *, dim: int | None = None) -> Summed:
+def summed(
+    x: jax.Array, mesh_axis: str, wire: WireDType | None, *, dim: int | None = None
+) -> Summed:
     """Adds up an array over a manual mesh axis.
 
     Args:
-        x: Varies over `axis`, the same shape on each of its n devices.
-        axis: The mesh axis.
+        x: Varies over `mesh_axis`, the same shape on each of its n devices.
+        mesh_axis: The mesh axis.
         wire: The dtype that travels; None for the dtype of `x`.
         dim: A dimension that n divides, of which each device keeps its share of the sum; None for
             the whole sum on every device.
@@ -47,22 +49,22 @@ def summed(x: jax.Array, axis: str, wire: WireDType | None, *, dim: int | None =
     """
     if wire is None:
         if dim is None:
-            return Summed(lax.psum(x, axis), None)
-        return Summed(lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True), None)
-    n, exact = devices_over(axis), x.astype(jnp.float32)
+            return Summed(lax.psum(x, mesh_axis), None)
+        return Summed(lax.psum_scatter(x, mesh_axis, scatter_dimension=dim, tiled=True), None)
+    n, exact = devices_over(mesh_axis), x.astype(jnp.float32)
     shares = _dealt(exact, n) if dim is None else _cut(exact, n, dim)  # (n, share), row j for j
     sent = _encoded(shares, wire)
-    swap = lambda codes: lax.all_to_all(codes, axis, 0, 0, tiled=True)
+    swap = lambda codes: lax.all_to_all(codes, mesh_axis, 0, 0, tiled=True)
     own = jnp.sum(_decoded([swap(codes) for codes in sent], shares.shape), axis=0)
     lost = shares - _decoded(sent, shares.shape)
     if dim is not None:
         return Summed(_kept(own, x, n, dim), _uncut(lost, x, dim))
     mine = _encoded(own[None], wire)
-    gather = lambda codes: lax.all_gather(codes, axis, axis=0, tiled=True, to="invarying")
+    gather = lambda codes: lax.all_gather(codes, mesh_axis, axis=0, tiled=True, to="invarying")
     total = _decoded([gather(codes) for codes in mine], shares.shape)
     # What the second rounding takes is lost for all; this device, whose share it was, keeps it.
     again = own - _decoded(mine, (1, *own.shape))[0]
-    here = jnp.arange(n)[:, None] == lax.axis_index(axis)
+    here = jnp.arange(n)[:, None] == lax.axis_index(mesh_axis)
     return Summed(_whole(total, x).astype(x.dtype), _whole(lost + jnp.where(here, again, 0), x))
 
 

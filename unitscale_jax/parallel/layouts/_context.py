@@ -10,34 +10,34 @@ from unitscale_jax.errors import check_type
 from unitscale_jax.parallel.layouts._specs import axes_of, held, spec_of
 
 
-def axis_size(axis: str, who: str) -> int:
+def axis_size(mesh_axis: str, who: str) -> int:
     """The size of a mesh axis that `who` is to make manual.
 
     Raises:
         TypeError: It is no name.
         ValueError: There is no mesh, it lacks the axis, or the axis has an owner already.
     """
-    check_type(f"the mesh axis of {who}", axis, str, "one name, as 'dp'")
+    check_type(f"the mesh axis of {who}", mesh_axis, str, "one name, as 'dp'")
     mesh = jax.sharding.get_abstract_mesh()
-    if axis not in mesh.shape:
+    if mesh_axis not in mesh.shape:
         listed = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
         found = f"the mesh here has {listed}" if listed else "there is no mesh here"
         raise ValueError(
-            f"{who} runs over the mesh axis {axis!r}, and {found}. Call it under "
-            f"`with jax.set_mesh(us.parallel.mesh({axis}=...)):`."
+            f"{who} runs over the mesh axis {mesh_axis!r}, and {found}. Call it under "
+            f"`with jax.set_mesh(us.parallel.mesh({mesh_axis}=...)):`."
         )
-    if axis in mesh.manual_axes:
+    if mesh_axis in mesh.manual_axes:
         raise ValueError(
-            f"{who} runs over the mesh axis {axis!r}, which a shard_map around it owns already. "
-            "Leave one of the two out."
+            f"{who} runs over the mesh axis {mesh_axis!r}, which a shard_map around it owns "
+            "already. Leave one of the two out."
         )
-    return mesh.shape[axis]
+    return mesh.shape[mesh_axis]
 
 
-def shared_axes(axis: str) -> list[str]:
-    """The mesh axes beside `axis` that the partitioner divides arrays over."""
+def shared_axes(mesh_axis: str) -> list[str]:
+    """The mesh axes beside `mesh_axis` that the partitioner divides arrays over."""
     mesh = jax.sharding.get_abstract_mesh()
-    return [a for a in mesh.auto_axes if a != axis and mesh.shape[a] > 1]
+    return [a for a in mesh.auto_axes if a != mesh_axis and mesh.shape[a] > 1]
 
 
 def under(spec: P, fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -124,9 +124,9 @@ class Graph:
         return max(rows, default=0)
 
 
-def divided(graph: Graph, n: int, axis: str) -> tuple[list[Factor], dict[Factor, str]]:
+def divided(graph: Graph, n: int, mesh_axis: str) -> tuple[list[Factor], dict[Factor, str]]:
     """The dimensions that a mesh axis of `n` devices divides, and why it does not the others."""
-    against = {f: why for f in graph.members if (why := _against(graph, f, n, axis))}
+    against = {f: why for f in graph.members if (why := _against(graph, f, n, mesh_axis))}
     left = [factor for factor in graph.members if factor not in against]
     chosen: list[Factor] = []
     taken: dict[str, Factor] = {}
@@ -142,14 +142,14 @@ def divided(graph: Graph, n: int, axis: str) -> tuple[list[Factor], dict[Factor,
     return chosen, against
 
 
-def _against(graph: Graph, factor: Factor, n: int, axis: str) -> str | None:
+def _against(graph: Graph, factor: Factor, n: int, mesh_axis: str) -> str | None:
     questions = _of_vocabulary if _is_vocabulary(graph, factor) else _of_groups
     if n == 1:
-        return f"no {axis} to divide it"
+        return f"no {mesh_axis} to divide it"
     asked = (question(graph, factor) for question in (*questions, _in_pieces))
     found = next((why for why in asked if why), None)
     if found is None and factor.size % n:
-        return f"not divisible by {axis}={n}"
+        return f"not divisible by {mesh_axis}={n}"
     return found
 
 

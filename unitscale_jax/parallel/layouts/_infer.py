@@ -31,7 +31,7 @@ def infer(
     /,
     *args: Any,
     mesh: Mesh | AbstractMesh,
-    axis: str = "tp",
+    mesh_axis: str = "tp",
     missing: Missing = "error",
     kwargs: Mapping[str, Any] | None = None,
     **named: Any,
@@ -46,7 +46,7 @@ def infer(
             layout of what they stand for (`Layout.specs_of`).
         args: Inputs like those it will get, with sizes above 1; what is no array is static.
         mesh: Of `mesh`; an abstract one will do to look at a layout.
-        axis: The mesh axis.
+        mesh_axis: The mesh axis.
         missing: What a mesh without that axis means: an "error", or that everything is "whole".
         kwargs: Keywords of the function that have the name of an option here.
         named: Its other keywords.
@@ -93,12 +93,12 @@ def infer(
                 f"{name} is a {type(leaf).__name__}. Infer the layout of the arrays it was made "
                 "from; `specs_of` lays out what goes with them."
             )
-    if missing == "error" and axis not in mesh.shape:
-        raise ValueError(no_axis(axis, mesh))
+    if missing == "error" and mesh_axis not in mesh.shape:
+        raise ValueError(no_axis(mesh_axis, mesh))
     traced = trace(fn, params, *args, **named, **(kwargs or {}))
     graph = Graph(traced, dims(traced), leaves)
-    chosen, against = divided(graph, mesh.shape.get(axis, 1), axis)
-    found = {name: _placed(graph, name, chosen, against, axis) for name in leaves}
+    chosen, against = divided(graph, mesh.shape.get(mesh_axis, 1), mesh_axis)
+    found = {name: _placed(graph, name, chosen, against, mesh_axis) for name in leaves}
     specs = {name: spec for name, (spec, _) in found.items()}
     reasons = {name: reason for name, (_, reason) in found.items()}
     sums = tuple(_sums(graph, frozenset(chosen)))
@@ -145,7 +145,7 @@ class Inferred(Layout):
 
 
 def _placed(
-    graph: Graph, name: str, chosen: Sequence[Factor], against: dict[Factor, str], axis: str
+    graph: Graph, name: str, chosen: Sequence[Factor], against: dict[Factor, str], mesh_axis: str
 ) -> tuple[P, str]:
     """Where a parameter is, and why."""
     axes, own = graph.dims.axes(name), graph.of(name)
@@ -154,7 +154,7 @@ def _placed(
         at = next(k for k, terms in enumerate(axes) if divided in factors_of([terms]))
         role = ", ".join(sorted(graph.roles.get((name, divided), {"beside"})))
         terms = f"; {len(axes[at])} terms, rearranged" if len(axes[at]) > 1 else ""
-        return P(*[None] * at, axis), f"{role}: {divided.size} of {graph.name(divided)}{terms}"
+        return P(*[None] * at, mesh_axis), f"{role}: {divided.size} of {graph.name(divided)}{terms}"
     each = dict.fromkeys(factor for terms in axes for term in terms for factor in term)
     why = dict.fromkeys(f"{factor.size}: {against[factor]}" for factor in each)
     return WHOLE, f"whole ({'; '.join(why)})" if why else "whole"

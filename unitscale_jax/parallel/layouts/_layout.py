@@ -43,7 +43,7 @@ def layout(
     rules: named_rules.Rules[Choice],
     mesh: Mesh | AbstractMesh,
     *,
-    axis: str = "tp",
+    mesh_axis: str = "tp",
     missing: Missing = "error",
 ) -> "Layout":
     """Lays out parameters over a mesh by rules on their names.
@@ -51,13 +51,13 @@ def layout(
     Args:
         params: A pytree of arrays, or of abstract ones.
         rules: Pairs of a pattern and where its parameters go; the first match wins:
-            a `PartitionSpec`; "column", the last dimension over `axis` (a kernel's outputs, and
-            its bias); "row", the last but one (a kernel's inputs; of a bias nothing, it is added
-            after the sum); "whole", on every device; or mesh axes by dimension, `{-2: "tp"}`,
+            a `PartitionSpec`; "column", the last dimension over `mesh_axis` (a kernel's outputs,
+            and its bias); "row", the last but one (a kernel's inputs; of a bias nothing, it is
+            added after the sum); "whole", on every device; or mesh axes by dimension, `{-2: "tp"}`,
             which may count from the end, for kernels that are stacked in some models. What no rule
             matches is whole.
         mesh: Of `mesh`; an abstract one will do to look at a layout.
-        axis: The mesh axis of "column" and "row".
+        mesh_axis: The mesh axis of "column" and "row".
         missing: What becomes of a mesh axis that rules name and `mesh` does not have: an "error",
             or "whole", for rules that serve several meshes: it is left out, and the table says so.
 
@@ -85,7 +85,7 @@ def layout(
     for name, k in named_rules.decided(pairs, {name: (name,) for name in leaves}).items():
         if k is not None:
             shape, where = np.shape(leaves[name]), f"rule {named_rules.text_of(pairs[k][0])!r}"
-            spec, absent = _on(_chosen(name, shape, pairs[k][1], axis), mesh)
+            spec, absent = _on(_chosen(name, shape, pairs[k][1], mesh_axis), mesh)
             if absent and missing == "error":
                 raise ValueError(f"{where}: {no_axis(absent[0], mesh)}")
             _check(name, shape, spec, mesh.shape)
@@ -151,7 +151,7 @@ class Layout:
         specs = self.specs if tree is None else self.specs_of(tree)
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
 
-    def over(self, axis: str) -> "Layout":
+    def over(self, mesh_axis: str) -> "Layout":
         """The layout in which each parameter is divided over one more mesh axis (FSDP, ZeRO).
 
         Along the first dimension that is free and that the axis divides. What has none, and what
@@ -163,12 +163,12 @@ class Layout:
             >>> lay.over("dp").by_name
             {'w': P('dp', 'tp')}
         """
-        n, specs, reasons = self.mesh.shape.get(axis, 1), {}, dict(self.reasons)
+        n, specs, reasons = self.mesh.shape.get(mesh_axis, 1), {}, dict(self.reasons)
         for name, leaf in self._leaves.items():
-            spec = zero_spec(np.shape(leaf), axis, n, self.by_name[name]) if n > 1 else WHOLE
+            spec = zero_spec(np.shape(leaf), mesh_axis, n, self.by_name[name]) if n > 1 else WHOLE
             specs[name] = merge_specs(self.by_name[name], spec)
             if len(spec):
-                reasons[name] += f"; dimension {len(spec) - 1} over {axis}"
+                reasons[name] += f"; dimension {len(spec) - 1} over {mesh_axis}"
         return replace(self, by_name=specs, reasons=reasons)
 
     @property
@@ -272,16 +272,17 @@ def _follow(spec: P, shape: tuple[int, ...], own: tuple[int, ...], sizes: Mappin
 # ------------------------------------------------------------------------------------- rules
 
 
-def no_axis(axis: str, mesh: Mesh | AbstractMesh) -> str:
+def no_axis(mesh_axis: str, mesh: Mesh | AbstractMesh) -> str:
     """Says that a mesh lacks an axis, and the ways out."""
     axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
     return (
-        f"{unknown(axis, mesh.shape, 'mesh axis')} The mesh has {axes or 'no axes'}: name one of "
-        "these, or say missing='whole' where it shall mean whole, as for meshes without the axis."
+        f"{unknown(mesh_axis, mesh.shape, 'mesh axis')} The mesh has {axes or 'no axes'}: name one "
+        "of these, or say missing='whole' where it shall mean whole, as for meshes without the "
+        "axis."
     )
 
 
-def _chosen(name: str, shape: tuple[int, ...], choice: Choice, axis: str) -> P:
+def _chosen(name: str, shape: tuple[int, ...], choice: Choice, mesh_axis: str) -> P:
     """A rule's choice as a spec."""
     rank = len(shape)
     if isinstance(choice, P):
@@ -289,9 +290,9 @@ def _chosen(name: str, shape: tuple[int, ...], choice: Choice, axis: str) -> P:
     elif choice == "whole":
         spec = WHOLE
     elif choice == "column":
-        spec = P(*[None] * (rank - 1), axis) if rank else WHOLE
+        spec = P(*[None] * (rank - 1), mesh_axis) if rank else WHOLE
     elif choice == "row":
-        spec = P(*[None] * (rank - 2), axis) if rank > 1 else WHOLE
+        spec = P(*[None] * (rank - 2), mesh_axis) if rank > 1 else WHOLE
     elif isinstance(choice, Mapping) and all(-rank <= dim < rank for dim in choice):
         by = {dim % rank: value for dim, value in choice.items()}
         spec = P(*[by.get(dim) for dim in range(rank)])

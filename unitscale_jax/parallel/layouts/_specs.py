@@ -58,17 +58,17 @@ def merge_specs(a: P, b: P) -> P:
     return merged
 
 
-def zero_spec(shape: Sequence[int], axis: str, n: int, taken: P = WHOLE) -> P:
+def zero_spec(shape: Sequence[int], mesh_axis: str, n: int, taken: P = WHOLE) -> P:
     """Where ZeRO divides an array over the data axis: the first free dimension that `n` divides.
 
     Args:
         shape: Shape of the array.
-        axis: The mesh axis.
+        mesh_axis: The mesh axis.
         n: Its size.
         taken: A spec whose dimensions are not free.
 
     Returns:
-        A spec with `axis` alone, to be merged with `taken`; `P()`, the whole array on every
+        A spec with `mesh_axis` alone, to be merged with `taken`; `P()`, the whole array on every
         device, if no dimension will do.
 
     Example:
@@ -77,7 +77,7 @@ def zero_spec(shape: Sequence[int], axis: str, n: int, taken: P = WHOLE) -> P:
     """
     free = zip(shape, held(taken, len(shape)), strict=True)
     good = [dim for dim, (size, by) in enumerate(free) if not by and size and size % n == 0]
-    return P(*[None] * good[0], axis) if good and axis not in axes_of(taken) else WHOLE
+    return P(*[None] * good[0], mesh_axis) if good and mesh_axis not in axes_of(taken) else WHOLE
 
 
 def axes_of(spec: P) -> list[str]:

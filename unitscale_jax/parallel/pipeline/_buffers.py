@@ -12,10 +12,10 @@ from unitscale_jax.mesh_axes import agree, varying, zeros
 from unitscale_jax.typing import Array
 
 
-def blank(aval: Any, axis: str, slots: int | None = None) -> jax.Array:
-    """Zeros like an abstract array, differing over `axis` as well; with a leading axis of slots."""
+def blank(aval: Any, mesh_axis: str, slots: int | None = None) -> jax.Array:
+    """Zeros like an abstract array, varying over `mesh_axis` too; with a leading axis of slots."""
     lead = () if slots is None else (slots,)
-    return varying(zeros((*lead, *aval.shape), aval.dtype, like=aval), [axis])
+    return varying(zeros((*lead, *aval.shape), aval.dtype, like=aval), [mesh_axis])
 
 
 def stored(buffer: Any, slot: Array, value: Any, where: Array) -> Any:

@@ -27,7 +27,7 @@ def pipelined(
     *,
     parts: int,
     schedule: Name = "1f1b",
-    axis: str = "pp",
+    mesh_axis: str = "pp",
     residuals: Literal["recompute", "stash"] = "recompute",
     skip_idle: bool | None = None,
 ) -> "Pipelined":
@@ -48,8 +48,9 @@ def pipelined(
         parts: Number of parts M that follow each other. Part m holds rows m, m + M, ...
         schedule: "1f1b", whose memory does not grow with the parts; "gpipe", which keeps the input
             of every stage for each part; "circular", gpipe for stages of several chunks.
-        axis: The mesh axis of the stages; it is manual in here. All others stay as they are, so
-            layers may be tensor parallel by their layout, and a data axis goes around by `reduced`.
+        mesh_axis: The mesh axis of the stages; it is manual in here. All others stay as they are,
+            so layers may be tensor parallel by their layout, and a data axis goes around by
+            `reduced`.
         residuals: "recompute" keeps a stage's input and runs it again, "stash" keeps what its
             derivative needs, weights excepted: a third less work, more memory.
         skip_idle: Whether a stage without a part does nothing. If not, it computes something that
@@ -96,7 +97,7 @@ def pipelined(
     """
     _check_options(parts, schedule, residuals)
     model = Model(first, layer, head, loss)
-    run = Run(model, parts, schedule, axis, residuals == "stash", skip_idle)
+    run = Run(model, parts, schedule, mesh_axis, residuals == "stash", skip_idle)
     return Pipelined(loss=run.loss, call=run.gradients, apply=run.apply)
 
 

@@ -219,17 +219,17 @@ class Run:
             )
 
 
-def _check_order(axis: str) -> None:
+def _check_order(mesh_axis: str) -> None:
     """XLA of JAX 0.12 aborts the process on manual axes that are not in the order of the mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     names, around = list(mesh.axis_names), set(mesh.manual_axes)
-    after = [name for name in names[names.index(axis) :] if name in around]
-    free = [n for n in names if n not in around and n != axis and mesh.shape[n] > 1]
+    after = [name for name in names[names.index(mesh_axis) :] if name in around]
+    free = [n for n in names if n not in around and n != mesh_axis and mesh.shape[n] > 1]
     if after and free:
-        order = [*[n for n in names if n in around], axis, *[n for n in names if n in free]]
+        order = [*[n for n in names if n in around], mesh_axis, *[n for n in names if n in free]]
         listed = ", ".join(f"{name}={mesh.shape[name]}" for name in order)
         raise ValueError(
-            f"the mesh axis {axis!r} comes before {after[0]!r}, which a shard_map around the "
+            f"the mesh axis {mesh_axis!r} comes before {after[0]!r}, which a shard_map around the "
             f"pipeline owns, and the compiler does not take that beside {free[0]!r}. Order the "
             f"axes as us.parallel.mesh({listed})."
         )
@@ -243,11 +243,15 @@ def _weights(loss: Any, params: Params, parts: Part, given: Given) -> Denominato
     return jax.tree.map(jnp.sum, lax.scan(step, None, parts)[1])
 
 
-def _added_up(tree: Any, axis: str) -> Any:
+def _added_up(tree: Any, mesh_axis: str) -> Any:
     """What one stage has and the others have zeros for, on all of them, whatever its dtype."""
 
     def add(x: jax.Array) -> jax.Array:
-        return lax.psum(x.astype(jnp.uint8), axis) != 0 if x.dtype == bool else lax.psum(x, axis)
+        return (
+            lax.psum(x.astype(jnp.uint8), mesh_axis) != 0
+            if x.dtype == bool
+            else lax.psum(x, mesh_axis)
+        )
 
     return jax.tree.map(add, tree)
 
