@@ -46,9 +46,9 @@ WRAPPERS = {
     "set_": lambda tx, **_: prune.set_(tx, SPEC, prune.OneShot(2)),
     "sr_ste": lambda tx, **_: prune.sr_ste(tx, SPEC, decay=0.25),
     "multi_steps": lambda tx, **_: us.multi_steps(tx, 2),
-    "loss_scaled": lambda tx, axes=(): us.loss_scaled(tx, DYNAMIC, axes=axes),
-    "multi_steps(loss_scaled)": lambda tx, axes=(): us.multi_steps(
-        us.loss_scaled(tx, DYNAMIC, axes=axes), 2
+    "loss_scaled": lambda tx, mesh_axis=(): us.loss_scaled(tx, DYNAMIC, mesh_axis=mesh_axis),
+    "multi_steps(loss_scaled)": lambda tx, mesh_axis=(): us.multi_steps(
+        us.loss_scaled(tx, DYNAMIC, mesh_axis=mesh_axis), 2
     ),
 }
 EVERY = pytest.mark.parametrize("name", [name for name in WRAPPERS if name != "masked"])

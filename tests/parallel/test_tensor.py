@@ -145,7 +145,7 @@ def test_rings_are_the_product_with_its_gradients(kind):
     w = w if kind == "scattered" else w.swapaxes(1, 2)
     loss = lambda product: lambda x, w: jnp.sum(jnp.sin(product(x, w)))
     with jax.set_mesh(parallel.mesh(tp=8)):
-        ring = jax.shard_map(functools.partial(body, axis="tp"), in_specs=specs, out_specs=out)
+        ring = jax.shard_map(functools.partial(body, mesh_axis="tp"), in_specs=specs, out_specs=out)
         got = jax.jit(lambda x, w: (ring(x, w), jax.grad(loss(ring), (0, 1))(x, w)))
         product = lambda x, w: jnp.tensordot(x, w, 1)
         assert_near(got(x, w), (product(x, w), jax.grad(loss(product), (0, 1))(x, w)))

@@ -118,8 +118,8 @@ def ulysses_attention(
         if x.shape[-2] % n:
             raise ValueError(
                 f"ulysses_attention got a {name} of {x.shape[-2]} heads, which {mesh_axis}={n} "
-                "does not divide. Repeat key and value heads, or use `ring_attention`, which splits "
-                "none."
+                "does not divide. Repeat key and value heads, or use `ring_attention`, which "
+                "splits none."
             )
     trade = functools.partial(lax.all_to_all, axis_name=mesh_axis, tiled=True)
     to_heads = lambda x: trade(x, split_axis=x.ndim - 2, concat_axis=x.ndim - 3)
