@@ -61,7 +61,7 @@ def smaller(options):
     scores = us.compaction.l2(graph, params)
     halves = {"layers/*/down:0": 0.5, "layers/*/key:1": 0.5}  # FFN and heads
     plan = us.compaction.plan(graph, scores, keep=halves)
-    masked, small = us.compaction.mask(params, plan), us.compaction.compact(params, plan)
+    masked, small = us.compaction.zero_channels(params, plan), us.compaction.compact(params, plan)
     compacted = us.compaction.compacted(apply, plan)
     whole, half = jax.jit(apply), jax.jit(compacted)
     delta = float(jnp.abs(whole(masked, tokens) - half(small, tokens)).max())

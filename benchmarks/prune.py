@@ -151,12 +151,12 @@ def methods(task, sparsity):
     spec = us.prune.SparsitySpec(patterns=task.patterns, sparsity=sparsity)
     begin, end, every = task.steps // 10, 3 * task.steps // 4, max(task.steps // 20, 1)
     gradual, adam = us.prune.Cubic(begin, end, every), optimizer(task.rate, task.steps)
-    masked = functools.partial(us.prune.masked, adam, spec)
+    masked = functools.partial(us.prune.pruned, adam, spec)
     return {
         "magnitude at once": masked(us.prune.OneShot(end)),
         "magnitude, gradual": masked(gradual),
         "RigL": us.prune.rigl(adam, spec, us.prune.Linear(0, end, every)),
-        "SET": us.prune.set_(adam, spec, us.prune.Linear(0, end, every)),
+        "SET": us.prune.SET(adam, spec, us.prune.Linear(0, end, every)),
         "random, gradual": masked(gradual, us.prune.random(0)),
         "random from the start": masked(us.prune.OneShot(0), us.prune.random(0)),
     }
@@ -225,12 +225,12 @@ def after_training(task, options):
     table = {}
     for name, pattern in forms.items():
         spec = us.prune.SparsitySpec(patterns=dict.fromkeys(task.patterns, pattern), sparsity=0.5)
-        spec = us.prune.resolve(spec, task.logits, params, batch)
+        spec = us.prune.resolve_axes(spec, task.logits, params, batch)
         size = jax.tree.map(jnp.abs, params)
         table[name] = {
-            "magnitude": task.score(us.prune.prune(params, us.prune.make_masks(size, spec))),
+            "magnitude": task.score(us.prune.apply_masks(params, us.prune.make_masks(size, spec))),
             "Wanda": task.score(
-                us.prune.prune(params, us.prune.wanda_masks(params, moments, spec))
+                us.prune.apply_masks(params, us.prune.wanda_masks(params, moments, spec))
             ),
             "SparseGPT": task.score(us.prune.sparsegpt(params, moments, spec)[0]),
         }
@@ -260,7 +260,7 @@ def speed(options):
     w = jax.random.normal(jax.random.key(1), (size, size))
     product = jax.jit(lambda w, x: x @ w)
     spec = lambda pattern: us.prune.SparsitySpec(patterns=pattern, sparsity=0.5)
-    masked = lambda pattern: us.prune.prune(
+    masked = lambda pattern: us.prune.apply_masks(
         {"w": w}, us.prune.make_masks({"w": jnp.abs(w)}, spec(pattern))
     )["w"]
     sides = {

@@ -1,6 +1,6 @@
 """What every wrapper of an optimizer is made of: states that know each other, and a step or none.
 
-    chain -> low_precision_weights -> masked, rigl, set_ -> multi_steps -> loss_scaled -> sharded
+    chain -> low_precision_weights -> pruned, rigl, set_ -> multi_steps -> loss_scaled -> sharded
 
 is the order of wrappers, the innermost first. Each wrapper answers the same questions at each call:
 whether its gradients are good, on all devices alike (`flaws`), what happens if they are not
@@ -68,8 +68,8 @@ class LowPrecisionState:
     inner: Any
 
 
-class MaskedState(NamedTuple):
-    """State of `masked`, `rigl` and `set_`.
+class PrunedState(NamedTuple):
+    """State of `pruned`, `rigl` and `SET`.
 
     Attributes:
         masks: A pytree like the parameters of bool arrays; the scalar True where nothing is pruned.
@@ -213,10 +213,10 @@ def refuse_inside(
     )
 
 
-ORDER = "chain -> low_precision_weights -> masked -> multi_steps -> loss_scaled -> sharded"
+ORDER = "chain -> low_precision_weights -> pruned -> multi_steps -> loss_scaled -> sharded"
 _WRAPPERS = {
     LowPrecisionState: "low_precision_weights",
-    MaskedState: "masked",
+    PrunedState: "pruned",
     MultiStepsState: "multi_steps",
     LossScaleState: "loss_scaled",
 }

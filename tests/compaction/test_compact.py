@@ -11,13 +11,13 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import unitscale_jax as us
 from tests.support import zoo
 from unitscale_jax.compaction import (
+    channel_masks,
     compact,
     expand,
     groups,
-    mask,
-    masks,
     plan,
     plan_of,
+    zero_channels,
 )
 
 
@@ -38,8 +38,8 @@ def test_compaction_takes_what_masks_keep(name):
 
     @jax.jit
     def every_way(params):
-        small, zeroed = compact(params, made), mask(params, made)
-        pruned = us.prune.prune(params, masks(params, made))
+        small, zeroed = compact(params, made), zero_channels(params, made)
+        pruned = us.prune.apply_masks(params, channel_masks(params, made))
         again = compact(zeroed, made), compact(expand(small, made), made)
         return (small, *again), (zeroed, expand(small, made), pruned)
 
@@ -65,7 +65,9 @@ PLAN = plan_of(GRAPH, {"down:0": [5, 0, 3]})
 
 def test_a_nan_in_a_channel_that_goes_is_gone():
     params = {**PARAMS, "up": PARAMS["up"].at[:, 1].set(jnp.nan)}
-    assert us.tree.is_finite(compact(params, PLAN)) and us.tree.is_finite(mask(params, PLAN))
+    assert us.tree.is_finite(compact(params, PLAN)) and us.tree.is_finite(
+        zero_channels(params, PLAN)
+    )
 
 
 def test_what_has_the_paths_of_the_parameters_is_sliced_alike():
@@ -78,7 +80,7 @@ def test_what_has_the_paths_of_the_parameters_is_sliced_alike():
     assert {name: x.shape for name, x in abstract.items()} == PLAN.new_shapes
     grads = jax.grad(lambda p: compact(p, PLAN)["up"].sum())(PARAMS)
     chex.assert_trees_all_equal(
-        grads, mask(jax.tree.map(jnp.ones_like, grads), PLAN) | {"down": jnp.zeros((6, 3))}
+        grads, zero_channels(jax.tree.map(jnp.ones_like, grads), PLAN) | {"down": jnp.zeros((6, 3))}
     )
 
 
@@ -98,7 +100,9 @@ def test_batch_statistics_follow_the_channels_they_are_of():
         f"layers/1/{name}" for name in ("mean", "var", "scale", "bias")
     }
     got = us.compaction.compacted(fn, made)(small, X)
-    np.testing.assert_allclose(got, fn(mask(state, made), X), rtol=1e-6, atol=1e-6)  # a sum near 0
+    np.testing.assert_allclose(
+        got, fn(zero_channels(state, made), X), rtol=1e-6, atol=1e-6
+    )  # a sum near 0
 
 
 # ------------------------------------------------------------------------ sharded (C12)
@@ -135,4 +139,4 @@ def test_a_tree_of_another_model_is_refused_by_the_leaf():
     with pytest.raises(ValueError, match=r"down has shape \(6, 3\), and in the compact model"):
         expand(PARAMS, PLAN)
     with pytest.raises(ValueError, match=r"up has shape \(2, 5\)"):
-        masks({"up": jnp.ones((2, 5))}, PLAN)
+        channel_masks({"up": jnp.ones((2, 5))}, PLAN)

@@ -15,8 +15,8 @@ from unitscale_jax.compaction import (
     compact,
     compacted,
     groups,
-    mask,
     plan_of,
+    zero_channels,
 )
 from unitscale_jax.trace.program import bodies, sites, trace
 
@@ -48,7 +48,7 @@ def assert_close(got, want):
 def both(fn, plan, params, *args):
     """Results of the masked function and of the compact one."""
     run = lambda p, q, *args: (fn(p, *args), compacted(fn, plan)(q, *args))
-    return jitted(run)(mask(params, plan), compact(params, plan), *args)
+    return jitted(run)(zero_channels(params, plan), compact(params, plan), *args)
 
 
 # ------------------------------------------------------------------------ the whole zoo (C2, C3)
@@ -71,7 +71,7 @@ def test_values_and_gradients_of_the_zoo_are_those_of_the_masked_models(name):
 
     small_fn = compacted(model.apply, plan)
     run = lambda p, q, *xs: (evaluated(model.apply, p, *xs), evaluated(small_fn, q, *xs))
-    masked, small = mask(model.params, plan), compact(model.params, plan)
+    masked, small = zero_channels(model.params, plan), compact(model.params, plan)
     (want, grads), (got, got_grads) = jitted(run)(masked, small, *model.inputs)
     assert_close(got, want)
     if model.differentiable:
@@ -221,7 +221,7 @@ def test_commutes_with_transformations(name, inside):
     transform, plan, x = TRANSFORMED[name], mlp_plan(), drawn(4, 8, seed=3)
     if inside and name in ("gradient", "gradient of remat", "scan"):
         pytest.skip("its results have the shapes of parameters, so no channel of it can go")
-    want = transform(mlp)(mask(MLP, plan), x)
+    want = transform(mlp)(zero_channels(MLP, plan), x)
     small_fn = compacted(transform(mlp), plan) if inside else transform(compacted(mlp, plan))
     got = small_fn(compact(MLP, plan), x)
     if name in ("gradient", "gradient of remat", "scan"):
@@ -242,7 +242,7 @@ def test_takes_inputs_of_other_shapes_than_the_plan_was_made_with():
     plan = mlp_plan()
     for shape in [(1, 8), (5, 8), (2, 3, 8)]:
         x = drawn(*shape, seed=4)
-        assert_close(compacted(mlp, plan)(compact(MLP, plan), x), mlp(mask(MLP, plan), x))
+        assert_close(compacted(mlp, plan)(compact(MLP, plan), x), mlp(zero_channels(MLP, plan), x))
 
 
 def test_other_arguments_and_results_pass_as_they_are():
@@ -250,7 +250,7 @@ def test_other_arguments_and_results_pass_as_they_are():
     plan, x = mlp_plan(), drawn(2, 8)
     got = compacted(fn, plan)(compact(MLP, plan), x, "name", scale=2.0)
     assert got["flag"] == "name"
-    assert_close(got["y"], 2.0 * mlp(mask(MLP, plan), x))
+    assert_close(got["y"], 2.0 * mlp(zero_channels(MLP, plan), x))
 
 
 def test_accumulates_exactly():
@@ -268,7 +268,7 @@ def test_autocast_of_the_compact_function_is_the_compact_function_of_autocast():
     small = compact(MLP, plan)
     one = us.autocast(compacted(mlp, plan), policy)(small, x)
     other = compacted(us.autocast(mlp, policy), plan)(small, x)
-    want = us.autocast(mlp, policy)(mask(MLP, plan), x)
+    want = us.autocast(mlp, policy)(zero_channels(MLP, plan), x)
     np.testing.assert_array_equal(one, other)
     np.testing.assert_allclose(other, want, rtol=2e-2, atol=2e-2)
 
@@ -328,7 +328,7 @@ def test_a_variance_in_two_passes_needs_the_channels_that_are_zero(two_passes):
     expected = {"reduce:nonlin"} if two_passes else {"exact", "reduce:sum"}
     assert graph.by_name["a:1"].flags == expected
     plan = plan_of(graph, {"a:1": [0, 1]}, exact_only=not two_passes)
-    assert fn(mask(params, plan), jnp.ones(1)) == 0.6875
+    assert fn(zero_channels(params, plan), jnp.ones(1)) == 0.6875
     got = compacted(fn, plan)(compact(params, plan), jnp.ones(1))
     assert got == (0.40625 if two_passes else 0.6875)
 
@@ -365,7 +365,7 @@ def test_equations_that_say_a_size_say_the_smaller_one(name):
     graph = groups(fn, params, x)
     plan = some_channels(graph)
     assert any(g.name.split("[")[0] == "a:1" or g.members for g in graph.groups) and plan.kept
-    assert_close(compacted(fn, plan)(compact(params, plan), x), fn(mask(params, plan), x))
+    assert_close(compacted(fn, plan)(compact(params, plan), x), fn(zero_channels(params, plan), x))
 
 
 def test_a_grouped_convolution_has_fewer_groups():
@@ -452,7 +452,7 @@ def test_a_custom_derivative_says_its_smaller_sizes_too(fn):
     params, x = {"a": drawn(8, H), "c": drawn(H, 3, seed=2)}, drawn(2, 8)
     plan = some_channels(groups(model, params, x))
     loss = lambda f: lambda p: jnp.square(f(p, x)).sum()
-    want = jax.grad(loss(model))(mask(params, plan))
+    want = jax.grad(loss(model))(zero_channels(params, plan))
     got = jax.grad(loss(compacted(model, plan)))(compact(params, plan))
     assert_close(got, compact(want, plan))
 
@@ -470,7 +470,9 @@ def test_a_custom_derivative_that_cannot_lose_channels_is_an_error_that_names_th
     params, x = {"a": drawn(8, H), "c": drawn(H, 3, seed=2)}, drawn(2, 8)
     plan = some_channels(groups(model, params, x))
     small_fn, small = compacted(model, plan), compact(params, plan)
-    assert_close(small_fn(small, x), model(mask(params, plan), x))  # the value is no matter
+    assert_close(
+        small_fn(small, x), model(zero_channels(params, plan), x)
+    )  # the value is no matter
     with pytest.raises(ValueError, match=r"no group of the derivative of custom_vjp.*a:1 \(rev\)"):
         jax.grad(lambda p: small_fn(p, x).sum())(small)
 

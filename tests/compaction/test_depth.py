@@ -14,10 +14,10 @@ from unitscale_jax.compaction import (
     layer_losses,
     layer_scores,
     loss_increase,
-    mask,
     plan,
     plan_of,
     without,
+    zero_channels,
 )
 
 TOLERANCE = 200 * np.finfo(np.float32).eps
@@ -124,7 +124,7 @@ def test_a_branch_without_channels_is_the_identity_to_the_bit():
     assert small["layers"][1]["up"].shape == (5, 0)
     rest = UNROLLED | {"layers": [UNROLLED["layers"][0], UNROLLED["layers"][2]]}
     found = compacted(unrolled, gone)(small, X)
-    np.testing.assert_array_equal(found, unrolled(mask(UNROLLED, gone), X))
+    np.testing.assert_array_equal(found, unrolled(zero_channels(UNROLLED, gone), X))
     np.testing.assert_array_equal(found, unrolled(rest, X))
     jitted = jax.jit(compacted(unrolled, gone))(small, X)  # fuses, and so rounds, another way
     np.testing.assert_allclose(jitted, found, rtol=TOLERANCE, atol=TOLERANCE)
@@ -182,5 +182,5 @@ def test_without_experts_the_router_has_minus_infinity_for_them():
     oracle = model.apply(model.params | {"router": closed}, *model.inputs)
     small = compacted(model.apply, made)(compact(model.params, made), *model.inputs)
     np.testing.assert_allclose(small, oracle, rtol=TOLERANCE, atol=TOLERANCE)
-    zeros = model.apply(mask(model.params, made), *model.inputs)
+    zeros = model.apply(zero_channels(model.params, made), *model.inputs)
     assert np.abs(np.asarray(small - zeros)).max() > 0.01

@@ -13,15 +13,15 @@ from unitscale_jax.compaction import (
     compacted,
     follow,
     groups,
-    mask,
     plan_of,
+    zero_channels,
 )
 from unitscale_jax.prune import (
     Cubic,
     SparsitySpec,
     Unstructured,
-    masked,
     masks_of,
+    pruned,
 )
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
@@ -58,7 +58,7 @@ OPTIMIZERS = {
         {0: optax.adam(0.01), 1: optax.sgd(0.1, momentum=0.9)},
         {"a": 0, "b": 1, "square": 0, "d": 1},
     ),
-    "masked": masked(optax.adam(0.01), HALF, Cubic(0, 2)),
+    "masked": pruned(optax.adam(0.01), HALF, Cubic(0, 2)),
 }
 # A factored moment is over the two largest axes: others, for the smaller shape.
 RESET = {"adafactor": ("0/v_row/a", "0/v_col/a")}
@@ -110,23 +110,23 @@ def test_training_goes_on_as_that_of_the_masked_model(name):
         def both(params):
             learned, state = steps(mlp, params, tx.init(params), lambda t: t)
             few, small = follow(state, PLAN, learned, tx).state, compact(learned, PLAN)
-            zeroed = mask(learned, PLAN)
+            zeroed = zero_channels(learned, PLAN)
             alike = optax.tree_utils.tree_map_params(
                 tx, lambda m, k: jnp.where(k, m, 0), state, MASKS
             )
-            long = steps(mlp, zeroed, alike, lambda t: mask(t, PLAN))[0]
+            long = steps(mlp, zeroed, alike, lambda t: zero_channels(t, PLAN))[0]
             return compact(long, PLAN), steps(compacted(mlp, PLAN), small, few, lambda t: t)[0]
 
         want, got = both(params)
     chex.assert_trees_all_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-MASKS = us.compaction.masks(drawn(), PLAN)
+MASKS = us.compaction.channel_masks(drawn(), PLAN)
 
 
 def test_masks_of_single_weights_survive_the_loss_of_channels():
     """Masked training, then compaction, then masked training of what is left."""
-    tx, params = masked(optax.sgd(0.1, momentum=0.9), HALF), drawn()
+    tx, params = pruned(optax.sgd(0.1, momentum=0.9), HALF), drawn()
 
     def step(fn, params, state):
         grads = jax.grad(lambda p: jnp.mean((fn(p, X) - 1) ** 2))(params)

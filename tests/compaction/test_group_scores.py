@@ -13,9 +13,9 @@ from unitscale_jax.compaction import (
     expert_scores,
     groups,
     l2,
-    mask,
     plan_of,
     taylor,
+    zero_channels,
 )
 
 TOLERANCE = 200 * np.finfo(np.float32).eps
@@ -65,7 +65,7 @@ def test_l2_is_the_sum_of_squares_of_all_slices(how):
     graph = groups(fn, params, ids)
 
     def squares(plan, members):
-        leaves = us.tree.named_leaves(mask(params, plan))
+        leaves = us.tree.named_leaves(zero_channels(params, plan))
         assert not any(twice(plan, path) for path in members)
         return sum(_sliced_squares(plan, path, leaves[path]) for path in members)
 

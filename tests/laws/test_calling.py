@@ -130,7 +130,7 @@ def resolved(_, fn, params, *args, **kwargs):
 def pruned(_, fn, params, *args, **kwargs):
     patterns = {name: us.prune.NofM(1, 2) for name in kernels(params)}
     spec = us.prune.SparsitySpec(patterns=patterns)
-    return us.prune.resolve(spec, fn, params, *args, **kwargs)
+    return us.prune.resolve_axes(spec, fn, params, *args, **kwargs)
 
 
 def met(_, fn, params, *args, **kwargs):

@@ -202,8 +202,8 @@ SLIPS = {
         "the state of loss_scaled is .*; expected a LossScaleState",
     ),
     "the inner state of masks": (
-        lambda: us.prune.set_(optax.sgd(1.0), HALF, us.prune.OneShot(0)).update(W, (), W),
-        r"the state of set_ is \(\); expected a MaskedState",
+        lambda: us.prune.SET(optax.sgd(1.0), HALF, us.prune.OneShot(0)).update(W, (), W),
+        r"the state of SET is \(\); expected a PrunedState",
     ),
     "no state": (
         lambda: us.low_precision_weights(optax.sgd(1.0), "kahan").update(BF16, None, BF16),

@@ -19,7 +19,7 @@ PATTERNS = {
     "every matrix": prune.SparsitySpec(patterns=prune.Unstructured(), sparsity=0.5),
     "n of m": prune.SparsitySpec(patterns={"w": prune.NofM(1, 2, axis=0)}),
     "global": prune.SparsitySpec(
-        patterns={"w": prune.Unstructured()}, sparsity=0.5, allocate=prune.global_
+        patterns={"w": prune.Unstructured()}, sparsity=0.5, allocate=prune.Global
     ),
 }
 SCORES = {"magnitude": prune.magnitude(), "fisher": prune.fisher(), "random": prune.random(0)}
@@ -43,8 +43,8 @@ def test_masks_are_those_of_the_array(kind):
     masks = prune.make_masks(prune.magnitude().value((), None, params, 0), spec)
     assert_same_bits(masks, prune.make_masks(prune.magnitude().value((), None, FLOATS, 0), spec))
     assert_same_bits(masks, prune.magnitude_masks(params, spec))
-    pruned = prune.prune(params, masks)
-    assert_same_bits(latents(pruned), prune.prune(FLOATS, masks))
+    pruned = prune.apply_masks(params, masks)
+    assert_same_bits(latents(pruned), prune.apply_masks(FLOATS, masks))
     assert_same_bits(pruned["w"].scale, params["w"].scale)
     assert_same_bits(prune.unpack(prune.pack(params, masks)), pruned)
     assert prune.report(params, masks).masked.sparsity == 0.5
@@ -53,7 +53,7 @@ def test_masks_are_those_of_the_array(kind):
 @pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)
 def test_training_leaves_zeros_and_clears_their_moments(score):
     """The same masks as of the float array with the same gradients, whatever scales do."""
-    params, tx = learned(), prune.masked(optax.adam(0.1), SPEC, prune.OneShot(1), score)
+    params, tx = learned(), prune.pruned(optax.adam(0.1), SPEC, prune.OneShot(1), score)
     plain = latents(params)
 
     @jax.jit
@@ -79,7 +79,7 @@ def test_training_leaves_zeros_and_clears_their_moments(score):
     assert np.all(params["w"].scale != learned()["w"].scale)
 
 
-@pytest.mark.parametrize("make", [prune.rigl, prune.set_])
+@pytest.mark.parametrize("make", [prune.rigl, prune.SET])
 def test_masks_that_move_have_the_same_number_of_ones(make):
     params, tx = learned(), make(optax.sgd(0.1), SPEC, prune.OneShot(0), end=10)
     state = tx.init(params)
@@ -93,8 +93,8 @@ def test_masks_that_move_have_the_same_number_of_ones(make):
 def test_dense_arrays_behind_a_sparse_pass_keep_their_scales():
     params = learned()
     masks = prune.magnitude_masks(params, SPEC)
-    through = prune.straight_through(loss, SPEC)
-    baked = prune.prune(params, masks)
+    through = prune.masked_straight_through(loss, SPEC)
+    baked = prune.apply_masks(params, masks)
     assert_same_bits(through(params, X), loss(baked, X))
     assert_same_bits(jax.grad(through)(params, X), jax.grad(loss)(baked, X))
     tx = prune.sr_ste(optax.sgd(1.0), SPEC, decay=0.5)
@@ -126,6 +126,6 @@ def test_state_follows_a_compaction():
 def test_codes_stay_refused():
     codes = us.quantize(FLOATS, RULES)
     with pytest.raises(ValueError, match="w is quantized; codes are not masked"):
-        prune.masked(optax.sgd(0.1), SPEC).init(codes)
+        prune.pruned(optax.sgd(0.1), SPEC).init(codes)
     with pytest.raises(ValueError, match="w is quantized; codes are not masked"):
-        prune.prune(codes, {"w": jnp.ones((6, 4), bool), "b": jnp.array(True)})
+        prune.apply_masks(codes, {"w": jnp.ones((6, 4), bool), "b": jnp.array(True)})

@@ -344,7 +344,7 @@ def test_gptq_wanda_and_sparsegpt_have_the_input_channels_of_a_moved_weight():
 
 def test_groups_of_n_of_m_run_along_the_inputs_of_a_moved_weight():
     fn = lambda p, x: x @ FROZEN(p["w"].T.T)
-    spec = us.prune.resolve(us.prune.SparsitySpec(patterns=us.prune.NofM(2, 4)), fn, W, X)
+    spec = us.prune.resolve_axes(us.prune.SparsitySpec(patterns=us.prune.NofM(2, 4)), fn, W, X)
     assert spec.patterns["w"].axis == -2
 
 

@@ -32,7 +32,7 @@ class Case(NamedTuple):
 
     model: zoo.Model
     kernel: str
-    plan: us.compaction.Plan
+    plan: us.compaction.CompactionPlan
 
 
 @functools.cache
@@ -58,7 +58,7 @@ def techniques(of: Case) -> dict[str, Technique]:
         "autocast": Technique(lambda fn: us.autocast(fn, "bfloat16")),
         "cast": Technique(lambda fn: us.cast(fn, us.Policy(compute="bfloat16"))),
         "quantized": Technique(lambda fn: us.quantized(fn, {of.kernel: INT8})),
-        "straight_through": Technique(lambda fn: us.prune.straight_through(fn, spec)),
+        "straight_through": Technique(lambda fn: us.prune.masked_straight_through(fn, spec)),
         "compacted": Technique(
             lambda fn: us.compaction.compacted(fn, of.plan),
             lambda params: us.compaction.compact(params, of.plan),

@@ -72,14 +72,14 @@ def test_codes_without_channels_stand_for_the_values_without_them(spec):
     chex.assert_trees_all_equal(us.dequantize(small), us.compaction.compact(values, PLAN))
     whole = us.compaction.expand(small, PLAN)
     assert jax.tree.structure(whole) == jax.tree.structure(codes)
-    chex.assert_trees_all_equal(us.dequantize(whole), us.compaction.mask(values, PLAN))
+    chex.assert_trees_all_equal(us.dequantize(whole), us.compaction.zero_channels(values, PLAN))
 
 
 @pytest.mark.parametrize("name", ["int8 times int8", "asymmetric times asymmetric", "groups"])
 def test_a_compact_function_serves_the_codes_that_its_masked_one_would(name):
     codes = quantize(PARAMS, SPECS[name])
     served = us.quantized(us.compaction.compacted(mlp, PLAN))(us.compaction.compact(codes, PLAN), X)
-    masked = us.quantized(mlp)(us.compaction.mask(codes, PLAN), X)
+    masked = us.quantized(mlp)(us.compaction.zero_channels(codes, PLAN), X)
     np.testing.assert_allclose(served, masked, rtol=1e-5, atol=1e-5)
 
 
@@ -111,7 +111,7 @@ def test_learned_scales_lose_their_channels_too():
     small = us.compaction.compact(params, PLAN)
     assert small["up"].scale.shape == (1, 8) and small["down"].scale.shape == (1, OUT)
     got = us.quantized(us.compaction.compacted(mlp, PLAN))(small, X)
-    want = us.quantized(mlp)(us.compaction.mask(params, PLAN), X)
+    want = us.quantized(mlp)(us.compaction.zero_channels(params, PLAN), X)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -123,7 +123,7 @@ def test_what_is_pruned_is_zero_among_codes(spec):
     masks = us.prune.make_masks(
         jax.tree.map(jnp.abs, PARAMS), SparsitySpec(patterns={"up": NofM(2, 4, axis=-2)})
     )
-    t = quantize(us.prune.prune(PARAMS, masks), spec)["up"]
+    t = quantize(us.prune.apply_masks(PARAMS, masks), spec)["up"]
     assert not np.any(np.asarray(us.dequantize({"t": t})["t"])[~masks["up"]])
     if spec.w.symmetric:
         assert not np.any(np.asarray(t.codes).astype(np.float32)[~masks["up"]])
@@ -133,7 +133,7 @@ def test_training_on_codes_prunes_and_serves_what_it_trained(relaxed_promotion):
     """Straight-through gradients, zeros that stay, and in the end the same product of codes."""
     rules = us.resolve(both(DotSpec(w=QSpec(), x=QSpec())), mlp, PARAMS, X)
     apply = us.quantized(mlp, rules)
-    tx = us.prune.masked(
+    tx = us.prune.pruned(
         optax.adamw(0.05),
         SparsitySpec(patterns=both(Unstructured()), sparsity=0.75),
         Cubic(0, 4, every=2),

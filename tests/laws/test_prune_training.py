@@ -8,7 +8,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import unitscale_jax as us
-from unitscale_jax.prune import Linear, SparsitySpec, Unstructured, masked, masks_of
+from unitscale_jax.prune import Linear, SparsitySpec, Unstructured, masks_of, pruned
 
 ROWS, IN, HIDDEN, OUT = 16, 8, 16, 4
 SPEC = SparsitySpec(patterns={"up": Unstructured(), "down": Unstructured()}, sparsity=0.75)
@@ -59,7 +59,7 @@ def after(tx, grad_fn, batches, params=PARAMS):
 
 
 GRADUAL = Linear(0, 2, every=1, initial=0.25)
-TX = masked(optax.sgd(0.1, momentum=0.9), SPEC, GRADUAL, us.prune.saliency())
+TX = pruned(optax.sgd(0.1, momentum=0.9), SPEC, GRADUAL, us.prune.saliency())
 GRAD = us.value_and_grad(loss_of(apply))
 
 
@@ -97,9 +97,9 @@ def test_a_step_that_overflows_postpones_its_masks():
 def test_masks_pass_autocast():
     policy = "bfloat16"
     masks = us.prune.make_masks(jax.tree.map(jnp.abs, PARAMS), SPEC)
-    inside = us.autocast(us.prune.with_masks(apply, masks), policy)
-    around = us.prune.with_masks(us.autocast(apply, policy), masks)
-    pruned = us.autocast(apply, policy)(us.prune.prune(PARAMS, masks), BATCH["x"])
+    inside = us.autocast(us.prune.masked(apply, masks), policy)
+    around = us.prune.masked(us.autocast(apply, policy), masks)
+    pruned = us.autocast(apply, policy)(us.prune.apply_masks(PARAMS, masks), BATCH["x"])
     np.testing.assert_array_equal(inside(PARAMS, BATCH["x"]), pruned)
     np.testing.assert_array_equal(around(PARAMS, BATCH["x"]), pruned)
 
@@ -133,7 +133,7 @@ def test_a_pruned_student_of_a_teacher_of_codes_accumulates_exactly():
 
     grad_fn = us.value_and_grad(us.distilled(hard, lambda b: teacher(b["x"]), us.distill.kl))
     masks = us.prune.make_masks(jax.tree.map(jnp.abs, PARAMS), SPEC)
-    student = us.prune.prune(PARAMS, masks)
+    student = us.prune.apply_masks(PARAMS, masks)
     both = jax.jit(lambda p: (grad_fn(p, BATCH)[-1], us.accumulated(grad_fn, 4)(p, BATCH)[-1]))
     whole, in_parts = both(student)
     chex.assert_trees_all_close(in_parts, whole, rtol=1e-5, atol=1e-6)

@@ -82,7 +82,7 @@ CALLERS = {
     "layout": lambda r: us.parallel.layout(PARAMS, of_spec(r, "column"), MESH),
     "patterns": lambda r: sparse(of_spec(r, NONE_OF_IT)),
     "stacked": lambda r: sparse(r, NONE_OF_IT, stacked=of_spec(r, 0)),
-    "masked": lambda r: us.prune.masked(
+    "masked": lambda r: us.prune.pruned(
         optax.sgd(0.1), us.prune.SparsitySpec(patterns=of_spec(r, NONE_OF_IT))
     ).init(PARAMS),
     "reduce": reduced_in_parts,

@@ -141,7 +141,7 @@ def half(params):
 WRAPPERS = {
     "accumulated": lambda: us.accumulated(us.value_and_grad(weighted), 2),
     "drop": lambda: us.accumulated(us.value_and_grad(weighted), 2, nonfinite="drop"),
-    "masked": lambda: us.prune.masked(optax.sgd(0.1), half(None), us.prune.OneShot(1)),
+    "masked": lambda: us.prune.pruned(optax.sgd(0.1), half(None), us.prune.OneShot(1)),
     "loss_scaled": lambda: us.loss_scaled(optax.sgd(0.1), us.DynamicScale()),
     "multi_steps": lambda: us.multi_steps(optax.sgd(0.1), 2),
 }

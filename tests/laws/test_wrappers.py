@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import unitscale_jax as us
 from unitscale_jax import prune
-from unitscale_jax.optimizer import ORDER, LossScaleState, MaskedState, find_state
+from unitscale_jax.optimizer import ORDER, LossScaleState, PrunedState, find_state
 
 STEPS = 5
 DYNAMIC = us.DynamicScale(init=8.0, interval=2)
@@ -40,10 +40,10 @@ def layout():
 WRAPPERS = {
     "low_precision_weights": lambda tx, **_: us.low_precision_weights(tx, "kahan"),
     "stochastic": lambda tx, **_: us.low_precision_weights(tx, key=jax.random.key(0)),
-    "masked": lambda tx, **_: prune.masked(tx, SPEC, prune.OneShot(2), MAGNITUDE),
-    "masked by movement": lambda tx, **_: prune.masked(tx, SPEC, prune.OneShot(2), MOVEMENT),
+    "pruned": lambda tx, **_: prune.pruned(tx, SPEC, prune.OneShot(2), MAGNITUDE),
+    "pruned by movement": lambda tx, **_: prune.pruned(tx, SPEC, prune.OneShot(2), MOVEMENT),
     "rigl": lambda tx, **_: prune.rigl(tx, SPEC, prune.OneShot(2), score=MAGNITUDE),
-    "set_": lambda tx, **_: prune.set_(tx, SPEC, prune.OneShot(2)),
+    "SET": lambda tx, **_: prune.SET(tx, SPEC, prune.OneShot(2)),
     "sr_ste": lambda tx, **_: prune.sr_ste(tx, SPEC, decay=0.25),
     "multi_steps": lambda tx, **_: us.multi_steps(tx, 2),
     "loss_scaled": lambda tx, mesh_axis=(): us.loss_scaled(tx, DYNAMIC, mesh_axis=mesh_axis),
@@ -51,9 +51,9 @@ WRAPPERS = {
         us.loss_scaled(tx, DYNAMIC, mesh_axis=mesh_axis), 2
     ),
 }
-EVERY = pytest.mark.parametrize("name", [name for name in WRAPPERS if name != "masked"])
+EVERY = pytest.mark.parametrize("name", [name for name in WRAPPERS if name != "pruned"])
 SKIPS = [name for name in WRAPPERS if "multi_steps" in name or "loss_scaled" in name]
-MASKS = {"masked", "masked by movement", "rigl", "set_", "sr_ste"}
+MASKS = {"pruned", "pruned by movement", "rigl", "SET", "sr_ste"}
 BFLOAT16 = {"low_precision_weights", "stochastic"}
 
 
@@ -210,7 +210,7 @@ def test_sharded_gives_what_the_inner_one_gives(inner):
 # --------------------------------------------------------------------- steps that do not emit
 
 
-@pytest.mark.parametrize("inside", ["sgd", "low_precision_weights", "masked", "rigl"])
+@pytest.mark.parametrize("inside", ["sgd", "low_precision_weights", "pruned", "rigl"])
 @pytest.mark.parametrize("name", SKIPS)
 def test_a_quiet_step_leaves_every_bit(name, inside):
     """The first of a window, or one that overflows; -0.0 included."""
@@ -231,11 +231,11 @@ def test_negative_zero_outlives_a_quiet_step_under_apply_updates():
 # --------------------------------------------------------------------- two wrappers, both orders
 
 ALL = [*WRAPPERS][:-1]
-RIGHT = ["stochastic", "low_precision_weights", "masked", "masked by movement", "rigl", "set_"]
+RIGHT = ["stochastic", "low_precision_weights", "pruned", "pruned by movement", "rigl", "SET"]
 RANK = {name: 0 for name in RIGHT[:2]} | {name: 1 for name in RIGHT[2:]}
 RANK |= {"multi_steps": 2, "loss_scaled": 3}
-EQUAL = {("masked", "loss_scaled")}  # by cooperation, where nothing or something overflows
-TELL = {"masked by movement": "masked", "stochastic": "low_precision_weights"}
+EQUAL = {("pruned", "loss_scaled")}  # by cooperation, where nothing or something overflows
+TELL = {"pruned by movement": "pruned", "stochastic": "low_precision_weights"}
 
 
 def both(inner, outer):
@@ -257,7 +257,7 @@ def test_both_orders_are_equal_or_the_wrong_one_says_which_is_right(inner, outer
         return  # equal until something overflows, see below
     if (inner, outer) not in EQUAL:
         a, b = TELL.get(inner, inner), TELL.get(outer, outer)
-        b = "masked" if b in ("rigl", "set_") else b
+        b = "pruned" if b in ("rigl", "SET") else b
         with pytest.raises(ValueError, match=rf"{b}\({a}\(\.\.\)\).*order of wrappers.*{ORDER}"):
             wrong.init(params)
         return
@@ -268,14 +268,14 @@ def test_both_orders_are_equal_or_the_wrong_one_says_which_is_right(inner, outer
     assert_same_bits(results[0][0], results[1][0])
     states = [find_state(state, LossScaleState)[0][1].scale for _, state in results]
     assert states[0] == states[1] and np.isfinite(results[0][0]["w"]).all()
-    counts = [find_state(state, MaskedState)[0][1].count for _, state in results]
+    counts = [find_state(state, PrunedState)[0][1].count for _, state in results]
     assert counts[0] == counts[1] == STEPS - 1
 
 
 @pytest.mark.parametrize("score", [prune.movement(), prune.fisher()], ids=["movement", "fisher"])
 def test_scores_that_add_up_gradients_refuse_a_loss_scale_inside(score):
     scaled = optax.chain(us.loss_scaled(INNER, DYNAMIC))
-    tx = prune.masked(scaled, SPEC, prune.OneShot(2), score)
+    tx = prune.pruned(scaled, SPEC, prune.OneShot(2), score)
     with pytest.raises(ValueError, match=r"loss_scaled\(masked\(\.\.\)\)"):
         tx.init(params_of("float32"))
 
@@ -284,7 +284,7 @@ def test_a_score_of_a_user_that_adds_up_gradients_is_found_by_tracing():
     add = lambda state, grads, params: jax.tree.map(lambda s, g: s + jnp.abs(g), state, grads)
     zeros = lambda params: jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
     score = prune.Score(zeros, add, lambda state, *_: state)
-    tx = prune.masked(us.loss_scaled(INNER, DYNAMIC), SPEC, prune.OneShot(2), score)
+    tx = prune.pruned(us.loss_scaled(INNER, DYNAMIC), SPEC, prune.OneShot(2), score)
     with pytest.raises(ValueError, match=r"loss_scaled\(masked\(\.\.\)\)"):
         tx.init(params_of("float32"))
 
@@ -299,7 +299,7 @@ MIXED = prune.Score(lambda _: (), lambda state, *_: state, mixed)
 
 @pytest.mark.parametrize("score", [prune.saliency(), prune.random(0), MIXED])
 def test_other_scores_see_true_gradients_in_either_order(score):
-    masked = lambda tx: prune.masked(tx, SPEC, prune.OneShot(2), score)
+    masked = lambda tx: prune.pruned(tx, SPEC, prune.OneShot(2), score)
     params, grads = case("loss_scaled")
     scale = lambda tx: us.loss_scaled(tx, DYNAMIC)
     a, b = (
@@ -310,7 +310,7 @@ def test_other_scores_see_true_gradients_in_either_order(score):
 
 
 def test_a_decay_of_dense_weights_refuses_a_loss_scale_and_masks_inside():
-    for other in ("loss_scaled", "masked"):
+    for other in ("loss_scaled", "pruned"):
         with pytest.raises(ValueError, match=rf"sr_ste\({other}\(\.\.\)\) is not possible"):
             prune.sr_ste(WRAPPERS[other](INNER), SPEC).init(params_of("float32"))
 
@@ -319,9 +319,9 @@ def test_a_decay_of_dense_weights_refuses_a_loss_scale_and_masks_inside():
     "wrapper",
     [
         us.low_precision_weights,
-        prune.masked,
+        prune.pruned,
         prune.rigl,
-        prune.set_,
+        prune.SET,
         us.multi_steps,
         us.loss_scaled,
         us.parallel.sharded,
@@ -330,7 +330,7 @@ def test_a_decay_of_dense_weights_refuses_a_loss_scale_and_masks_inside():
 def test_every_wrapper_states_the_one_order(wrapper):
     text = " ".join(inspect.getdoc(wrapper).split())
     name = wrapper.__name__
-    assert (ORDER.replace("masked", name) if name in ("rigl", "set_") else ORDER) in text
+    assert (ORDER.replace("pruned", name) if name in ("rigl", "SET") else ORDER) in text
     assert text.count("Order of wrappers, innermost first:") == 1
 
 
@@ -413,7 +413,7 @@ def test_parts_that_an_accumulation_dropped_count_as_lost():
 
 
 def test_both_orders_of_windows_and_scale_are_equal_where_nothing_overflows():
-    params, grads = params_of("float32"), at(case("masked")[1], slice(0, 4))
+    params, grads = params_of("float32"), at(case("pruned")[1], slice(0, 4))
     scaled = jax.tree.map(lambda g: 8 * g, grads)
     fixed = us.StaticScale(8.0)
     txs = (

@@ -261,7 +261,9 @@ def test_masks_and_packed_masks_lie_with_their_parameters():
     assert found.specs_of(masks) == {"w": P("dp", "tp"), "b": P()}  # b's mask is a scalar
     sharded = shard(params, found)
     assert_same_bits(us.prune.make_masks(jax.tree.map(jnp.abs, sharded), spec), masks)
-    assert_same_bits(us.prune.prune(sharded, shard(masks, found)), us.prune.prune(params, masks))
+    assert_same_bits(
+        us.prune.apply_masks(sharded, shard(masks, found)), us.prune.apply_masks(params, masks)
+    )
     packed = found.specs_of(us.prune.pack(params, masks))
     assert packed.bits["w"].data == P("dp", "tp")  # (8, 8) bytes
     assert packed.values == {"w": P(), "b": P("tp")}

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from unitscale_jax.prune import erk, global_, owl, uniform
+from unitscale_jax.prune import ERK, OWL, Global, uniform
 from unitscale_jax.prune._allocate import ByRule, Layer
 from unitscale_jax.sparsity import kept
 
 shares = st.floats(0, 1, exclude_max=True)
-SHARING = {"erk": erk, "owl": lambda layers, s: owl(ratios_of(layers))(layers, s)}
+SHARING = {"erk": ERK, "owl": lambda layers, s: OWL(ratios_of(layers))(layers, s)}
 
 
 def ratios_of(layers):
@@ -61,7 +61,7 @@ def test_counts_add_up_to_the_total_exactly(name, layers, s):
         assert np.all(k >= 0) and np.all(k <= layer.units)
     total = sum(layer.units * layer.copies for layer in layers)
     assert sum(int(k.sum()) for k in counts.values()) == kept(total, s)
-    assert global_(layers, s)[""] == kept(total, s)
+    assert Global(layers, s)[""] == kept(total, s)
 
 
 @given(layers=models(), s=shares)
@@ -73,34 +73,34 @@ def test_uniform_is_each_on_its_own(layers, s):
 @given(s=shares)
 def test_equal_layers_have_equal_counts_up_to_one(s):
     layers = [unstructured(name, (6, 7)) for name in "abc"]
-    for allocate in (erk, owl({"a": 0.1, "b": 0.1, "c": 0.1})):
+    for allocate in (ERK, OWL({"a": 0.1, "b": 0.1, "c": 0.1})):
         counts = [int(k) for k in allocate(layers, s).values()]
         assert max(counts) - min(counts) <= 1 and counts == sorted(counts, reverse=True)
 
 
 def test_worked_example_of_erk():
     layers = [unstructured(str(s), s) for s in [(784, 300), (300, 100), (100, 10)]]
-    assert [int(k) for k in erk(layers, 0.9).values()] == [18714, 6906, 1000]
-    assert sum(map(int, erk(layers, 0.9).values())) == 26620
+    assert [int(k) for k in ERK(layers, 0.9).values()] == [18714, 6906, 1000]
+    assert sum(map(int, ERK(layers, 0.9).values())) == 26620
 
 
 def test_worked_example_of_owl():
     layers = [unstructured(name, (1000, 1000)) for name in "abc"]
-    counts = owl({"a": 0.01, "b": 0.03, "c": 0.08})(layers, 0.7)
+    counts = OWL({"a": 0.01, "b": 0.03, "c": 0.08})(layers, 0.7)
     density = np.array([int(k) for k in counts.values()]) / 1e6
     np.testing.assert_allclose(density, [0.231429, 0.277143, 0.391429], atol=1e-6)
 
 
 def test_owl_gives_stacked_layers_counts_of_their_own():
     layers = [unstructured("layers/w", (10, 10), (3,))]
-    counts = owl({"layers/w": [0.0, 0.5, 1.0]})(layers, 0.5)["layers/w"]
+    counts = OWL({"layers/w": [0.0, 0.5, 1.0]})(layers, 0.5)["layers/w"]
     assert counts.tolist() == [42, 50, 58]
 
 
 def test_densities_that_leave_the_unit_interval_are_cut_and_shared():
     layers = [unstructured(name, (10, 10)) for name in "ab"]
-    assert owl({"a": 0.0, "b": 1.0}, lam=0.4)(layers, 0.1) == {"a": 80, "b": 100}
-    assert owl({"a": 0.0, "b": 1.0}, lam=0.4)(layers, 0.9) == {"a": 0, "b": 20}
+    assert OWL({"a": 0.0, "b": 1.0}, lam=0.4)(layers, 0.1) == {"a": 80, "b": 100}
+    assert OWL({"a": 0.0, "b": 1.0}, lam=0.4)(layers, 0.9) == {"a": 0, "b": 20}
 
 
 def test_rules_give_each_its_own_and_follow_a_schedule():
@@ -119,14 +119,14 @@ BLOCKS = [Layer("a", (8, 8), 16), Layer("b", (8, 8), 8)]
     [
         *(
             (lambda f=f: f(BLOCKS, 0.5), r"units of different sizes \(a: 4, b: 8\)")
-            for f in (erk, global_, owl({"a": 0.1, "b": 0.2}))
+            for f in (ERK, Global, OWL({"a": 0.1, "b": 0.2}))
         ),
-        (lambda: global_([Layer("a", (2**31,), 2**31)], 0.5), "counts are int32"),
-        (lambda: owl({"a": 0.1})(BLOCKS[1:], 0.5), "owl has no ratio for b"),
-        (lambda: owl({"a": 0.1, "x": 1})(BLOCKS[:1], 0.5), "owl has ratios for x"),
-        (lambda: owl({"a": [0.1, 0.2]})(BLOCKS[:1], 0.5), "owl's ratio for a is"),
-        (lambda: owl({"a": np.nan})(BLOCKS[:1], 0.5), "one finite number is expected"),
-        (lambda: owl({}, lam=-0.1), "lam is -0.1; it is from 0 to 0.5"),
+        (lambda: Global([Layer("a", (2**31,), 2**31)], 0.5), "counts are int32"),
+        (lambda: OWL({"a": 0.1})(BLOCKS[1:], 0.5), "owl has no ratio for b"),
+        (lambda: OWL({"a": 0.1, "x": 1})(BLOCKS[:1], 0.5), "owl has ratios for x"),
+        (lambda: OWL({"a": [0.1, 0.2]})(BLOCKS[:1], 0.5), "owl's ratio for a is"),
+        (lambda: OWL({"a": np.nan})(BLOCKS[:1], 0.5), "one finite number is expected"),
+        (lambda: OWL({}, lam=-0.1), "lam is -0.1; it is from 0 to 0.5"),
         (lambda: ByRule({"a": 1.0}, 0.8), r"rule 'a' has 1.0; a sparsity is in \[0, 1\)"),
         (lambda: ByRule({"a": 0.5}, 0.8)(BLOCKS, 0.8), "allocate has no sparsity for b"),
         (lambda: ByRule({"c": 0.5}, 0.8)(BLOCKS, 0.8), "rule 0, 'c', matched none of 2"),

@@ -9,8 +9,11 @@ import pytest
 
 import unitscale_jax as us
 from unitscale_jax.prune import (
+    ERK,
+    SET,
     Block,
     Channel,
+    Global,
     Linear,
     NofM,
     OneShot,
@@ -18,20 +21,17 @@ from unitscale_jax.prune import (
     SparsitySpec,
     Unstructured,
     add_scores,
-    erk,
-    global_,
+    apply_masks,
     magnitude,
     magnitude_masks,
     make_masks,
+    masked_straight_through,
     masks_of,
     movement_masked,
     movement_masks,
     movement_penalty,
-    prune,
     rigl,
-    set_,
     sr_ste,
-    straight_through,
 )
 from unitscale_jax.prune._rigl import moving_share
 
@@ -50,7 +50,7 @@ def draw(seed, dtype=np.float32):
 def run(tx, params, steps=8):
     step = jax.jit(tx.update)
     state, out = tx.init(params), []
-    params = prune(params, masks_of(state))
+    params = apply_masks(params, masks_of(state))
     for t in range(steps):
         updates, state = step(draw(t + 1), state, params)
         params = optax.apply_updates(params, updates)
@@ -68,12 +68,12 @@ def mask_bytes(masks):
 @pytest.mark.parametrize(
     ("method", "pattern", "allocate", "stacked"),
     [
-        (rigl, Unstructured(), erk, {}),
+        (rigl, Unstructured(), ERK, {}),
         (rigl, Unstructured(), us.prune.uniform, {"stack": 1}),
         (rigl, {"kernel": Block((2, 2))}, us.prune.uniform, {}),
         (rigl, {"kernel": Channel(0)}, us.prune.uniform, {}),
-        (set_, Unstructured(), global_, {}),
-        (set_, {"kernel": Channel(0)}, us.prune.uniform, {}),
+        (SET, Unstructured(), Global, {}),
+        (SET, {"kernel": Channel(0)}, us.prune.uniform, {}),
     ],
 )
 def test_the_number_of_weights_is_constant(method, pattern, allocate, stacked):
@@ -117,7 +117,7 @@ def test_errors_of_moving_masks_say_the_way_out():
     with pytest.raises(ValueError, match=r"drop is 1.5.*\[0, 1\]"):
         rigl(optax.sgd(0.1), HALF, EVERY_OTHER, drop=1.5)
     with pytest.raises(ValueError, match="end is 0"):
-        set_(optax.sgd(0.1), HALF, EVERY_OTHER, end=0)
+        SET(optax.sgd(0.1), HALF, EVERY_OTHER, end=0)
     spec = SparsitySpec(patterns={"kernel": NofM(2, 4, axis=0)})
     with pytest.raises(ValueError, match="kernel has NofM.*straight_through"):
         rigl(optax.sgd(0.1), spec, EVERY_OTHER).init(draw(0))
@@ -142,10 +142,10 @@ def loss(params, x):
 def test_the_forward_pass_is_the_baked_one_and_all_weights_get_its_gradient(pattern, dtype):
     spec = SparsitySpec(patterns={"kernel": pattern}, sparsity=0.5)
     params, x = draw(0, dtype), jnp.asarray(np.random.default_rng(9).normal(size=(5, 8)), dtype)
-    baked = prune(params, magnitude_masks(params, spec))
-    through = straight_through(apply, spec)
+    baked = apply_masks(params, magnitude_masks(params, spec))
+    through = masked_straight_through(apply, spec)
     chex.assert_trees_all_equal(jax.jit(through)(params, x), jax.jit(apply)(baked, x))
-    got = jax.jit(jax.grad(straight_through(loss, spec)))(params, x)
+    got = jax.jit(jax.grad(masked_straight_through(loss, spec)))(params, x)
     chex.assert_trees_all_close(got, jax.jit(jax.grad(loss))(baked, x), rtol=1e-5)
     assert np.all(got["kernel"] != 0) and got["kernel"].dtype == dtype
 
@@ -173,13 +173,13 @@ def test_a_score_moves_by_its_weight_times_the_gradient_it_would_have():
     grads = jax.grad(movement_masked(loss, HALF))(both, x)
     masks = movement_masks(both, HALF)
     chex.assert_trees_all_equal(masks, make_masks(scores, HALF))
-    dense = jax.grad(loss)(prune(both.params, masks), x)
+    dense = jax.grad(loss)(apply_masks(both.params, masks), x)
     m, w = masks["kernel"], both.params["kernel"]
     np.testing.assert_allclose(grads.params["kernel"], jnp.where(m, dense["kernel"], 0), rtol=1e-5)
     np.testing.assert_allclose(grads.scores["kernel"], dense["kernel"] * w, rtol=1e-5)
     np.testing.assert_allclose(grads.params["bias"], dense["bias"], rtol=1e-5)
     assert grads.scores["bias"] == 0
-    baked = apply(prune(both.params, masks), x)
+    baked = apply(apply_masks(both.params, masks), x)
     chex.assert_trees_all_equal(movement_masked(apply, HALF)(both, x), baked)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 
 import unitscale_jax as us
-from unitscale_jax.prune import prune, report, with_masks
+from unitscale_jax.prune import apply_masks, masked, report
 
 DTYPES = ["float32", "bfloat16", "float16"]
 floats = st.floats(-4, 4, width=16) | st.sampled_from([np.nan, np.inf, -0.0])
@@ -25,18 +25,18 @@ def drawn(data, dtype="float32"):
 @given(data=st.data())
 def test_zero_where_masked_and_the_same_bits_elsewhere(dtype, data):
     params, masks = drawn(data, dtype)
-    pruned = prune(params, masks)
+    pruned = apply_masks(params, masks)
     w, mask = np.asarray(pruned["w"]), np.asarray(masks["w"])
     assert w.dtype == params["w"].dtype and not w[~mask].view(np.uint8).any()
     assert w[mask].tobytes() == params["w"][mask].tobytes()
-    assert np.asarray(prune(pruned, masks)["w"]).tobytes() == w.tobytes()
+    assert np.asarray(apply_masks(pruned, masks)["w"]).tobytes() == w.tobytes()
     assert pruned["n"] is params["n"]
 
 
 def test_a_nan_under_a_mask_reaches_neither_values_nor_gradients():
     params = {"w": jnp.array([[1.0, jnp.nan], [jnp.nan, 2.0]]), "b": jnp.ones(2)}
     apply = lambda params, x: jnp.sum(x @ params["w"] + params["b"])
-    value, grads = jax.value_and_grad(with_masks(apply, KEEP))(params, jnp.ones(2))
+    value, grads = jax.value_and_grad(masked(apply, KEEP))(params, jnp.ones(2))
     assert value == 5
     assert grads["w"].tolist() == [[1, 0], [0, 1]] and grads["b"].tolist() == [1, 1]
 
@@ -44,19 +44,21 @@ def test_a_nan_under_a_mask_reaches_neither_values_nor_gradients():
 def test_all_true_masks_change_nothing():
     params = {"w": jnp.array([[1.0, jnp.nan], [-0.0, 2.0]]), "b": jnp.ones(2)}
     masks = {"w": jnp.ones((2, 2), bool), "b": jnp.array(True)}
-    np.testing.assert_array_equal(prune(params, masks)["w"], params["w"])
+    np.testing.assert_array_equal(apply_masks(params, masks)["w"], params["w"])
 
 
 def test_masks_are_data_under_jit_and_vmap():
     params = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
-    np.testing.assert_array_equal(jax.jit(prune)(params, KEEP)["w"], np.eye(2))
+    np.testing.assert_array_equal(jax.jit(apply_masks)(params, KEEP)["w"], np.eye(2))
     both = jax.tree.map(lambda m: jnp.stack([m, ~m]), KEEP)
-    pruned = jax.vmap(prune, in_axes=(None, {"w": 0, "b": None}))(params, {**both, "b": KEEP["b"]})
+    pruned = jax.vmap(apply_masks, in_axes=(None, {"w": 0, "b": None}))(
+        params, {**both, "b": KEEP["b"]}
+    )
     np.testing.assert_array_equal(pruned["w"], np.stack([np.eye(2), 1 - np.eye(2)]))
 
 
 def test_symmetric_codes_of_pruned_weights_are_zero():
-    params = prune({"w": jnp.array([[3.0, 2.0], [1.0, -4.0]]), "b": jnp.ones(2)}, KEEP)
+    params = apply_masks({"w": jnp.array([[3.0, 2.0], [1.0, -4.0]]), "b": jnp.ones(2)}, KEEP)
     codes = us.quantize(params, {"w": us.DotSpec(w=us.QSpec(axes=(-2,)))})["w"].codes
     assert codes.tolist() == [[127, 0], [0, -127]]
 
@@ -78,20 +80,36 @@ QUANTIZED = us.quantize(PARAMS, {"w": us.DotSpec(w=us.QSpec(axes=(-2,)))})
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: prune(PARAMS, {"w": KEEP["w"]}), ValueError, "masks and parameters differ in b"),
-        (lambda: prune({"w": PARAMS["w"]}, KEEP), ValueError, "masks and parameters differ in b"),
         (
-            lambda: prune(PARAMS, {**KEEP, "w": jnp.packbits(KEEP["w"], axis=-1)}),
+            lambda: apply_masks(PARAMS, {"w": KEEP["w"]}),
+            ValueError,
+            "masks and parameters differ in b",
+        ),
+        (
+            lambda: apply_masks({"w": PARAMS["w"]}, KEEP),
+            ValueError,
+            "masks and parameters differ in b",
+        ),
+        (
+            lambda: apply_masks(PARAMS, {**KEEP, "w": jnp.packbits(KEEP["w"], axis=-1)}),
             TypeError,
             "the mask of w is uint8; masks are bool",
         ),
-        (lambda: prune(PARAMS, {**KEEP, "w": jnp.ones(2)}), TypeError, "the mask of w is float32"),
         (
-            lambda: prune(PARAMS, {**KEEP, "w": jnp.ones(2, bool)}),
+            lambda: apply_masks(PARAMS, {**KEEP, "w": jnp.ones(2)}),
+            TypeError,
+            "the mask of w is float32",
+        ),
+        (
+            lambda: apply_masks(PARAMS, {**KEEP, "w": jnp.ones(2, bool)}),
             ValueError,
             r"w has the shape \(2, 2\), its mask \(2,\)",
         ),
-        (lambda: prune(QUANTIZED, KEEP), ValueError, "w is quantized.*Mask before quantizing"),
+        (
+            lambda: apply_masks(QUANTIZED, KEEP),
+            ValueError,
+            "w is quantized.*Mask before quantizing",
+        ),
         (
             lambda: jax.jit(lambda m: report(PARAMS, m) and 0)(KEEP),
             ValueError,

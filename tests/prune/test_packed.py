@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 import unitscale_jax as us
 from unitscale_jax import tree as trees
-from unitscale_jax.prune import Packed, SparsitySpec, Unstructured, make_masks, prune
+from unitscale_jax.prune import Packed, SparsitySpec, Unstructured, apply_masks, make_masks
 from unitscale_jax.prune._packed import Bits, pack, pack_bits, packed, unpack
 
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -33,7 +33,7 @@ def test_unpacking_is_pruning(shape, dtype, data):
     held = pack(params, masks)
     assert held.values["w"].shape == (keep.sum(),) and held.values["w"].dtype == w.dtype
     again = rebuilt(held)
-    assert np.asarray(again["w"]).tobytes() == np.asarray(prune(params, masks)["w"]).tobytes()
+    assert np.asarray(again["w"]).tobytes() == np.asarray(apply_masks(params, masks)["w"]).tobytes()
     assert again["w"].dtype == w.dtype and held.values["b"] is params["b"]
 
 
@@ -98,7 +98,7 @@ def mse(fn, params, batch):
 def test_the_packed_function_is_the_pruned_one_to_the_bit():
     params, masks, (x, _) = task()
     held = pack(params, masks)
-    expected = jax.jit(apply)(prune(params, masks), x)
+    expected = jax.jit(apply)(apply_masks(params, masks), x)
     np.testing.assert_array_equal(jax.jit(packed(apply))(held, x), expected)
 
 
@@ -106,7 +106,7 @@ def test_a_gradient_is_the_dense_one_where_the_mask_is():
     params, masks, batch = task()
     held = pack(params, masks)
     loss = lambda values: mse(packed(apply), Packed(values, held.bits), batch)
-    dense = jax.grad(lambda p: mse(apply, p, batch))(prune(params, masks))
+    dense = jax.grad(lambda p: mse(apply, p, batch))(apply_masks(params, masks))
     chex.assert_trees_all_close(jax.grad(loss)(held.values), pack(dense, masks).values, rtol=1e-6)
 
 
@@ -123,9 +123,9 @@ OPTIMIZERS = {
 def test_training_the_values_is_training_the_pruned_model(name, relaxed_promotion):
     params, masks, batch = task()
     held, tx = pack(params, masks), OPTIMIZERS[name]
-    dense_loss = lambda p: mse(us.prune.with_masks(apply, masks), p, batch)
+    dense_loss = lambda p: mse(us.prune.masked(apply, masks), p, batch)
     loss = lambda values: mse(packed(apply), Packed(values, held.bits), batch)
-    dense, _ = trained(tx, dense_loss, prune(params, masks))
+    dense, _ = trained(tx, dense_loss, apply_masks(params, masks))
     values, state = trained(tx, loss, held.values)
     chex.assert_trees_all_close(unpack(Packed(values, held.bits)), dense, rtol=1e-4, atol=1e-6)
     sizes = {x.size for x in jax.tree.leaves(state) if x.ndim}
@@ -167,7 +167,7 @@ def test_values_keep_names_and_casts():
     low = trees.cast(held, "bfloat16")
     np.testing.assert_array_equal(low.bits["in"].data, held.bits["in"].data)
     np.testing.assert_array_equal(
-        unpack(low)["in"], prune(trees.cast(params, "bfloat16"), masks)["in"]
+        unpack(low)["in"], apply_masks(trees.cast(params, "bfloat16"), masks)["in"]
     )
 
 
@@ -198,7 +198,7 @@ def test_trees_of_every_framework(kind):
     held = pack(params, masks)
     assert list(held.bits) == ["out/kernel"]
     assert {x.size for x in jax.tree.leaves(held.values)} == {16, 4}
-    chex.assert_trees_all_equal(unpack(held), prune(params, masks))
+    chex.assert_trees_all_equal(unpack(held), apply_masks(params, masks))
 
 
 def test_a_scan_rebuilds_layer_by_layer():
@@ -207,13 +207,13 @@ def test_a_scan_rebuilds_layer_by_layer():
     params, masks = {"w": w}, make_masks({"w": jnp.abs(w)}, spec)
     held = pack(params, masks, stacked={"w": 1})
     assert held.values["w"].shape == (3, 16)
-    np.testing.assert_array_equal(unpack(held)["w"], prune(params, masks)["w"])
+    np.testing.assert_array_equal(unpack(held)["w"], apply_masks(params, masks)["w"])
 
     def layer(x, packed_layer):
         return jnp.tanh(x @ unpack(packed_layer)["w"]), None
 
     dense, _ = jax.lax.scan(
-        lambda x, w: (jnp.tanh(x @ w), None), jnp.ones(8), prune(params, masks)["w"]
+        lambda x, w: (jnp.tanh(x @ w), None), jnp.ones(8), apply_masks(params, masks)["w"]
     )
     np.testing.assert_array_equal(jax.lax.scan(layer, jnp.ones(8), held)[0], dense)
 

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from unitscale_jax.prune import NofM, SparsitySpec, Unstructured, make_masks, resolve
+from unitscale_jax.prune import NofM, SparsitySpec, Unstructured, make_masks, resolve_axes
 
 D, H, K, V = 8, 4, 4, 12
 
@@ -18,7 +18,7 @@ def shape(*sizes):
 
 
 def found(fn, params, *inputs, patterns=None):
-    spec = resolve(SparsitySpec(patterns=patterns or NofM(2, 4)), fn, params, *inputs)
+    spec = resolve_axes(SparsitySpec(patterns=patterns or NofM(2, 4)), fn, params, *inputs)
     return {name: pattern.axis for name, pattern in spec.patterns.items()}
 
 
@@ -99,18 +99,18 @@ def test_what_is_given_stays_and_resolving_again_changes_nothing():
     params = {"a": shape(D, D), "b": shape(D, D), "c": shape(D, D), "d": shape(D)}
     patterns = {"a": NofM(1, 2), "b": NofM(2, 4, axis=-1), "c": Unstructured(), "d": None}
     spec = SparsitySpec(patterns=patterns, sparsity=0.3)
-    once = resolve(spec, fn, params, X)
+    once = resolve_axes(spec, fn, params, X)
     expected = {"a": NofM(1, 2, axis=-2), "b": NofM(2, 4, axis=-1), "c": Unstructured()}
     assert once.patterns == expected and once.sparsity == 0.3
-    assert resolve(once, fn, params, X) == once
+    assert resolve_axes(once, fn, params, X) == once
     closed = SparsitySpec(patterns=Unstructured())
-    assert resolve(closed, fn, params, X) is closed
+    assert resolve_axes(closed, fn, params, X) is closed
 
 
 def test_a_resolved_spec_makes_masks_along_the_sum():
     fn, w = lambda p, x: x @ p["w"].T, np.random.default_rng(0).normal(size=(K, D))
     params = {"w": jnp.asarray(w, jnp.float32)}
-    spec = resolve(SparsitySpec(patterns=NofM(1, 4)), fn, params, X)
+    spec = resolve_axes(SparsitySpec(patterns=NofM(1, 4)), fn, params, X)
     masks = make_masks(jax.tree.map(jnp.abs, params), spec)
     assert (masks["w"].reshape(K, 2, 4).sum(-1) == 1).all()
 

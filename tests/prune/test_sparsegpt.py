@@ -18,7 +18,7 @@ from unitscale_jax.prune import (
     refit,
     sparsegpt,
 )
-from unitscale_jax.prune._surgeon import sweep
+from unitscale_jax.prune._surgeon import obs_sweep
 from unitscale_jax.statistics import Stat
 from unitscale_jax.trace.params import Layout
 
@@ -309,7 +309,7 @@ def test_an_error_says_what_to_do(name):
 
 
 def test_one_program_for_every_count():
-    run = jax.jit(functools.partial(sweep, block=4))
+    run = jax.jit(functools.partial(obs_sweep, block=4))
     w, u, dead = jnp.ones((8, 2)), jnp.eye(8), jnp.zeros(8, bool)
     for k in range(4):
         assert run(w, u, dead, jnp.full(2, k, jnp.int32))[1].sum() == 2 * k

@@ -16,18 +16,18 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import unitscale_jax as us
 from unitscale_jax import tree as trees
 from unitscale_jax.prune import (
+    ERK,
+    OWL,
     Balanced,
     Block,
     Channel,
     Cubic,
+    Global,
     NofM,
     SparsitySpec,
     Unstructured,
-    erk,
     exact_k,
-    global_,
     make_masks,
-    owl,
 )
 from unitscale_jax.prune._spec import counts, masks_from, selected, stacked_axes
 from unitscale_jax.sparsity import kept
@@ -48,7 +48,7 @@ def jitted(key, scores, found):
 
 SPECS = {
     (allocate, i): SparsitySpec(patterns=pattern, allocate=allocate)
-    for allocate in (us.prune.uniform, erk, global_)
+    for allocate in (us.prune.uniform, ERK, Global)
     for i, pattern in enumerate(PATTERNS)
     if i in (0, 1) or allocate is us.prune.uniform  # units of different sizes share no total
 }
@@ -65,7 +65,7 @@ def test_masks_have_exactly_the_units_counted(key, data, s):
         size = scores[name].size // int(np.prod(pattern.units(name, SHAPES[name])))
         found[name], rest = divmod(int(masks[name].sum()), size)
         assert rest == 0
-    totals = {"": sum(found.values())} if spec.allocate is global_ else found
+    totals = {"": sum(found.values())} if spec.allocate is Global else found
     assert totals == {name: int(k) for name, k in table.items()}
     for name in ("bias", "step"):
         assert masks[name].shape == () and masks[name].dtype == bool and masks[name]
@@ -74,7 +74,7 @@ def test_masks_have_exactly_the_units_counted(key, data, s):
 @given(data=st.data(), s=st.floats(0, 0.99))
 def test_global_is_one_ranking(data, s):
     scores = drawn(data, {"a": (3, 4), "b": (2, 5)})
-    spec = SparsitySpec(patterns=Unstructured(), allocate=global_)
+    spec = SparsitySpec(patterns=Unstructured(), allocate=Global)
     masks = make_masks(scores, spec, at=s)
     one = np.concatenate([scores["a"].ravel(), scores["b"].ravel()])
     both = np.concatenate([np.ravel(masks["a"]), np.ravel(masks["b"])])
@@ -118,7 +118,7 @@ def test_a_stack_ranked_as_one_array_would_empty_a_layer():
 
 def test_stacked_layers_may_have_counts_of_their_own():
     scores = {"layers": jnp.ones((3, 10, 10))}
-    allocate = owl({"layers": [0.0, 0.5, 1.0]})
+    allocate = OWL({"layers": [0.0, 0.5, 1.0]})
     spec = SparsitySpec(
         patterns=Unstructured(), sparsity=0.5, allocate=allocate, stacked={"layers": 1}
     )
@@ -196,20 +196,20 @@ def test_rules_allocate():
 
 def test_n_of_m_has_a_ratio_of_its_own():
     scores = {"a": jnp.ones((8, 8)), "b": jnp.ones((8, 8))}
-    for allocate in (us.prune.uniform, erk, global_):
+    for allocate in (us.prune.uniform, ERK, Global):
         patterns = {"a": NofM(1, 4, axis=0), "b": Unstructured()}
         spec = SparsitySpec(patterns=patterns, sparsity=0.25, allocate=allocate)
         for at, b in ((None, 48), (0.0, 64)):
             masks = make_masks(scores, spec, at)
             assert (masks["a"].sum(), masks["b"].sum()) == (16, b)
-    only = SparsitySpec(patterns=NofM(1, 4, axis=0), allocate=global_)
+    only = SparsitySpec(patterns=NofM(1, 4, axis=0), allocate=Global)
     assert counts(only, scores, [0.5]) == {} and make_masks(scores, only)["a"].sum() == 16
 
 
 @given(data=st.data())
 def test_names_and_order_of_what_is_not_pruned_change_nothing(data):
     scores = drawn(data)
-    spec = SparsitySpec(patterns={"in": Unstructured(), "out": Unstructured()}, allocate=erk)
+    spec = SparsitySpec(patterns={"in": Unstructured(), "out": Unstructured()}, allocate=ERK)
     masks = make_masks(scores, spec)
     renamed = {"a_step": object(), "zz": scores["bias"], "in": scores["in"], "out": scores["out"]}
     again = make_masks(renamed, spec)
@@ -248,13 +248,13 @@ def test_trees_of_every_framework(kind):
     spec = SparsitySpec(patterns={"**/kernel": Unstructured()}, sparsity=0.5)
     masks = make_masks(jax.tree.map(jnp.abs, params), spec)
     assert jax.tree.structure(masks) == jax.tree.structure(params)
-    pruned = us.prune.prune(params, masks)
+    pruned = us.prune.apply_masks(params, masks)
     assert jax.tree.structure(pruned) == jax.tree.structure(params)
     zeros = {n: int((x == 0).sum()) for n, x in trees.named_leaves(pruned).items() if "kern" in n}
     assert zeros == {"in_/kernel": 6, "out/kernel": 3}
 
 
-@pytest.mark.parametrize("allocate", [us.prune.uniform, global_])
+@pytest.mark.parametrize("allocate", [us.prune.uniform, Global])
 def test_sharded_scores_have_the_same_masks_and_only_counts_travel(allocate):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     rng = np.random.default_rng(0)
@@ -303,14 +303,14 @@ def with_patterns(patterns, **fields):
             ValueError,
             "mlp/b has the shape \\(4,\\), of which 1 axes are stacked",
         ),
-        (lambda: with_patterns(NofM()), ValueError, "mlp/kernel: NofM.*us.prune.resolve"),
+        (lambda: with_patterns(NofM()), ValueError, "mlp/kernel: NofM.*us.prune.resolve_axes"),
         (
             lambda: with_patterns(NofM(axis=0)),
             ValueError,
             "mlp/kernel along axis 0 has 6, .*1, 2, 3, 6",
         ),
         (
-            lambda: with_patterns(Balanced(parts=2, axis=0), allocate=global_),
+            lambda: with_patterns(Balanced(parts=2, axis=0), allocate=Global),
             ValueError,
             "mlp/kernel is balanced over 2 parts, and `global_` ranks all",
         ),

@@ -10,15 +10,15 @@ from jax import lax
 
 import unitscale_jax as us
 from unitscale_jax.prune import (
+    OWL,
     Block,
     NofM,
     SparsitySpec,
     Unstructured,
+    apply_masks,
     calibrate,
     make_masks,
-    owl,
     owl_ratios,
-    prune,
     wanda,
     wanda_masks,
 )
@@ -155,7 +155,7 @@ def test_a_state_of_nnx_is_calibrated_scored_and_pruned():
     spec = SparsitySpec(patterns={"**/kernel": Unstructured()}, sparsity=0.5)
     moments = calibrate(apply, state, [normal(0, 9, 6)], spec)
     masks = wanda_masks(state, moments, spec)
-    left = named_leaves(prune(state, masks))
+    left = named_leaves(apply_masks(state, masks))
     assert (np.asarray(left["up/kernel"] != 0).sum(0) == 3).all()
     assert (np.asarray(left["down/kernel"] != 0).sum(0) == 4).all()
 
@@ -167,7 +167,7 @@ def test_a_quantized_parameter_beside_stays_one_leaf():
     spec = spec_of()
     masks = wanda_masks(mixed, calibrate(fn, mixed, [normal(2, 9, 8)], spec), spec)
     assert masks["v"].shape == ()
-    assert prune(mixed, masks)["v"] is mixed["v"]
+    assert apply_masks(mixed, masks)["v"] is mixed["v"]
 
 
 # OWL.
@@ -192,7 +192,7 @@ def test_owl_leaves_more_where_outliers_are_and_the_total_holds():
     params, x = {"a": normal(0, 8, 6), "b": normal(1, 6, 4)}, normal(2, 9, 8)
     x = x.at[:, 0].multiply(60.0)
     moments = calibrate(layers, params, [x], ["a", "b"])
-    allocate = owl(owl_ratios(params, moments, m=3), 0.08)
+    allocate = OWL(owl_ratios(params, moments, m=3), 0.08)
     spec = SparsitySpec(patterns={"a": Unstructured(), "b": Unstructured()}, sparsity=0.5)
     more = SparsitySpec(patterns=spec.patterns, sparsity=0.5, allocate=allocate)
     masks = wanda_masks(params, moments, more)

@@ -47,7 +47,7 @@ def multi_steps(
     are not finite, or of which `dropped` (as in `loss_scaled`) leaves nothing, is left out and
     counted, on all devices alike, but uses its place in the window.
 
-    Order of wrappers, innermost first: chain -> low_precision_weights -> masked -> multi_steps ->
+    Order of wrappers, innermost first: chain -> low_precision_weights -> pruned -> multi_steps ->
     loss_scaled -> sharded. `multi_steps(loss_scaled(..))` works, too: the same updates bit for bit
     wherever nothing overflows. There an overflow costs a part its place in the window, and lowers
     the scale when the window ends; `loss_scaled(multi_steps(..))` skips the part and lowers the

@@ -10,10 +10,10 @@ from unitscale_jax.compaction._budget import (
     Params,
 )
 from unitscale_jax.compaction._compact import (
+    channel_masks,
     compact,
     expand,
-    mask,
-    masks,
+    zero_channels,
 )
 from unitscale_jax.compaction._compacted import (
     compacted,
@@ -37,8 +37,8 @@ from unitscale_jax.compaction._group_scores import (
     taylor,
 )
 from unitscale_jax.compaction._groups import (
+    CompactionPlan,
     Graph,
-    Plan,
     groups,
     plan_of,
 )
@@ -62,7 +62,7 @@ __all__ = [
     "Followed",
     "Graph",
     "Params",
-    "Plan",
+    "CompactionPlan",
     "Rebuilt",
     "Verified",
     "activation",
@@ -77,8 +77,8 @@ __all__ = [
     "layer_scores",
     "load_plan",
     "loss_increase",
-    "mask",
-    "masks",
+    "zero_channels",
+    "channel_masks",
     "plan",
     "plan_of",
     "save_plan",

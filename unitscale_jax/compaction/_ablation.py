@@ -14,14 +14,14 @@ import numpy as np
 
 from unitscale_jax.compaction._compact import compact
 from unitscale_jax.compaction._compacted import compacted
-from unitscale_jax.compaction._groups import Graph, Plan, plan_of
+from unitscale_jax.compaction._groups import CompactionPlan, Graph, plan_of
 from unitscale_jax.errors import check_callable
 from unitscale_jax.loss import Mean, Terms, evaluate, loss_value
 from unitscale_jax.typing import Batch, Loss, Params
 
 
 def loss_increase(
-    loss: Loss, params: Params, batches: Iterable[Batch], plans: Sequence[Plan]
+    loss: Loss, params: Params, batches: Iterable[Batch], plans: Sequence[CompactionPlan]
 ) -> np.ndarray:
     """How much a loss rises with each of several plans, each carried out by itself.
 
@@ -51,7 +51,7 @@ def loss_increase(
         raise ValueError("there are no batches to try plans on; an iterator may have been used up.")
     compiled: dict[Any, Any] = {}
 
-    def of(plan: Plan) -> float:
+    def of(plan: CompactionPlan) -> float:
         key = tuple(sorted(plan.new_sizes.items())), tuple(sorted(plan.kept))
         if key not in compiled:
             compiled[key] = _jitted(compacted(loss, plan))

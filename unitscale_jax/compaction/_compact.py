@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
-from unitscale_jax.compaction._groups import Plan
+from unitscale_jax.compaction._groups import CompactionPlan
 from unitscale_jax.errors import check_type
 
 
-def compact(params: Any, plan: Plan) -> Any:
+def compact(params: Any, plan: CompactionPlan) -> Any:
     """Takes the kept channels out of dense arrays.
 
     Args:
@@ -41,30 +41,30 @@ def compact(params: Any, plan: Plan) -> Any:
         >>> us.tree.named_leaves(jax.tree.map(jnp.shape, compact(params, plan)))
         {'down/0': 3, 'down/1': 4, 'up/0': 8, 'up/1': 3}
     """
-    check_type("plan", plan, Plan, "what us.compaction.plan or plan_of returns")
+    check_type("plan", plan, CompactionPlan, "what us.compaction.plan or plan_of returns")
     return _over_axes(_taken, params, plan, plan.shapes, "dense")
 
 
-def expand(params: Any, plan: Plan) -> Any:
+def expand(params: Any, plan: CompactionPlan) -> Any:
     """Puts compact arrays back to where they were, with zeros in the channels that were removed.
 
     Law: `compact(expand(small, plan), plan) == small`, and
     `expand(compact(params, plan), plan) == mask(params, plan)`.
     """
-    check_type("plan", plan, Plan, "what us.compaction.plan or plan_of returns")
+    check_type("plan", plan, CompactionPlan, "what us.compaction.plan or plan_of returns")
     return _over_axes(_put, params, plan, plan.new_shapes, "compact")
 
 
-def mask(params: Any, plan: Plan) -> Any:
+def zero_channels(params: Any, plan: CompactionPlan) -> Any:
     """Sets the channels that are not kept to zero; shapes stay.
 
     A NaN in a channel that is not kept is gone.
     """
-    check_type("plan", plan, Plan, "what us.compaction.plan or plan_of returns")
+    check_type("plan", plan, CompactionPlan, "what us.compaction.plan or plan_of returns")
     return expand(compact(params, plan), plan)
 
 
-def masks(params: Any, plan: Plan) -> Any:
+def channel_masks(params: Any, plan: CompactionPlan) -> Any:
     """Where `mask(params, plan)` keeps its values: bool, of each leaf's shape.
 
     A leaf that keeps all of its channels has the scalar True, which broadcasts.
@@ -72,7 +72,7 @@ def masks(params: Any, plan: Plan) -> Any:
     Raises:
         ValueError: A leaf is not in the plan, or does not have its dense shape.
     """
-    check_type("plan", plan, Plan, "what us.compaction.plan or plan_of returns")
+    check_type("plan", plan, CompactionPlan, "what us.compaction.plan or plan_of returns")
 
     def leaf_mask(path: str, x: Any) -> jax.Array:
         _check(path, np.shape(x), plan, plan.shapes, "dense")
@@ -97,7 +97,11 @@ Change = Callable[[str, Any, int, np.ndarray, int], Any]
 
 
 def _over_axes(
-    change: Change, params: Any, plan: Plan, shapes: dict[str, tuple[int, ...]], which: str
+    change: Change,
+    params: Any,
+    plan: CompactionPlan,
+    shapes: dict[str, tuple[int, ...]],
+    which: str,
 ) -> Any:
     """Maps `change(path, leaf, axis, positions, dense size)` over the axes that lose channels."""
 
@@ -114,7 +118,7 @@ def _over_axes(
     )
 
 
-def _cut_axes(path: str, plan: Plan) -> list[tuple[int, np.ndarray, int]]:
+def _cut_axes(path: str, plan: CompactionPlan) -> list[tuple[int, np.ndarray, int]]:
     """`(axis, kept positions, dense size)` of each axis of a parameter that loses channels."""
     found = ((k, plan.positions(path, k), n) for k, n in enumerate(plan.shapes[path]))
     return [(k, at, n) for k, at, n in found if len(at) < n]
@@ -158,7 +162,11 @@ def _placed(new: Any, old: Any) -> Any:
 
 
 def _check(
-    path: str, shape: tuple[int, ...], plan: Plan, shapes: dict[str, tuple[int, ...]], which: str
+    path: str,
+    shape: tuple[int, ...],
+    plan: CompactionPlan,
+    shapes: dict[str, tuple[int, ...]],
+    which: str,
 ) -> None:
     if path not in shapes:
         raise ValueError(

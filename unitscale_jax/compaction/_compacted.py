@@ -19,7 +19,7 @@ import numpy as np
 
 from unitscale_jax import tree as trees
 from unitscale_jax.compaction._cuts import Cuts
-from unitscale_jax.compaction._groups import Plan
+from unitscale_jax.compaction._groups import CompactionPlan
 from unitscale_jax.loss import around
 from unitscale_jax.trace.dimensions import (
     Axes,
@@ -36,7 +36,7 @@ from unitscale_jax.trace.program import (
 from unitscale_jax.trace.rewrite import Moving, Rewriter
 
 
-def compacted(fn: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
+def compacted(fn: Callable[..., Any], plan: CompactionPlan) -> Callable[..., Any]:
     """Evaluates `fn` on compact parameters.
 
     Args:
@@ -64,7 +64,7 @@ def compacted(fn: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
         >>> graph = us.compaction.groups(mlp, params, x)
         >>> plan = us.compaction.plan_of(graph, {"down:0": [0, 3, 5]})
         >>> small = compacted(mlp, plan)(us.compaction.compact(params, plan), x)
-        >>> bool((small == mlp(us.compaction.mask(params, plan), x)).all())
+        >>> bool((small == mlp(us.compaction.zero_channels(params, plan), x)).all())
         True
     """
 
@@ -89,7 +89,7 @@ def compacted(fn: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
     return compacted_fn
 
 
-def _dense(params: Any, plan: Plan) -> Any:
+def _dense(params: Any, plan: CompactionPlan) -> Any:
     """Compact parameters as abstract dense ones."""
     leaves = jax.tree.leaves(params, is_leaf=trees.is_compound)
     compounds = [x for x in leaves if trees.is_compound(x)]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from unitscale_jax.compaction._groups import Plan, positions
+from unitscale_jax.compaction._groups import CompactionPlan, positions
 from unitscale_jax.trace.dimensions import (
     Axes,
     Coupled,
@@ -32,7 +32,7 @@ class Cuts:
         changed: The places of equations of which some axis loses channels, or of one inside.
     """
 
-    def __init__(self, plan: Plan, *, heed_marks: bool = True) -> None:
+    def __init__(self, plan: CompactionPlan, *, heed_marks: bool = True) -> None:
         """The channels of `plan`, on axes that have met nothing yet.
 
         Args:

@@ -19,7 +19,7 @@ import numpy as np
 
 from unitscale_jax import rules as named_rules
 from unitscale_jax.compaction._budget import scans_of
-from unitscale_jax.compaction._groups import Graph, Plan, groups, plan_of
+from unitscale_jax.compaction._groups import CompactionPlan, Graph, groups, plan_of
 from unitscale_jax.errors import check_type
 from unitscale_jax.rules import Pattern
 from unitscale_jax.statistics import over_batches
@@ -97,8 +97,12 @@ def layer_scores(
 
 
 def without(
-    graph: Graph, branches: Sequence[Pattern], *, plan: Plan | None = None, exact_only: bool = True
-) -> Plan:
+    graph: Graph,
+    branches: Sequence[Pattern],
+    *,
+    plan: CompactionPlan | None = None,
+    exact_only: bool = True,
+) -> CompactionPlan:
     """Plans to remove all channels of some groups, and so the branches they are inside of.
 
     Args:

@@ -17,7 +17,7 @@ import optax
 from unitscale_jax import tree as trees
 from unitscale_jax.compaction._compact import compact
 from unitscale_jax.compaction._cuts import Cuts
-from unitscale_jax.compaction._groups import Plan
+from unitscale_jax.compaction._groups import CompactionPlan
 from unitscale_jax.errors import check_type
 from unitscale_jax.trace.dimensions import (
     Axes,
@@ -42,7 +42,7 @@ class Followed(NamedTuple):
 
 
 def follow(
-    state: Any, plan: Plan, params: Any, tx: optax.GradientTransformation, **extra: Any
+    state: Any, plan: CompactionPlan, params: Any, tx: optax.GradientTransformation, **extra: Any
 ) -> Followed:
     """Compacts the state of an optimizer along with its parameters.
 
@@ -73,7 +73,7 @@ def follow(
         >>> momentum.trace["up"].shape, reset
         ((8, 3), ())
     """
-    check_type("plan", plan, Plan, "what us.compaction.plan or plan_of returns")
+    check_type("plan", plan, CompactionPlan, "what us.compaction.plan or plan_of returns")
     small = compact(params, plan)
     target = jax.eval_shape(tx.init, small)
     structure = jax.tree.structure(state)
@@ -100,7 +100,11 @@ def follow(
 
 
 def _state_axes(
-    state: Any, plan: Plan, params: Any, tx: optax.GradientTransformation, extra: dict[str, Any]
+    state: Any,
+    plan: CompactionPlan,
+    params: Any,
+    tx: optax.GradientTransformation,
+    extra: dict[str, Any],
 ) -> tuple[Cuts, list[Axes]]:
     """The axes of each leaf of a state, in terms of those of the parameters."""
 

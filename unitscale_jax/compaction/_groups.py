@@ -108,7 +108,7 @@ class Graph:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CompactionPlan:
     """Which channels of which groups stay; made by `plan_of` and `plan`.
 
     Attributes:
@@ -182,7 +182,7 @@ class Plan:
             return np.arange(entry), entry
         return self.channels(entry), self.sizes[entry]
 
-    def then(self, second: "Plan") -> "Plan":
+    def then(self, second: "CompactionPlan") -> "CompactionPlan":
         """The plan that does what this one and then `second`, of the compact model, do.
 
         Raises:
@@ -201,7 +201,7 @@ class Plan:
             for name, members in self.members.items()
             if len(found := self._left(name, members[0], second)) < self.sizes[name]
         }
-        both = Plan(kept, self.sizes, self.axes, self.flags)
+        both = CompactionPlan(kept, self.sizes, self.axes, self.flags)
         for path, axes in self.axes.items():
             for k in range(len(axes)):
                 at = self.positions(path, k)[second.positions(path, k)]
@@ -212,7 +212,7 @@ class Plan:
                     )
         return both
 
-    def _left(self, group: str, member: Member, second: "Plan") -> set[int]:
+    def _left(self, group: str, member: Member, second: "CompactionPlan") -> set[int]:
         """The channels of a group that are still in one of its members in the end."""
         del group
         axis = self.axes[member.path][member.axis]
@@ -227,7 +227,7 @@ def plan_of(
     *,
     exact_only: bool = True,
     empty: Collection[str] = (),
-) -> Plan:
+) -> CompactionPlan:
     """A plan that keeps given channels.
 
     Args:
@@ -246,7 +246,7 @@ def plan_of(
     for name, channels in kept.items():
         _check_group(graph, name, channels, exact_only, name in empty)
     whole = lambda name, channels: len(channels) == graph.by_name[name].size
-    return Plan(
+    return CompactionPlan(
         {n: tuple(sorted(map(int, c))) for n, c in kept.items() if not whole(n, c)},
         {group.name: group.size for group in graph.groups},
         graph.axes,

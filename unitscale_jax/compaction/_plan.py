@@ -17,7 +17,7 @@ import numpy as np
 
 from unitscale_jax import rules as named_rules
 from unitscale_jax.compaction._budget import Budget
-from unitscale_jax.compaction._groups import Graph, Group, Plan, plan_of
+from unitscale_jax.compaction._groups import CompactionPlan, Graph, Group, plan_of
 from unitscale_jax.compaction._search import Removal, removal_of, within
 from unitscale_jax.errors import check_type
 from unitscale_jax.rules import Rules
@@ -36,7 +36,7 @@ def plan(
     tp: int = 1,
     exact_only: bool = True,
     isomorphic: bool = False,
-) -> Plan:
+) -> CompactionPlan:
     """Plans which channels stay.
 
     Args:

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 
 from unitscale_jax import tree as trees
-from unitscale_jax.compaction._groups import Plan
+from unitscale_jax.compaction._groups import CompactionPlan
 from unitscale_jax.errors import check_folder, check_type, expected
 
 FORMAT = 1
 _FIELDS = {"kept": dict, "sizes": dict, "axes": dict, "shapes": dict, "flags": dict}
 
 
-def save_plan(path: str | os.PathLike[str], plan: Plan) -> None:
+def save_plan(path: str | os.PathLike[str], plan: CompactionPlan) -> None:
     """Writes a plan as JSON; a file that is there is replaced, at once or not at all.
 
     Args:
@@ -42,7 +42,7 @@ def save_plan(path: str | os.PathLike[str], plan: Plan) -> None:
         ...     load_plan(f"{folder}/plan.json", params) == plan
         True
     """
-    check_type("plan", plan, Plan, "what us.compaction.plan or plan_of returns")
+    check_type("plan", plan, CompactionPlan, "what us.compaction.plan or plan_of returns")
     path = pathlib.Path(path)
     check_folder(path)
     written = {
@@ -58,7 +58,7 @@ def save_plan(path: str | os.PathLike[str], plan: Plan) -> None:
     beside.replace(path)
 
 
-def load_plan(path: str | os.PathLike[str], params: Any = None) -> Plan:
+def load_plan(path: str | os.PathLike[str], params: Any = None) -> CompactionPlan:
     """Reads a plan.
 
     Args:
@@ -99,11 +99,11 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     return found
 
 
-def _plan(path: pathlib.Path, found: Mapping[str, Any]) -> tuple[Plan, dict[str, Any]]:
+def _plan(path: pathlib.Path, found: Mapping[str, Any]) -> tuple[CompactionPlan, dict[str, Any]]:
     """A plan and the shapes that its file says."""
     lists = lambda field, each: {name: _listed(each, x) for name, x in found[field].items()}
     try:
-        plan = Plan(
+        plan = CompactionPlan(
             kept=lists("kept", _whole),
             sizes={name: _whole(n) for name, n in found["sizes"].items()},
             axes=lists("axes", lambda axis: _listed(lambda term: _listed(_entry, term), axis)),

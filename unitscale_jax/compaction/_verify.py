@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
-from unitscale_jax.compaction._compact import compact, mask
+from unitscale_jax.compaction._compact import compact, zero_channels
 from unitscale_jax.compaction._compacted import compacted
-from unitscale_jax.compaction._groups import Plan
+from unitscale_jax.compaction._groups import CompactionPlan
 from unitscale_jax.errors import check_callable
 from unitscale_jax.trace.program import (
     Arguments,
@@ -65,7 +65,7 @@ class Rebuilt:
 
 def verify(
     fn: Callable[..., Any],
-    plan: Plan,
+    plan: CompactionPlan,
     params: Any,
     /,
     *args: Any,
@@ -110,7 +110,7 @@ def verify(
     both = jax.jit(
         lambda p, q, arrays: (evaluated(fn, p, arrays), evaluated(compacted(fn, plan), q, arrays))
     )
-    masked, small = both(mask(params, plan), compact(params, plan), given.arrays)
+    masked, small = both(zero_channels(params, plan), compact(params, plan), given.arrays)
     (old, slope), (new, slope_too) = masked, small
     apart = _apart("output", old, new, allowed, plan)
     if not gradients:
@@ -121,7 +121,7 @@ def verify(
 
 def verify_rebuild(
     fn: Callable[..., Any],
-    plan: Plan,
+    plan: CompactionPlan,
     rebuilt_fn: Callable[..., Any],
     params: Any,
     /,
@@ -199,7 +199,7 @@ def _gradient(fn: Callable[[Any], Any], params: Any) -> Any:
     return jax.grad(projected)(floats)
 
 
-def _apart(what: str, old: Any, new: Any, allowed: float, plan: Plan) -> float:
+def _apart(what: str, old: Any, new: Any, allowed: float, plan: CompactionPlan) -> float:
     """The largest relative difference over the leaves."""
     if jax.tree.structure(old) != jax.tree.structure(new):
         raise ValueError(
@@ -214,7 +214,7 @@ def _apart(what: str, old: Any, new: Any, allowed: float, plan: Plan) -> float:
     return worst
 
 
-def _checked(what: str, a: Any, b: Any, allowed: float, plan: Plan) -> float:
+def _checked(what: str, a: Any, b: Any, allowed: float, plan: CompactionPlan) -> float:
     if not np.size(a) or jnp.issubdtype(jnp.result_type(a), jax.dtypes.extended):
         return 0.0
     old, new = (np.asarray(x).astype(np.float64) for x in (a, b))

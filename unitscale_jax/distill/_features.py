@@ -8,7 +8,7 @@ Each gives one number per row (a token, an example), so that padding is left out
 `Mean`. No gradient reaches the teacher's side. A student that was compacted from its teacher needs
 no projection P: `index` says which of the teacher's channels it kept.
 
-DistilBERT's loss (arXiv 1910.01108), with `masked` the hard loss of masked language modeling:
+DistilBERT's loss (arXiv 1910.01108), with `pruned` the hard loss of masked language modeling:
 
     terms = {
         "ce": Term(lambda t, s: kl(t["logits"], s["logits"], 2.0), weight=5.0),

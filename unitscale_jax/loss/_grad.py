@@ -157,7 +157,7 @@ _ORDER = "reduced(accumulated(value_and_grad(distilled(a loss of quantized(autoc
 # the channels that `compacted` takes out; and `features` takes nothing out of a product of codes.
 _INSIDE = {
     "quantized": ("cast", "compacted", "features"),
-    "straight_through": ("quantized", "compacted"),
+    "masked_straight_through": ("quantized", "compacted"),
 }
 
 

@@ -51,7 +51,7 @@ def loss_scaled(
 ) -> optax.GradientTransformationExtraArgs:
     """Unscales gradients, skips a step that overflowed, and adapts the scale.
 
-    Order of wrappers, innermost first: chain -> low_precision_weights -> masked -> multi_steps ->
+    Order of wrappers, innermost first: chain -> low_precision_weights -> pruned -> multi_steps ->
     loss_scaled -> sharded. So clipping sees true gradients, and so do scores of pruning.
 
     Args:

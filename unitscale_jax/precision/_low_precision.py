@@ -19,8 +19,8 @@ from unitscale_jax import formats, tree as trees
 from unitscale_jax.optimizer import (
     LossScaleState,
     LowPrecisionState,
-    MaskedState,
     MultiStepsState,
+    PrunedState,
     check_optimizer,
     check_state,
     refuse_inside,
@@ -39,7 +39,7 @@ def low_precision_weights(
 ) -> optax.GradientTransformationExtraArgs:
     """Updates bfloat16 parameters as if small updates were not rounded away.
 
-    Order of wrappers, innermost first: chain -> low_precision_weights -> masked -> multi_steps ->
+    Order of wrappers, innermost first: chain -> low_precision_weights -> pruned -> multi_steps ->
     loss_scaled -> sharded.
 
     Args:
@@ -81,7 +81,7 @@ def low_precision_weights(
         _check_params(params)
         owed = jax.tree.map(jnp.zeros_like, params) if rounding == "kahan" else None
         step, state = jnp.zeros((), jnp.int32), inner.init(_widened(params))
-        for kind in (LossScaleState, MultiStepsState, MaskedState):
+        for kind in (LossScaleState, MultiStepsState, PrunedState):
             refuse_inside(state, kind, "low_precision_weights", _WHY)
         return LowPrecisionState(step=step, owed=owed, inner=state)
 

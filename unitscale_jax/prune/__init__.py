@@ -1,21 +1,17 @@
 """Pruning by masks: patterns, scores, schedules, and optimizers that keep zeros zero."""
 
 from unitscale_jax.optimizer import (
-    MaskedState,
+    PrunedState,
 )
 from unitscale_jax.prune._allocate import (
-    erk,
-    global_,
-    owl,
+    ERK,
+    OWL,
+    Global,
     uniform,
 )
-from unitscale_jax.prune._masked import (
-    masked,
-    masks_of,
-)
 from unitscale_jax.prune._masks import (
-    prune,
-    with_masks,
+    apply_masks,
+    masked,
 )
 from unitscale_jax.prune._movement import (
     Scored,
@@ -38,6 +34,10 @@ from unitscale_jax.prune._patterns import (
     NofM,
     Unstructured,
 )
+from unitscale_jax.prune._pruned import (
+    masks_of,
+    pruned,
+)
 from unitscale_jax.prune._refit import (
     refit,
 )
@@ -46,11 +46,11 @@ from unitscale_jax.prune._report import (
     report,
 )
 from unitscale_jax.prune._resolve import (
-    resolve,
+    resolve_axes,
 )
 from unitscale_jax.prune._rigl import (
+    SET,
     rigl,
-    set_,
 )
 from unitscale_jax.prune._schedules import (
     Cubic,
@@ -82,8 +82,8 @@ from unitscale_jax.prune._spec import (
 )
 from unitscale_jax.prune._straight import (
     magnitude_masks,
+    masked_straight_through,
     sr_ste,
-    straight_through,
 )
 from unitscale_jax.prune._wanda import (
     owl_ratios,
@@ -102,7 +102,7 @@ __all__ = [
     "Cubic",
     "FisherState",
     "Linear",
-    "MaskedState",
+    "PrunedState",
     "NofM",
     "OneShot",
     "Packed",
@@ -115,39 +115,39 @@ __all__ = [
     "Unstructured",
     "add_scores",
     "calibrate",
-    "erk",
+    "ERK",
     "exact_k",
     "exact_k_of",
     "fisher",
-    "global_",
+    "Global",
     "magnitude",
     "magnitude_masks",
     "make_masks",
-    "masked",
+    "pruned",
     "masks_of",
     "movement",
     "movement_masked",
     "movement_masks",
     "movement_penalty",
     "n_of_m",
-    "owl",
+    "OWL",
     "owl_ratios",
     "pack",
     "packed",
-    "prune",
+    "apply_masks",
     "random",
     "refit",
     "report",
-    "resolve",
+    "resolve_axes",
     "rigl",
     "saliency",
-    "set_",
+    "SET",
     "sparsegpt",
     "sr_ste",
-    "straight_through",
+    "masked_straight_through",
     "uniform",
     "unpack",
     "wanda",
     "wanda_masks",
-    "with_masks",
+    "masked",
 ]

@@ -2,9 +2,9 @@
 
     kept(n, s) = n - round(n s)                                   in float64, half to even
     uniform   k_l = kept(n_l, s)
-    erk       k_l ~ e sum(dims_l) / prod(dims_l) n_l,  at most n_l     sum k_l = kept(sum n_l, s)
-    owl       k_l ~ (d_l + c) n_l,  0 <= k_l <= n_l                    likewise
-    global_   one ranking over all of them
+    ERK       k_l ~ e sum(dims_l) / prod(dims_l) n_l,  at most n_l     sum k_l = kept(sum n_l, s)
+    OWL       k_l ~ (d_l + c) n_l,  0 <= k_l <= n_l                    likewise
+    Global    one ranking over all of them
 
 e and c are what makes the shares sum to the total; shares become integers by largest remainder.
 Everything is on the host, and k is an int: in float32, 200,000,003 weights at 0.9 keep 4 too many.
@@ -63,7 +63,7 @@ def uniform(layers: Sequence[Layer], sparsity: float) -> Counts:
     return {layer.name: np.asarray(kept(layer.units, sparsity), np.int32) for layer in layers}
 
 
-def erk(layers: Sequence[Layer], sparsity: float) -> Counts:
+def ERK(layers: Sequence[Layer], sparsity: float) -> Counts:  # noqa: N802, an acronym
     """Erdős-Rényi kernel: density in proportion to sum(dims) / prod(dims), small ones denser.
 
     A parameter whose density would exceed 1 is dense, and the others share the rest
@@ -76,18 +76,18 @@ def erk(layers: Sequence[Layer], sparsity: float) -> Counts:
 
     Example:
         >>> layers = [("a", (784, 300)), ("b", (300, 100)), ("c", (100, 10))]
-        >>> counts = erk([Layer(n, dims, dims[0] * dims[1]) for n, dims in layers], 0.9)
+        >>> counts = ERK([Layer(n, dims, dims[0] * dims[1]) for n, dims in layers], 0.9)
         >>> {name: int(count) for name, count in counts.items()}
         {'a': 18714, 'b': 6906, 'c': 1000}
     """
     check_type("layers", layers, Sequence, "a list of layers")
-    copies = [(n, sum(layer.shape) / math.prod(layer.shape)) for n, layer in _copies(layers, "erk")]
+    copies = [(n, sum(layer.shape) / math.prod(layer.shape)) for n, layer in _copies(layers, "ERK")]
     sizes, ratios = (np.array(column, np.float64) for column in _columns(copies))
     total = kept(int(sizes.sum()), sparsity)
     return _by_layer(layers, _apportion(_scaled(sizes, ratios, total), sizes, total))
 
 
-def global_(layers: Sequence[Layer], sparsity: float) -> Counts:
+def Global(layers: Sequence[Layer], sparsity: float) -> Counts:  # noqa: N802, like ERK
     """One ranking over all parameters: only their total is set.
 
     Scores have to mean the same everywhere; one parameter may lose all it has.
@@ -96,21 +96,21 @@ def global_(layers: Sequence[Layer], sparsity: float) -> Counts:
         ValueError: Units of different sizes, whose sums do not compare; or 2^31 of them.
 
     Example:
-        >>> global_([Layer("a", (2, 5), 10), Layer("b", (2, 3), 6)], 0.25)
+        >>> Global([Layer("a", (2, 5), 10), Layer("b", (2, 3), 6)], 0.25)
         {'': array(12, dtype=int32)}
     """
     check_type("layers", layers, Sequence, "a list of layers")
-    total = sum(n for n, _ in _copies(layers, "global_"))
+    total = sum(n for n, _ in _copies(layers, "Global"))
     if total > MOST:
         raise ValueError(
-            f"global_ ranks {total:,} units together, and counts are int32. Allocate by uniform or "
-            "erk, which rank each parameter on its own."
+            f"Global ranks {total:,} units together, and counts are int32. Allocate by uniform or "
+            "ERK, which rank each parameter on its own."
         )
     return {EVERYWHERE: np.asarray(kept(total, sparsity), np.int32)} if layers else {}
 
 
 @dataclass(frozen=True)
-class owl:  # noqa: N801, used like the functions beside it
+class OWL:  # noqa: N801, used like the functions beside it
     """Outlier-weighed: layers with more outliers keep more (https://arxiv.org/abs/2310.05175).
 
         d_l = 2 lam (r_l - min r) / (max r - min r)       density_l = d_l - mean(d) + 1 - s
@@ -128,7 +128,7 @@ class owl:  # noqa: N801, used like the functions beside it
     Law: the total is `kept` of all units together, exactly.
 
     Example:
-        >>> allocate = owl({"a": 0.01, "b": 0.03, "c": 0.08})
+        >>> allocate = OWL({"a": 0.01, "b": 0.03, "c": 0.08})
         >>> counts = allocate([Layer(n, (1000, 1000), 10**6) for n in "abc"], 0.7)
         >>> {name: int(count) for name, count in counts.items()}
         {'a': 231429, 'b': 277143, 'c': 391428}
@@ -140,11 +140,11 @@ class owl:  # noqa: N801, used like the functions beside it
     def __post_init__(self) -> None:
         """Checks the bound."""
         if not 0 <= self.lam <= 0.5:
-            raise ValueError(f"owl: lam is {self.lam}; it is from 0 to 0.5.")
+            raise ValueError(f"OWL: lam is {self.lam}; it is from 0 to 0.5.")
 
     def __call__(self, layers: Sequence[Layer], sparsity: float) -> Counts:
         """How many units each parameter keeps."""
-        sizes = np.array([n for n, _ in _copies(layers, "owl")], np.float64)
+        sizes = np.array([n for n, _ in _copies(layers, "OWL")], np.float64)
         r = np.concatenate([np.zeros(0), *(self._ratios(layer) for layer in layers)])
         self._check_names(layers)
         spread = np.ptp(r) if r.size else 0
@@ -155,12 +155,12 @@ class owl:  # noqa: N801, used like the functions beside it
     def _ratios(self, layer: Layer) -> np.ndarray:
         if layer.name not in self.ratios:
             raise ValueError(
-                f"owl has no ratio for {layer.name}. Calibrate it too, or leave it out."
+                f"OWL has no ratio for {layer.name}. Calibrate it too, or leave it out."
             )
         r = np.asarray(self.ratios[layer.name], np.float64)
         if r.shape not in ((), layer.stacked) or not np.isfinite(r).all():
             raise ValueError(
-                f"owl's ratio for {layer.name} is {r}; one finite number is expected, or an array "
+                f"OWL's ratio for {layer.name} is {r}; one finite number is expected, or an array "
                 f"of {layer.stacked} for its stacked layers."
             )
         return np.broadcast_to(r, layer.stacked).reshape(-1)
@@ -168,7 +168,7 @@ class owl:  # noqa: N801, used like the functions beside it
     def _check_names(self, layers: Sequence[Layer]) -> None:
         odd = sorted(self.ratios.keys() - {layer.name for layer in layers})
         if odd:
-            raise ValueError(f"owl has ratios for {', '.join(odd)}, which nothing ranked is named.")
+            raise ValueError(f"OWL has ratios for {', '.join(odd)}, which nothing ranked is named.")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from unitscale_jax.prune._spec import quantized_message
 from unitscale_jax.typing import Apply, Params
 
 
-def prune(params: Params, masks: Any) -> Params:
+def apply_masks(params: Params, masks: Any) -> Params:
     """Sets to zero what masks leave out.
 
     Args:
@@ -37,7 +37,8 @@ def prune(params: Params, masks: Any) -> Params:
     Law: idempotent; its gradient is zero where the mask is False.
 
     Example:
-        >>> prune({"w": jnp.array([1.0, jnp.nan])}, {"w": jnp.array([True, False])})["w"].tolist()
+        >>> masks = {"w": jnp.array([True, False])}
+        >>> apply_masks({"w": jnp.array([1.0, jnp.nan])}, masks)["w"].tolist()
         [1.0, 0.0]
     """
     leaves, structure = jax.tree.flatten(params, is_leaf=trees.is_compound)
@@ -51,7 +52,7 @@ def zeroed_leaf(mask: Any, leaf: Any) -> Any:
     return trees.over_values(lambda x: jnp.where(mask, x, 0), leaf)
 
 
-def with_masks(apply: Apply, masks: Any) -> Apply:
+def masked(apply: Apply, masks: Any) -> Apply:
     """The function at the pruned parameters.
 
     Args:
@@ -63,7 +64,7 @@ def with_masks(apply: Apply, masks: Any) -> Apply:
 
     Example:
         >>> apply = lambda params, x: params["w"] * x
-        >>> masked_apply = with_masks(apply, {"w": jnp.array([True, False])})
+        >>> masked_apply = masked(apply, {"w": jnp.array([True, False])})
         >>> masked_apply({"w": jnp.array([2.0, 3.0])}, 1.0).tolist()
         [2.0, 0.0]
     """
@@ -71,7 +72,7 @@ def with_masks(apply: Apply, masks: Any) -> Apply:
 
     @functools.wraps(apply)
     def masked_apply(params: Params, *inputs: Any, **kwargs: Any) -> Any:
-        return apply(prune(params, masks), *inputs, **kwargs)
+        return apply(apply_masks(params, masks), *inputs, **kwargs)
 
     return masked_apply
 

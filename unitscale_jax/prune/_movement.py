@@ -5,7 +5,7 @@
 
 So an optimizer moves s by -sum w g: down where the weight shrinks, up where it grows, and also for
 weights that are pruned, which keep their values and may return (https://arxiv.org/abs/2005.07683).
-`masked(..., score=movement())` needs no second function, and sets to zero what it prunes.
+`pruned(..., score=movement())` needs no second function, and sets to zero what it prunes.
 """
 
 import functools
@@ -17,8 +17,8 @@ import numpy as np
 
 from unitscale_jax import fwd_bwd
 from unitscale_jax.errors import check_callable, check_type
-from unitscale_jax.prune._masked import full
 from unitscale_jax.prune._patterns import Unstructured
+from unitscale_jax.prune._pruned import full
 from unitscale_jax.prune._schedules import Schedule
 from unitscale_jax.prune._spec import SparsitySpec, counts, make_masks, masks_from, selected
 from unitscale_jax.typing import Apply, Params

@@ -81,7 +81,7 @@ class NofM:
         if self.axis is None:
             raise ValueError(
                 f"{name}: {self!r} does not say along which axis. Fill it in by "
-                "`us.prune.resolve(spec, fn, params, *inputs)`, or give that of the input "
+                "`us.prune.resolve_axes(spec, fn, params, *inputs)`, or give that of the input "
                 "channels: NofM(axis=-2) for a kernel (in, out)."
             )
         size = _size_of(name, shape, self.axis)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Share:
+class ParamSparsity:
     """What is left of one parameter.
 
     Attributes:
@@ -44,15 +44,15 @@ class SparsityReport:
         rows: One for each parameter, in tree order.
     """
 
-    rows: tuple[Share, ...]
+    rows: tuple[ParamSparsity, ...]
 
     @property
-    def total(self) -> Share:
+    def total(self) -> ParamSparsity:
         """All parameters, those without a mask included."""
         return _sum("all", self.rows)
 
     @property
-    def masked(self) -> Share:
+    def masked(self) -> ParamSparsity:
         """The parameters with a mask."""
         return _sum("masked", [row for row in self.rows if row.masked])
 
@@ -104,13 +104,13 @@ def report(params: Params, masks: Any) -> SparsityReport:
     return SparsityReport(tuple(_share(name, known[name], mask) for name, mask in pairs))
 
 
-def _share(name: str, leaf: Any, mask: Any) -> Share:
+def _share(name: str, leaf: Any, mask: Any) -> ParamSparsity:
     if isinstance(mask, jax.core.Tracer):
         raise ValueError(f"the mask of {name} is traced; report on masks outside of jit.")
     size, masked = int(np.prod(np.shape(leaf))), bool(np.shape(mask))
-    return Share(name, int(np.asarray(mask).sum()) if masked else size, size, masked)
+    return ParamSparsity(name, int(np.asarray(mask).sum()) if masked else size, size, masked)
 
 
-def _sum(name: str, rows: Any) -> Share:
+def _sum(name: str, rows: Any) -> ParamSparsity:
     kept, size = sum(row.kept for row in rows), sum(row.size for row in rows)
-    return Share(name, kept, size, True)
+    return ParamSparsity(name, kept, size, True)

@@ -15,7 +15,7 @@ from unitscale_jax.trace.params import Meeting, meetings
 from unitscale_jax.trace.program import stage
 
 
-def resolve(
+def resolve_axes(
     spec: SparsitySpec, fn: Callable[..., Any], params: Any, *inputs: Any, **kwargs: Any
 ) -> SparsitySpec:
     """Fills in the axis of every `NofM` that leaves it open.
@@ -41,7 +41,7 @@ def resolve(
     Example:
         >>> fn = lambda params, x: x @ params["in"] @ params["out"].T
         >>> params = {"in": jnp.ones((4, 8)), "out": jnp.ones((4, 8))}
-        >>> spec = resolve(SparsitySpec(patterns=NofM(2, 4)), fn, params, jnp.ones((1, 4)))
+        >>> spec = resolve_axes(SparsitySpec(patterns=NofM(2, 4)), fn, params, jnp.ones((1, 4)))
         >>> {name: pattern.axis for name, pattern in spec.patterns.items()}
         {'in': -2, 'out': -1}
     """

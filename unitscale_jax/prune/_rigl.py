@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from unitscale_jax.optimizer import MaskedState, check_optimizer
-from unitscale_jax.prune._masked import evolving, full, ranked, sunk
+from unitscale_jax.optimizer import PrunedState, check_optimizer
 from unitscale_jax.prune._patterns import Balanced, NofM
+from unitscale_jax.prune._pruned import evolving, full, ranked, sunk
 from unitscale_jax.prune._schedules import Schedule
 from unitscale_jax.prune._scores import Score, magnitude, random
 from unitscale_jax.prune._spec import SparsitySpec, counts, masks_from, selected
@@ -58,9 +58,9 @@ def rigl(
             that are pruned already.
 
     Returns:
-        A transform as `masked` gives it. Masks are there from `init` on, and the first update
+        A transform as `pruned` gives it. Masks are there from `init` on, and the first update
         prunes by them; so that the first gradient is of the pruned model too, begin with
-        `us.prune.prune(params, us.prune.masks_of(state))`.
+        `us.prune.apply_masks(params, us.prune.masks_of(state))`.
 
     Raises:
         ValueError: `drop` is not in [0, 1], or `end` not positive. At `init`, the spec does not fit
@@ -84,7 +84,7 @@ def rigl(
     return _moving("rigl", tx, spec, schedule, of_gradient, score, drop, end)
 
 
-def set_(
+def SET(  # noqa: N802, an acronym
     tx: optax.GradientTransformation,
     spec: SparsitySpec,
     schedule: Schedule,
@@ -95,7 +95,7 @@ def set_(
 ) -> optax.GradientTransformationExtraArgs:
     """Trains a fixed number of weights, and tries others at random.
 
-    Order of wrappers, innermost first: chain -> low_precision_weights -> set_ -> multi_steps ->
+    Order of wrappers, innermost first: chain -> low_precision_weights -> SET -> multi_steps ->
     loss_scaled -> sharded.
 
     Args:
@@ -116,15 +116,15 @@ def set_(
 
     Example:
         >>> spec = us.prune.SparsitySpec(patterns=us.prune.Unstructured(), sparsity=0.75)
-        >>> tx, params = set_(optax.sgd(0.1), spec, us.prune.OneShot(0)), {"w": jnp.ones((4, 8))}
+        >>> tx, params = SET(optax.sgd(0.1), spec, us.prune.OneShot(0)), {"w": jnp.ones((4, 8))}
         >>> updates, state = tx.update(params, tx.init(params), params)
         >>> int(us.prune.masks_of(state)["w"].sum())
         8
     """
-    check_optimizer(tx, "set_")
+    check_optimizer(tx, "SET")
     draw = random(seed)
     at_random = lambda number, grads, params: draw.value((), grads, params, number)
-    return _moving("set_", tx, spec, schedule, at_random, draw, drop, end)
+    return _moving("SET", tx, spec, schedule, at_random, draw, drop, end)
 
 
 def _moving(
@@ -148,7 +148,7 @@ def _moving(
         scores = first.value(first.init(seen), still, seen, 0)
         return masks_from(spec, scores, _active(spec, params))
 
-    def renew(state: MaskedState, grads: Params, params: Params, number: jax.Array) -> Any:
+    def renew(state: PrunedState, grads: Params, params: Params, number: jax.Array) -> Any:
         active = _active(spec, params)
         moving = {name: _of(shares, k)[number - 1] for name, k in active.items()}
         staying = {name: jnp.asarray(k) - moving[name] for name, k in active.items()}
@@ -196,10 +196,11 @@ def _check_patterns(spec: SparsitySpec, params: Params) -> None:
         if isinstance(pattern, NofM):
             raise ValueError(
                 f"{name} has {pattern!r}, which keeps n of every m and has no count to move. Use "
-                "Unstructured, Block or Channel, or `masked` or `straight_through` for N:M."
+                "Unstructured, Block or Channel, or `pruned` or `masked_straight_through` for N:M."
             )
         if isinstance(pattern, Balanced):
             raise ValueError(
                 f"{name} has {pattern!r}, whose parts would not stay equally full while weights "
-                "move. Use the pattern alone, or `masked` or `straight_through` for balanced ones."
+                "move. Use the pattern alone, or `pruned` or `masked_straight_through` for "
+                "balanced ones."
             )

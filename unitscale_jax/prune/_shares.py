@@ -50,8 +50,8 @@ def counts_of_parts(
     found = counts(spec, params, [spec.sparsity])
     if name not in found:
         raise ValueError(
-            f"global_ ranks all parameters together, and {name} is pruned part by part. Allocate "
-            "by uniform, erk, owl or rules."
+            f"Global ranks all parameters together, and {name} is pruned part by part. Allocate "
+            "by uniform, ERK, OWL or rules."
         )
     sparsity = _sparsity(name, spec, params)
     if sparsity is not None:

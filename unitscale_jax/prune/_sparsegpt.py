@@ -24,7 +24,7 @@ from unitscale_jax.prune._patterns import NofM, Unstructured
 from unitscale_jax.prune._refit import singular
 from unitscale_jax.prune._shares import counts_of_parts
 from unitscale_jax.prune._spec import SparsitySpec, selected, stacked_axes
-from unitscale_jax.prune._surgeon import squared_error, sweep
+from unitscale_jax.prune._surgeon import obs_sweep, squared_error
 from unitscale_jax.statistics import Stat, required, warn_unseen
 from unitscale_jax.trace.params import (
     Layout,
@@ -261,7 +261,7 @@ def _swept(
     w: jax.Array, u: jax.Array, dead: jax.Array, counts: jax.Array, plan: _Plan
 ) -> tuple[jax.Array, jax.Array]:
     columns = canonical(w.astype(jnp.float32), plan.layout)[:, plan.order]
-    one = lambda *x: sweep(*x, block=plan.block, ratio=plan.ratio)
+    one = lambda *x: obs_sweep(*x, block=plan.block, ratio=plan.ratio)
     new, mask = jax.vmap(one)(columns, u, dead, counts)
     back = np.argsort(plan.order)
     laid = lambda x: uncanonical(x[:, back], plan.layout, w.shape)

@@ -20,8 +20,8 @@ from unitscale_jax.prune._allocate import (
     EVERYWHERE,
     Allocation,
     ByRule,
+    Global,
     Layer,
-    global_,
     uniform,
 )
 from unitscale_jax.prune._patterns import Balanced, NofM, Pattern, Ranked
@@ -37,7 +37,7 @@ class SparsitySpec:
         patterns: A pattern, for every parameter of at least two axes; or rules from paths to
             patterns, where None leaves a parameter dense, as does no rule.
         sparsity: The share of units that goes, in [0, 1). An `NofM` has its own.
-        allocate: How the total is shared out: `uniform`, `erk`, `global_`, `owl(ratios)`; or rules
+        allocate: How the total is shared out: `uniform`, `ERK`, `Global`, `OWL(ratios)`; or rules
             from paths to sparsities.
         stacked: Rules from paths to how many leading axes are layers of a scan, or experts. Each
             index of them is ranked on its own, and axes of patterns count within it.
@@ -122,8 +122,8 @@ def counts(
 
     Returns:
         By path, int32 (sparsities,): the units that stay, at each index of stacked axes. Where an
-        allocation shares one total among them (`erk`, `owl`), (sparsities, *stacked axes).
-        `global_` has a single entry, "", the total. An `NofM` has none.
+        allocation shares one total among them (`ERK`, `OWL`), (sparsities, *stacked axes).
+        `Global` has a single entry, "", the total. An `NofM` has none.
 
     Raises:
         ValueError: As `selected`; a pattern that does not fit its parameter.
@@ -163,7 +163,7 @@ def masks_from(spec: SparsitySpec, scores: Any, counts: Mapping[str, Any]) -> An
     _check_counts(spec, chosen, counts)
     _layers(spec, scores)  # checks that patterns fit
     known, structure = _known(scores), jax.tree.structure(scores, is_leaf=trees.is_compound)
-    if spec.allocate is global_ and counts:
+    if spec.allocate is Global and counts:
         masks = _masks_together(known, chosen, counts[EVERYWHERE])
     else:
         masks = {
@@ -268,7 +268,7 @@ def _layers(spec: SparsitySpec, params: Any) -> list[Layer]:
 
 def _check_counts(spec: SparsitySpec, chosen: Mapping[str, Any], counts: Mapping[str, Any]) -> None:
     ranked = [name for name, (pattern, _) in chosen.items() if not isinstance(pattern, NofM)]
-    expected = {EVERYWHERE} if spec.allocate is global_ and ranked else set(ranked)
+    expected = {EVERYWHERE} if spec.allocate is Global and ranked else set(ranked)
     if set(counts) != expected:
         raise ValueError(
             f"counts are of {sorted(counts)}, and these scores need them of {sorted(expected)}. "
@@ -300,8 +300,8 @@ def _masks_together(
     for name, (pattern, _) in ranked.items():
         if isinstance(pattern, Balanced):
             raise ValueError(
-                f"{name} is balanced over {pattern.parts} parts, and `global_` ranks all weights "
-                "together, wherever they are. Choose another allocation, such as `erk`."
+                f"{name} is balanced over {pattern.parts} parts, and `Global` ranks all weights "
+                "together, wherever they are. Choose another allocation, such as `ERK`."
             )
     pooled = [_over(p.pooled, axes)(jnp.asarray(known[n])) for n, (p, axes) in ranked.items()]
     out = {}

@@ -19,13 +19,13 @@ import optax
 from unitscale_jax import fwd_bwd, tree as trees
 from unitscale_jax.errors import check_type
 from unitscale_jax.loss import around
-from unitscale_jax.optimizer import LossScaleState, MaskedState, check_optimizer, refuse_inside
+from unitscale_jax.optimizer import LossScaleState, PrunedState, check_optimizer, refuse_inside
 from unitscale_jax.prune._scores import magnitude
 from unitscale_jax.prune._spec import SparsitySpec, make_masks
 from unitscale_jax.typing import Apply, Params
 
 
-def straight_through(apply: Apply, spec: SparsitySpec) -> Apply:
+def masked_straight_through(apply: Apply, spec: SparsitySpec) -> Apply:
     """The function at the parameters pruned by magnitude, with gradients for all of them.
 
     Masks are made anew at every call, from the parameters of that call.
@@ -45,28 +45,28 @@ def straight_through(apply: Apply, spec: SparsitySpec) -> Apply:
 
     Example:
         >>> spec = us.prune.SparsitySpec(patterns={"w": us.prune.Unstructured()}, sparsity=0.5)
-        >>> fn = straight_through(lambda params, x: jnp.sum(params["w"] * x), spec)
+        >>> fn = masked_straight_through(lambda params, x: jnp.sum(params["w"] * x), spec)
         >>> value, grads = jax.value_and_grad(fn)({"w": jnp.array([3.0, 1.0])}, jnp.ones(2))
         >>> value.item(), grads["w"].tolist()
         (3.0, [1.0, 1.0])
     """
 
-    @around(apply, "straight_through")
-    def straight_through_fn(params: Params, *inputs: Any, **kwargs: Any) -> Any:
+    @around(apply, "masked_straight_through")
+    def masked_fn(params: Params, *inputs: Any, **kwargs: Any) -> Any:
         masks = magnitude_masks(params, spec)
         return apply(jax.tree.map(_through, masks, params), *inputs, **kwargs)
 
-    return straight_through_fn
+    return masked_fn
 
 
 def sr_ste(
     tx: optax.GradientTransformation, spec: SparsitySpec, *, decay: float = 2e-4
 ) -> optax.GradientTransformationExtraArgs:
-    """Decays what `straight_through` prunes, before an optimizer sees the gradient.
+    """Decays what `masked_straight_through` prunes, before an optimizer sees the gradient.
 
     Args:
         tx: Any optax transform.
-        spec: That of `straight_through`.
+        spec: That of `masked_straight_through`.
         decay: How much of a pruned weight is added to its gradient.
 
     Returns:
@@ -93,8 +93,8 @@ def sr_ste(
         state = inner.init(params)
         why = "the decay of a weight would be added to a gradient that carries a factor."
         refuse_inside(state, LossScaleState, "sr_ste", why)
-        once = "Take straight_through with sr_ste, or masked."
-        refuse_inside(state, MaskedState, "sr_ste", "it decays weights that masks erase.", once)
+        once = "Take masked_straight_through with sr_ste, or pruned."
+        refuse_inside(state, PrunedState, "sr_ste", "it decays weights that masks erase.", once)
         return state
 
     def update_fn(
@@ -112,7 +112,7 @@ def sr_ste(
 
 
 def magnitude_masks(params: Params, spec: SparsitySpec) -> Any:
-    """The masks by |w|: those `straight_through` uses, and that bake its parameters.
+    """The masks by |w|: those `masked_straight_through` uses, and that bake its parameters.
 
     Args:
         params: A pytree of parameters.

@@ -16,7 +16,7 @@ from unitscale_jax.trace.params import damped_moments
 EXACT = jax.lax.Precision.HIGHEST
 
 
-def sweep(
+def obs_sweep(
     w: jax.Array,
     u: jax.Array,
     dead: jax.Array,

@@ -15,7 +15,7 @@ import numpy as np
 
 from unitscale_jax import tree as trees
 from unitscale_jax.errors import check_type
-from unitscale_jax.prune._allocate import global_
+from unitscale_jax.prune._allocate import Global
 from unitscale_jax.prune._patterns import Unstructured
 from unitscale_jax.prune._select import exact_k
 from unitscale_jax.prune._shares import counts_of_parts
@@ -90,7 +90,7 @@ def wanda_masks(params: Any, stats: Mapping[str, Stat], spec: SparsitySpec) -> A
         spec: Of an `Unstructured` parameter with the sparsity s each output keeps
             kept(inputs, s) weights; where sparsities are allocated over parameters, outputs share
             what the parameter keeps as evenly as can be, the first ones one more. Other patterns,
-            and `global_`, take the same scores as they are.
+            and `Global`, take the same scores as they are.
 
     Returns:
         Masks as `make_masks` gives them.
@@ -119,7 +119,7 @@ def wanda_masks(params: Any, stats: Mapping[str, Stat], spec: SparsitySpec) -> A
         warn_unseen(name, stat, "ranked by magnitude")
     masks = {name: jnp.array(True) for name in leaves}
     by_output = [n for n, p in chosen.items() if isinstance(p, Unstructured)]
-    if spec.allocate is global_:
+    if spec.allocate is Global:
         by_output = []
     if len(by_output) < len(chosen):
         made = make_masks(_scores(params, own), spec)
@@ -151,7 +151,7 @@ def owl_ratios(params: Any, stats: Mapping[str, Stat], m: float = 5.0) -> dict[s
         m: From how many times the mean of |W| ||X|| on a score is an outlier.
 
     Returns:
-        Parameter -> ratio, for `owl(ratios)`; of stacked layers an array, one for each.
+        Parameter -> ratio, for `OWL(ratios)`; of stacked layers an array, one for each.
 
     Example:
         >>> params = {"w": jnp.ones((4, 1))}

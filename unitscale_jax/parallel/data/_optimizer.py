@@ -18,7 +18,7 @@ def sharded(
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps an optimizer's state by one layout and returns its updates by that of the parameters.
 
-    Order of wrappers, innermost first: chain -> low_precision_weights -> masked -> multi_steps ->
+    Order of wrappers, innermost first: chain -> low_precision_weights -> pruned -> multi_steps ->
     loss_scaled -> sharded. It changes no number, so any other place is right, too.
 
     Args:

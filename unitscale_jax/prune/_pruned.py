@@ -21,8 +21,8 @@ from unitscale_jax import tree as trees
 from unitscale_jax.mesh_axes import varying_axes
 from unitscale_jax.optimizer import (
     LossScaleState,
-    MaskedState,
     MultiStepsState,
+    PrunedState,
     check_optimizer,
     check_state,
     common_dtype,
@@ -41,7 +41,7 @@ from unitscale_jax.trace.program import compiled_once, reach, trace
 from unitscale_jax.typing import Params
 
 
-def masked(
+def pruned(
     tx: optax.GradientTransformation,
     spec: SparsitySpec,
     schedule: Schedule = OneShot(0),  # noqa: B008, frozen
@@ -51,7 +51,7 @@ def masked(
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes parameters while an optimizer trains the others.
 
-    Order of wrappers, innermost first: chain -> low_precision_weights -> masked -> multi_steps ->
+    Order of wrappers, innermost first: chain -> low_precision_weights -> pruned -> multi_steps ->
     loss_scaled -> sharded. A factor applied to its updates would break the zeros; what is around it
     passes updates on as they are, so that steps are steps of the optimizer, not parts. Arrays may
     be sharded any way under `jit`.
@@ -69,7 +69,7 @@ def masked(
     Returns:
         A transform whose `update(grads, state, params, **extra)` needs the parameters; `extra` goes
         to `tx`. Gradients are those at the pruned parameters. Updates have the wider dtype of the
-        inner update and the parameter. Its state is a `MaskedState`.
+        inner update and the parameter. Its state is a `PrunedState`.
 
     Raises:
         ValueError: At `init`, the spec or the schedule does not fit the parameters; sticky masks
@@ -84,51 +84,51 @@ def masked(
 
     Example:
         >>> spec = SparsitySpec(patterns={"w": us.prune.Unstructured()}, sparsity=1 / 3)
-        >>> tx, params = masked(optax.sgd(0.1), spec), {"w": jnp.array([1.0, -2.0, 0.5])}
+        >>> tx, params = pruned(optax.sgd(0.1), spec), {"w": jnp.array([1.0, -2.0, 0.5])}
         >>> updates, state = tx.update({"w": jnp.ones(3)}, tx.init(params), params)
         >>> [round(w, 4) for w in optax.apply_updates(params, updates)["w"].tolist()]
         [0.9, -2.1, 0.0]
         >>> masks_of(state)["w"].tolist()
         [True, True, False]
     """
-    check_optimizer(tx, "masked")
+    check_optimizer(tx, "pruned")
 
     def start(params: Params) -> Any:
         _falling(spec, schedule, sticky)
         _table(spec, schedule, params, sticky)
         return full(spec, params)
 
-    def renew(state: MaskedState, grads: Params, params: Params, number: jax.Array) -> Any:
+    def renew(state: PrunedState, grads: Params, params: Params, number: jax.Array) -> Any:
         scores = score.value(state.score, grads, params, number)
         scores = sunk(scores, state.masks) if sticky else scores
         table = _table(spec, schedule, params, sticky)
         return masks_from(spec, scores, {name: rows[number - 1] for name, rows in table.items()})
 
-    return evolving(tx, schedule.steps, score, start, renew, name="masked")
+    return evolving(tx, schedule.steps, score, start, renew, name="pruned")
 
 
 def masks_of(state: Any) -> Any:
     """The masks in an optimizer's state, wherever in it they are.
 
     Args:
-        state: The state of `masked`, `rigl` or `set_`, or of a transform around it.
+        state: The state of `pruned`, `rigl` or `SET`, or of a transform around it.
 
     Returns:
         A pytree like the parameters of bool arrays, as `make_masks` gives them.
 
     Raises:
-        ValueError: There is no `MaskedState` in it, or there are several.
+        ValueError: There is no `PrunedState` in it, or there are several.
 
     Example:
-        >>> tx = masked(optax.sgd(0.1), SparsitySpec(patterns=us.prune.Unstructured()))
+        >>> tx = pruned(optax.sgd(0.1), SparsitySpec(patterns=us.prune.Unstructured()))
         >>> masks_of(us.multi_steps(tx, 2).init({"w": jnp.ones((1, 2))}))["w"].tolist()
         [[True, True]]
     """
-    found = find_state(state, MaskedState)
+    found = find_state(state, PrunedState)
     if len(found) != 1:
         raise ValueError(
-            f"the state holds {len(found)} MaskedStates, and 1 is expected. Wrap the optimizer in "
-            "us.prune.masked once, with one spec for all parameters, and pass the whole state."
+            f"the state holds {len(found)} PrunedStates, and 1 is expected. Wrap the optimizer in "
+            "us.prune.pruned once, with one spec for all parameters, and pass the whole state."
         )
     return found[0][1].masks
 
@@ -141,7 +141,7 @@ def evolving(
     steps: Sequence[int],
     score: Score,
     start: Callable[[Params], Any],
-    renew: Callable[[MaskedState, Params, Params, jax.Array], Any],
+    renew: Callable[[PrunedState, Params, Params, jax.Array], Any],
     *,
     name: str,
     rests: bool = False,
@@ -160,24 +160,24 @@ def evolving(
     """
     inner, table = optax.with_extra_args_support(tx), np.asarray(steps, np.int32)
 
-    def init_fn(params: Params) -> MaskedState:
+    def init_fn(params: Params) -> PrunedState:
         # No two leaves share a buffer, so that a state can be donated.
         masks = jax.tree.map(lambda m: m if np.ndim(m) else jnp.ones((), bool), start(params))
         seen, inner_state = ranked(masks, params), inner.init(params)
         score_state, zero = score.init(seen), lambda: jnp.zeros((), jnp.int32)
         _check_inside(inner_state, name, rests or _adds_up(score, score_state, seen))
-        return MaskedState(masks, zero(), zero(), score_state, inner_state)
+        return PrunedState(masks, zero(), zero(), score_state, inner_state)
 
     # Only this, since the inner transform has to give its own bits.
     @compiled_once
-    def renewed(due: jax.Array, state: MaskedState, params: Params, *given: Any) -> tuple:
+    def renewed(due: jax.Array, state: PrunedState, params: Params, *given: Any) -> tuple:
         return _renewed(due, lambda: renew(state, *given), state, params)
 
     def update_fn(
         updates: Params, state: Any, params: Params | None = None, **extra: Any
-    ) -> tuple[Params, MaskedState]:
+    ) -> tuple[Params, PrunedState]:
         _check_params(params)
-        check_state(state, MaskedState, name)
+        check_state(state, PrunedState, name)
         grads, scale = updates, [s.scale for _, s in find_state(state.inner, LossScaleState)]
         # The factor of a loss scale inside is none of a score's business.
         true = without_scale(grads, scale[0]) if scale else grads
@@ -260,12 +260,12 @@ def _falling(spec: SparsitySpec, schedule: Schedule, sticky: bool) -> None:
     if sticky and falls:
         raise ValueError(
             f"{schedule!r} goes from sparsity {falls[0][0]} to {falls[0][1]}, but sticky masks "
-            "only shrink. Let sparsities rise, or weights return: masked(..., sticky=False)."
+            "only shrink. Let sparsities rise, or weights return: pruned(..., sticky=False)."
         )
 
 
 def _renewed(
-    due: jax.Array, renew: Callable[[], Any], state: MaskedState, params: Params
+    due: jax.Array, renew: Callable[[], Any], state: PrunedState, params: Params
 ) -> tuple[Any, Any]:
     """Masks and inner state, made anew and cleared if due."""
 
@@ -331,7 +331,7 @@ def _check_inside(inner_state: Any, name: str, needs_gradients: bool) -> None:
     why = "its steps would be parts, whose gradients are not yet those of a step."
     refuse_inside(inner_state, MultiStepsState, name, why)
     once = "Wrap the optimizer once, with one spec for all parameters."
-    refuse_inside(inner_state, MaskedState, name, "two specs would undo one another.", once)
+    refuse_inside(inner_state, PrunedState, name, "two specs would undo one another.", once)
     if needs_gradients:
         why = "gradients in here carry the factor of the loss scale, which changes between steps."
         refuse_inside(inner_state, LossScaleState, name, why)

@@ -12,22 +12,22 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 import unitscale_jax as us
 from unitscale_jax.prune import (
+    ERK,
     Block,
     Channel,
     Cubic,
+    Global,
     Linear,
     NofM,
     OneShot,
     SparsitySpec,
     Steps,
     Unstructured,
-    erk,
     fisher,
-    global_,
     magnitude,
-    masked,
     masks_of,
     movement,
+    pruned,
     random,
     saliency,
 )
@@ -118,7 +118,7 @@ def scheduled(schedule, t, n, sparsity):
 @EVERY_INNER
 def test_what_is_pruned_is_zero_and_has_no_moments(inner):
     traces, params, grads = [], part(draw(0)), part(draw(1, lead=(STEPS,)))
-    tx = masked(inner, SparsitySpec(patterns=Unstructured(), sparsity=0.75), GRADUAL)
+    tx = pruned(inner, SparsitySpec(patterns=Unstructured(), sparsity=0.75), GRADUAL)
     step, state, before = stepper(tx, traces), tx.init(params), True
     for t in range(STEPS):
         params, state = step(params, state, jax.tree.map(lambda g, t=t: g[t], grads))
@@ -136,7 +136,7 @@ def test_what_is_pruned_is_zero_and_has_no_moments(inner):
 @EVERY_INNER
 def test_with_nothing_pruned_it_is_the_inner_transform(inner):
     params, grads = part(draw(0)), part(draw(1))
-    tx = masked(inner, SparsitySpec(patterns=Unstructured(), sparsity=0.75), GRADUAL)
+    tx = pruned(inner, SparsitySpec(patterns=Unstructured(), sparsity=0.75), GRADUAL)
     updates, state = tx.update(grads, tx.init(params), params)
     expected = inner.update(grads, inner.init(params), params)
     chex.assert_trees_all_equal((updates, state.inner), expected)
@@ -146,7 +146,7 @@ def test_with_nothing_pruned_it_is_the_inner_transform(inner):
 @pytest.mark.parametrize("grads_dtype", [jnp.bfloat16, jnp.float32])
 def test_zeros_are_exact_in_any_dtype(dtype, grads_dtype):
     params, grads = draw(0, dtype), draw(1, grads_dtype, (3,))
-    for after, state in run(masked(optax.sgd(0.1), SPEC), params, grads, 3):
+    for after, state in run(pruned(optax.sgd(0.1), SPEC), params, grads, 3):
         mask = masks_of(state)["stack"]
         assert mask.sum() == 3 * 5 and after["stack"].dtype == dtype
         assert not np.any(after["stack"][~mask])
@@ -169,7 +169,7 @@ def test_kept_weights_take_the_path_of_a_model_without_the_others(inner):
         return w
 
     tx = INNER[inner]
-    dense = train(masked(tx, spec), loss, rebuilt(w[at]))
+    dense = train(pruned(tx, spec), loss, rebuilt(w[at]))
     values = train(tx, lambda values: loss(rebuilt(values)), w[at])
     np.testing.assert_allclose(dense, rebuilt(values), rtol=1e-4, atol=1e-5)
 
@@ -187,7 +187,7 @@ def test_keeps_exactly_k_of_any_weights(w, g):
 
 @jax.jit
 def one_shot_step(params, grads):
-    tx = masked(optax.sgd(0.1), SparsitySpec(patterns=Unstructured(), sparsity=0.5))
+    tx = pruned(optax.sgd(0.1), SparsitySpec(patterns=Unstructured(), sparsity=0.5))
     updates, state = tx.update(grads, tx.init(params), params)
     return optax.apply_updates(params, updates), state
 
@@ -220,7 +220,7 @@ def test_worked_example_4(inner, grads, updates, after):
     smallest = us.prune.Score(
         lambda p: (), lambda s, g, p: s, lambda s, g, p, n: {"w": jnp.array([1.0, 0.0, 1.0])}
     )
-    tx = masked(inner, spec, score=smallest)
+    tx = pruned(inner, spec, score=smallest)
     got, _ = tx.update({"w": jnp.array(grads, jnp.float32)}, tx.init(params), params)
     np.testing.assert_allclose(got["w"], updates, atol=1e-6)
     if after:
@@ -234,8 +234,8 @@ def test_worked_example_4(inner, grads, updates, after):
     ("score", "allocate"),
     [
         (magnitude(), us.prune.uniform),
-        (saliency(), erk),
-        (fisher(), global_),
+        (saliency(), ERK),
+        (fisher(), Global),
         (movement(), us.prune.uniform),
     ],
     ids=["magnitude", "saliency", "fisher", "movement"],
@@ -243,7 +243,7 @@ def test_worked_example_4(inner, grads, updates, after):
 def test_sticky_masks_are_nested_and_reach_the_target(score, allocate):
     spec = SparsitySpec(patterns=Unstructured(), sparsity=0.8, allocate=allocate)
     schedule = Linear(0, 8, every=1)
-    states = run(masked(optax.sgd(0.1), spec, schedule, score), draw(0), draw(1, lead=(STEPS,)))
+    states = run(pruned(optax.sgd(0.1), spec, schedule, score), draw(0), draw(1, lead=(STEPS,)))
     masks = [masks_of(state) for _, state in states]
     for old, new in zip(masks, masks[1:], strict=False):
         assert all(np.all(n <= o) for n, o in zip(*map(jax.tree.leaves, (new, old)), strict=True))
@@ -259,11 +259,11 @@ def test_sticky_masks_are_nested_where_shares_are_rounded():
     spec = SparsitySpec(
         patterns=Unstructured(),
         sparsity=0.95,
-        allocate=us.prune.owl({"a": 0.3, "b": 0.3, "c": 0.1}),
+        allocate=us.prune.OWL({"a": 0.3, "b": 0.3, "c": 0.1}),
     )
     table = us.prune._spec.counts(spec, params, levels)
     assert any(np.any(np.diff(rows) > 0) for rows in table.values()), "no such sparsities here"
-    tx = masked(optax.sgd(0.1), spec, Steps(tuple(range(40)), tuple(levels)))
+    tx = pruned(optax.sgd(0.1), spec, Steps(tuple(range(40)), tuple(levels)))
     step, state = stepper(tx), tx.init(params)
     for _ in range(40):
         old = masks_of(state)
@@ -274,7 +274,7 @@ def test_sticky_masks_are_nested_where_shares_are_rounded():
 
 def test_weights_return_where_masks_are_not_sticky():
     spec = SparsitySpec(patterns=Unstructured(), sparsity=0.5)
-    tx = masked(optax.adam(0.1), spec, Linear(0, 8, 1, initial=0.5), random(0), sticky=False)
+    tx = pruned(optax.adam(0.1), spec, Linear(0, 8, 1, initial=0.5), random(0), sticky=False)
     states = run(tx, draw(0), draw(1, lead=(STEPS,)))
     masks = [masks_of(state)["stack"] for _, state in states]
     assert all(m.sum() == 30 for m in masks)
@@ -284,8 +284,8 @@ def test_weights_return_where_masks_are_not_sticky():
 def test_sticky_masks_refuse_sparsities_that_fall():
     schedule = Steps((0, 5), (0.8, 0.5))
     with pytest.raises(ValueError, match=r"from sparsity 0.8 to 0.5.*sticky=False"):
-        masked(optax.sgd(0.1), SPEC, schedule).init(draw(0))
-    tx = masked(optax.sgd(0.1), SPEC, schedule, random(0), sticky=False)
+        pruned(optax.sgd(0.1), SPEC, schedule).init(draw(0))
+    tx = pruned(optax.sgd(0.1), SPEC, schedule, random(0), sticky=False)
     masks = [masks_of(state)["stack"].sum() for _, state in run(tx, draw(0), draw(1, lead=(6,)), 6)]
     assert masks == [12] * 5 + [30]
 
@@ -294,7 +294,7 @@ def test_sticky_masks_refuse_sparsities_that_fall():
 def test_patterns_are_kept_through_training(pattern):
     spec = SparsitySpec(patterns={"layer/kernel": pattern}, sparsity=0.5)
     for _, state in run(
-        masked(optax.adam(0.1), spec, Linear(1, 3)), draw(0), draw(1, lead=(5,)), 5
+        pruned(optax.adam(0.1), spec, Linear(1, 3)), draw(0), draw(1, lead=(5,)), 5
     ):
         mask = np.asarray(masks_of(state)["layer"]["kernel"])
     assert mask.sum() == 24
@@ -310,7 +310,7 @@ def test_patterns_are_kept_through_training(pattern):
 def test_a_stacked_kernel_is_ranked_layer_by_layer():
     params = {"stack": jnp.stack([jnp.full((4, 5), 0.01), jnp.ones((4, 5)), jnp.ones((4, 5))])}
     spec = SparsitySpec(patterns=Unstructured(), sparsity=0.5, stacked={"stack": 1})
-    tx = masked(optax.sgd(0.1), spec)
+    tx = pruned(optax.sgd(0.1), spec)
     _, state = tx.update(params, tx.init(params), params)
     assert masks_of(state)["stack"].sum((1, 2)).tolist() == [10, 10, 10]
 
@@ -324,7 +324,7 @@ def test_an_update_of_masks_whose_gradient_is_not_finite_is_made_up_for(bad):
     grads = draw(1, lead=(STEPS,))
     kernel = grads["layer"]["kernel"].at[jnp.array([3, 6])].set(bad)
     grads["layer"]["kernel"] = kernel
-    tx = masked(optax.apply_if_finite(optax.adam(0.1), 5), SPEC, GRADUAL, fisher())
+    tx = pruned(optax.apply_if_finite(optax.adam(0.1), 5), SPEC, GRADUAL, fisher())
     states = run(tx, draw(0), grads)
     per_step = [int(masks_of(state)["layer"]["kernel"].sum()) for _, state in states]
     k = [scheduled(GRADUAL, t, 48, 0.75) for t in (1, 3, 5, 6)]
@@ -336,13 +336,13 @@ def test_updates_that_were_missed_are_made_at_once():
     """Steps 1, 3 and 5 pass without a finite gradient: one update takes their place."""
     grads = draw(1, lead=(STEPS,))
     grads["stack"] = grads["stack"].at[1:6].set(np.nan)
-    tx = masked(optax.apply_if_finite(optax.sgd(0.1), 9), SPEC, GRADUAL)
+    tx = pruned(optax.apply_if_finite(optax.sgd(0.1), 9), SPEC, GRADUAL)
     counts = [int(masks_of(s)["stack"].sum()) for _, s in run(tx, draw(0), grads)]
     assert counts == [60] * 6 + [15] * 3
 
 
 def test_a_nan_among_pruned_gradients_reaches_nothing():
-    params, tx = draw(0), masked(optax.adam(0.1), SPEC)
+    params, tx = draw(0), pruned(optax.adam(0.1), SPEC)
     step, state = stepper(tx), tx.init(params)
     params, state = step(params, state, draw(1))
     grads = jax.tree.map(lambda m, g: jnp.where(m, g, np.nan), masks_of(state), draw(2))
@@ -354,7 +354,7 @@ def test_a_nan_among_pruned_gradients_reaches_nothing():
 
 
 def test_a_run_resumed_in_the_middle_is_the_run():
-    grads, tx = draw(1, lead=(STEPS,)), masked(optax.adamw(0.1), SPEC, GRADUAL, movement())
+    grads, tx = draw(1, lead=(STEPS,)), pruned(optax.adamw(0.1), SPEC, GRADUAL, movement())
     states = run(tx, draw(0), grads)
     step, (params, state) = stepper(tx), states[3]
     stored = [np.asarray(x) for x in jax.tree.leaves((params, state))]
@@ -365,7 +365,7 @@ def test_a_run_resumed_in_the_middle_is_the_run():
 
 
 def test_a_state_survives_a_checkpoint(tmp_path):
-    tx, params = masked(optax.adam(0.1), SPEC), draw(0)
+    tx, params = pruned(optax.adam(0.1), SPEC), draw(0)
     _, state = tx.update(draw(1), tx.init(params), params)
     us.save(tmp_path / "state.safetensors", state)
     chex.assert_trees_all_equal(us.load(tmp_path / "state.safetensors", like=state), state)
@@ -376,7 +376,7 @@ def test_sharded_is_unsharded(spec):
     mesh = jax.make_mesh((2, 2), ("x", "y"))
     params, grads = ({"w": draw(seed)["layer"]["kernel"]} for seed in (0, 1))
     sparse = SparsitySpec(patterns=Unstructured(), sparsity=0.6)
-    tx = masked(optax.adam(0.1), sparse, Linear(0, 2, initial=0.2))
+    tx = pruned(optax.adam(0.1), sparse, Linear(0, 2, initial=0.2))
     split = lambda tree: jax.device_put(tree, NamedSharding(mesh, spec))
     init = tx.init(split(params))
     assert masks_of(init)["w"].sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
@@ -391,7 +391,7 @@ def test_sharded_is_unsharded(spec):
 
 
 def test_parameters_and_state_can_be_donated():
-    tx, params = masked(optax.adam(0.1), SPEC, GRADUAL), draw(0)
+    tx, params = pruned(optax.adam(0.1), SPEC, GRADUAL), draw(0)
     update = lambda p, s, g: (lambda u: (optax.apply_updates(p, u[0]), u[1]))(tx.update(g, s, p))
     step, state = jax.jit(update, donate_argnums=(0, 1)), tx.init(params)
     for seed in range(4):
@@ -400,7 +400,7 @@ def test_parameters_and_state_can_be_donated():
 
 
 def test_runs_inside_scan_and_vmap():
-    tx, grads = masked(optax.adam(0.1), SPEC, GRADUAL), draw(1, lead=(STEPS,))
+    tx, grads = pruned(optax.adam(0.1), SPEC, GRADUAL), draw(1, lead=(STEPS,))
 
     def body(carry, g):
         params, state = carry
@@ -429,7 +429,7 @@ AROUND = {
 @pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
 def test_what_passes_updates_on_may_be_around(around):
     """Zeros hold, masks are found, and steps are steps of the optimizer, not parts."""
-    tx, params = around(masked(optax.adamw(0.1), SPEC, OneShot(1))), draw(0)
+    tx, params = around(pruned(optax.adamw(0.1), SPEC, OneShot(1))), draw(0)
     step, state = stepper(tx), tx.init(params)
     for seed in range(1, 5):
         params, state = step(params, state, draw(seed))
@@ -438,10 +438,10 @@ def test_what_passes_updates_on_may_be_around(around):
 
 
 def test_masks_are_found_once_or_not_at_all():
-    params, tx = draw(0), masked(optax.sgd(0.1), SPEC)
-    with pytest.raises(ValueError, match="holds 0 MaskedStates.*us.prune.masked"):
+    params, tx = draw(0), pruned(optax.sgd(0.1), SPEC)
+    with pytest.raises(ValueError, match="holds 0 PrunedStates.*us.prune.pruned"):
         masks_of(optax.adam(0.1).init(params))
-    with pytest.raises(ValueError, match="holds 2 MaskedStates"):
+    with pytest.raises(ValueError, match="holds 2 PrunedStates"):
         masks_of((tx.init(params), tx.init(params)))
 
 
@@ -449,10 +449,10 @@ def test_extra_arguments_reach_the_inner_transform():
     scale = optax.GradientTransformationExtraArgs(
         lambda p: (), lambda u, s, p, *, value, **_: (jax.tree.map(lambda x: value * x, u), s)
     )
-    params, tx = {"w": jnp.ones((1, 2))}, masked(scale, SparsitySpec(patterns=Unstructured()))
+    params, tx = {"w": jnp.ones((1, 2))}, pruned(scale, SparsitySpec(patterns=Unstructured()))
     updates, _ = tx.update(params, tx.init(params), params, value=3.0)
     assert sorted(updates["w"].ravel().tolist()) == [-1.0, -1.0]  # kept(2, .8) is 0
-    tx = masked(scale, SparsitySpec(patterns=Unstructured(), sparsity=0.5))
+    tx = pruned(scale, SparsitySpec(patterns=Unstructured(), sparsity=0.5))
     updates, _ = tx.update(params, tx.init(params), params, value=3.0)
     assert updates["w"].tolist() == [[3.0, -1.0]]
 
@@ -462,13 +462,13 @@ def test_integers_and_codes_are_left_alone():
     params = {"w": jnp.arange(1.0, 5).reshape(2, 2), "n": jnp.ones((2, 2), jnp.int32), **quantized}
     grads = {"w": jnp.ones((2, 2)), "n": None, "q": None}
     spec = SparsitySpec(patterns={"w": Unstructured()}, sparsity=0.5)
-    tx = masked(optax.sgd(1.0), spec, score=movement())
+    tx = pruned(optax.sgd(1.0), spec, score=movement())
     updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
     assert updates["n"] is None and updates["q"] is None
     assert updates["w"].tolist() == [[-1.0, -1.0], [-3.0, -4.0]]
     assert masks_of(state)["n"].shape == masks_of(state)["q"].shape == ()
     frozen = {**grads, "n": jnp.zeros((2, 2), jnp.int32)}
-    tx = masked(
+    tx = pruned(
         optax.partition({0: optax.sgd(1.0), 1: optax.set_to_zero()}, {"w": 0, "n": 1}), spec
     )
     pair = lambda tree: {"w": tree["w"], "n": tree["n"]}
@@ -481,28 +481,28 @@ def test_flax_states_are_trees_like_others():
     apply, params, _ = us.from_nnx(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))[:3]
     del apply
     spec = SparsitySpec(patterns={"kernel": Unstructured()}, sparsity=0.5)
-    tx = masked(optax.adam(0.1), spec)
+    tx = pruned(optax.adam(0.1), spec)
     updates, state = tx.update(params, tx.init(params), params)
     masks = us.tree.named_leaves(masks_of(state))
     assert masks["kernel"].sum() == 8 and masks["bias"].shape == ()
-    pruned = us.tree.named_leaves(optax.apply_updates(params, updates))
-    assert not np.any(pruned["kernel"][~masks["kernel"]])
+    after = us.tree.named_leaves(optax.apply_updates(params, updates))
+    assert not np.any(after["kernel"][~masks["kernel"]])
 
 
 def test_only_what_is_pruned_costs_memory_of_scores():
-    state = masked(optax.sgd(0.1), SPEC, score=movement()).init(draw(0))
+    state = pruned(optax.sgd(0.1), SPEC, score=movement()).init(draw(0))
     assert us.tree.size(state.score) == 48 + 60 + 1
 
 
 def test_parameters_are_needed():
-    tx = masked(optax.sgd(0.1), SPEC)
+    tx = pruned(optax.sgd(0.1), SPEC)
     with pytest.raises(ValueError, match=r"needs the parameters.*update\(grads, state, params\)"):
         tx.update(draw(1), tx.init(draw(0)))
 
 
 def test_shards_of_a_manual_axis_are_refused():
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("x",))
-    tx = masked(optax.sgd(0.1), SparsitySpec(patterns=Unstructured(), sparsity=0.5))
+    tx = pruned(optax.sgd(0.1), SparsitySpec(patterns=Unstructured(), sparsity=0.5))
     params = {"w": jnp.ones((4, 4))}
 
     def update(grads, params):
@@ -517,8 +517,8 @@ def test_shards_of_a_manual_axis_are_refused():
 
 def test_errors_of_the_spec_come_at_init():
     with pytest.raises(ValueError, match="layer/kernle"):
-        masked(optax.sgd(0.1), SparsitySpec(patterns={"layer/kernle": Unstructured()})).init(
+        pruned(optax.sgd(0.1), SparsitySpec(patterns={"layer/kernle": Unstructured()})).init(
             draw(0)
         )
-    with pytest.raises(ValueError, match="us.prune.resolve"):
-        masked(optax.sgd(0.1), SparsitySpec(patterns={"layer/kernel": NofM()})).init(draw(0))
+    with pytest.raises(ValueError, match="us.prune.resolve_axes"):
+        pruned(optax.sgd(0.1), SparsitySpec(patterns={"layer/kernel": NofM()})).init(draw(0))
