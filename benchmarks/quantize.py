@@ -56,7 +56,7 @@ class Dense(nn.Module):
 def ours(model, params, x, integers=False):
     apply = lambda params, x: model.apply({"params": params}, x)
     rules = {"**/kernel": W8A8G8} if integers else RULES
-    served = us.quantize(params, us.resolve(rules, apply, params, x))
+    served = us.quantize(params, us.quant.resolve(rules, apply, params, x))
     return us.quantized(apply, rules), params, us.quantized(apply), served
 
 
@@ -198,7 +198,7 @@ def one_device_and_eight(options):
     rules = {"kernel": W8A8}
     train = jax.jit(us.quantized(layers, rules))
     serve = jax.jit(us.quantized(layers))
-    served = us.quantize(params, us.resolve(rules, layers, params, x))
+    served = us.quantize(params, us.quant.resolve(rules, layers, params, x))
     whole = np.asarray(train(params, x))
     differ = {"serve": int((np.asarray(serve(served, x)) != whole).sum())}
     mesh = Mesh(np.array(jax.devices()[:8]), ("tensor",))
@@ -206,7 +206,8 @@ def one_device_and_eight(options):
         put = lambda a, s: jax.device_put(a, NamedSharding(mesh, s))
         sharded = {"kernel": put(params["kernel"], spec), "bias": put(params["bias"], P())}
         out = train(sharded, put(x, P()))
-        codes = jax.jit(lambda p: us.quantize(p, us.resolve(rules, layers, params, x)))(sharded)
+        specs = us.quant.resolve(rules, layers, params, x)
+        codes = jax.jit(lambda p, specs=specs: us.quantize(p, specs))(sharded)
         differ[f"train {name}"] = int((np.asarray(out) != whole).sum())
         differ[f"serve {name}"] = int((np.asarray(serve(codes, put(x, P()))) != whole).sum())
     harness.claim(
@@ -225,7 +226,7 @@ def few_rows(options):
     for rows in (1, 2, 8, 32):
         x = jax.random.normal(jax.random.key(1), (rows, size))
         rules = {"kernel": W8A8}
-        served = us.quantize({"kernel": w}, us.resolve(rules, fn, {"kernel": w}, x))
+        served = us.quantize({"kernel": w}, us.quant.resolve(rules, fn, {"kernel": w}, x))
         exact, coded = jax.jit(fn), jax.jit(us.quantized(fn))
         sides = {
             "float": functools.partial(exact, {"kernel": w}, x),

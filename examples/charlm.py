@@ -66,7 +66,7 @@ FIXED = ("data", "steps", "rows", "length", "parts", "width", "layers", "heads",
 FIXED += ("quantize", "seed")
 
 # Kernels of the blocks; tables and head keep their precision, as is usual.
-_INT4 = us.QSpec(format="int4", group=us.Group(32, scale="integer"))
+_INT4 = us.QSpec(format="int4", group=us.quant.Group(32, scale="integer"))
 QUANTIZE = {
     "none": [],
     "int8": [("**/kernel", us.DotSpec(w=us.QSpec(), x=us.QSpec()))],
@@ -180,7 +180,7 @@ def serving(settings: argparse.Namespace, params):
     apply, _ = build(settings)
     params, rules = us.parallel.unstack(params), kernel_rules(settings)
     tokens = jnp.zeros((1, settings.length), jnp.int32)
-    codes = us.quantize(params, us.resolve(rules, apply, params, tokens)) if rules else params
+    codes = us.quantize(params, us.quant.resolve(rules, apply, params, tokens)) if rules else params
     if settings.mesh:
         codes = us.parallel.shard(codes, layout_of(settings, params))
     return us.quantized(apply), codes

@@ -2,7 +2,9 @@
 
     params --> apply(params, *inputs) --> loss(params, batch) --> grad(params, batch) --> update
 
-Every technique maps one of these stations to the same station, so composing is calling.
+Every technique maps one of these stations to the same station, so composing is calling. The verbs
+of the stations are here, with the specs they take; everything else is in the namespace of its
+technique: `us.quant`, `us.prune`, `us.compaction`, `us.distill`, `us.parallel`.
 """
 
 from unitscale_jax import (
@@ -12,20 +14,22 @@ from unitscale_jax import (
     fwd_bwd,
     parallel,
     prune,
+    quant,
     rules,
+    statistics,
     testing,
+    trace,
     tree,
 )
 from unitscale_jax.accumulate import accumulated, multi_steps
-from unitscale_jax.bridge import Bridged, from_linen, from_nnx
+from unitscale_jax.bridge import from_linen, from_nnx
 from unitscale_jax.checkpoint import Checkpoints, export_compressed_tensors, load, save
+from unitscale_jax.compaction import compact, compacted
 from unitscale_jax.compose import chain
 from unitscale_jax.distill import distilled
 from unitscale_jax.loss import Grad, Mean, loss_value, row_keys, value_and_grad
-from unitscale_jax.optimizer import LossScaleState, LowPrecisionState, MultiStepsState
 from unitscale_jax.precision import (
     DynamicScale,
-    Float16Report,
     Policy,
     StaticScale,
     autocast,
@@ -34,83 +38,36 @@ from unitscale_jax.precision import (
     loss_scaled,
     low_precision_weights,
     overflowing,
-    to_float16,
     unless_skipped,
     unscaled,
     updated,
 )
-from unitscale_jax.quant import (
-    EMA,
-    MSE,
-    Absmax,
-    AmaxHistory,
-    Calibrator,
-    DotSpec,
-    Fixed,
-    GPTQReport,
-    Group,
-    Learned,
-    Percentile,
-    QSpec,
-    QTensor,
-    amax_history,
-    append,
-    awq,
-    dequantize,
-    gptq,
-    is_quantized,
-    learned,
-    quantize,
-    quantized,
-    resolve,
-    smoothquant,
-)
-from unitscale_jax.report import Operation, Report, explain
-from unitscale_jax.statistics import Measure, Stat, Stats, calibrate, merge_stats, observed
+from unitscale_jax.prune import pruned
+from unitscale_jax.quant import DotSpec, QSpec, quantize, quantized
+from unitscale_jax.report import Report, explain
+from unitscale_jax.statistics import calibrate
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Absmax",
-    "AmaxHistory",
-    "Bridged",
-    "Calibrator",
     "Checkpoints",
     "DotSpec",
     "DynamicScale",
-    "EMA",
-    "Fixed",
-    "Float16Report",
-    "GPTQReport",
     "Grad",
-    "Group",
-    "Learned",
-    "LossScaleState",
-    "LowPrecisionState",
-    "MSE",
     "Mean",
-    "Measure",
-    "MultiStepsState",
-    "Operation",
-    "Percentile",
     "Policy",
     "QSpec",
-    "QTensor",
     "Report",
-    "Stat",
     "StaticScale",
-    "Stats",
     "accumulated",
-    "amax_history",
-    "append",
     "autocast",
-    "awq",
     "calibrate",
     "cast",
     "chain",
+    "compact",
+    "compacted",
     "compaction",
     "current_scale",
-    "dequantize",
     "distill",
     "distilled",
     "explain",
@@ -119,31 +76,32 @@ __all__ = [
     "from_linen",
     "from_nnx",
     "fwd_bwd",
-    "gptq",
-    "is_quantized",
-    "learned",
     "load",
     "loss_scaled",
     "loss_value",
     "low_precision_weights",
-    "merge_stats",
     "multi_steps",
-    "observed",
     "overflowing",
     "parallel",
     "prune",
+    "pruned",
+    "quant",
     "quantize",
     "quantized",
-    "resolve",
     "row_keys",
     "rules",
     "save",
-    "smoothquant",
+    "statistics",
     "testing",
-    "to_float16",
+    "trace",
     "tree",
     "unless_skipped",
     "unscaled",
     "updated",
     "value_and_grad",
 ]
+
+
+def __dir__() -> list[str]:
+    """What tab completion offers: the public names, and no module that is not for users."""
+    return [*__all__, "__all__", "__doc__", "__version__"]

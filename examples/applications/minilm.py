@@ -327,19 +327,19 @@ def batches(
 # --- cheaper forms ------------------------------------------------------------------------------
 
 INT8 = us.QSpec()
-INT4 = us.QSpec(format="int4", group=us.Group(32), calibrator=us.MSE())
+INT4 = us.QSpec(format="int4", group=us.quant.Group(32), calibrator=us.quant.MSE())
 
 
 def cheaper(apply, params, tokenizer: Tokenizer, calibration: Sequence[str], rows: int = ROWS):
     """The encoder in int8, weights and activations, and with weights of four bits."""
     batches_ = [(ids,) for _, ids in batches(tokenizer, calibration, rows)]
     real = lambda ids: ids != PAD  # what stands in padding is no measure of anything
-    resolved = lambda rules: us.resolve(rules, apply, params, *batches_[0])
+    resolved = lambda rules: us.quant.resolve(rules, apply, params, *batches_[0])
 
     int8 = resolved({"**/kernel": us.DotSpec(w=INT8, x=INT8), "word/*": us.DotSpec(w=INT8)})
     kernels, words = ({name: us.DotSpec(w=INT4)} for name in ("**/kernel", "word/*"))
     stats = us.calibrate(apply, params, batches_, kernels, collect=("hessian",), valid=real)
-    int4, report = us.gptq(params, stats, resolved(kernels))
+    int4, report = us.quant.gptq(params, stats, resolved(kernels))
     print(f"\n{report}")
     return {
         "int8": (us.quantized(apply, int8), us.quantize(params, int8)),
@@ -378,8 +378,8 @@ def compare(
 
 def share_of_floats(params) -> float | None:
     """Bytes of what is quantized, of those that it takes in float32."""
-    leaves = jax.tree.leaves(params, is_leaf=us.is_quantized)
-    codes = [leaf for leaf in leaves if us.is_quantized(leaf)]
+    leaves = jax.tree.leaves(params, is_leaf=us.quant.is_quantized)
+    codes = [leaf for leaf in leaves if us.quant.is_quantized(leaf)]
     return us.tree.nbytes(codes) / sum(4 * math.prod(t.shape) for t in codes) if codes else None
 
 

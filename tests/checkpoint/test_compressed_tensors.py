@@ -11,9 +11,10 @@ from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 
 import unitscale_jax as us
-from unitscale_jax import DotSpec, Group, QSpec
+from unitscale_jax import DotSpec, QSpec
 from unitscale_jax.checkpoint import export_compressed_tensors
 from unitscale_jax.checkpoint._compressed_tensors import pack_int32
+from unitscale_jax.quant import Group, Percentile
 
 DTYPES = {"I8": "i1", "I32": "i4", "I64": "i8", "F32": "f4", "F8_E4M3": jnp.float8_e4m3fn}
 NORMAL = np.random.default_rng(0).normal(size=(4096,)).astype(np.float32)
@@ -56,7 +57,7 @@ def dequantized(folder):
 def exported(tmp_path, rules, params, **options):
     tree = us.quantize(params, rules)
     export_compressed_tensors(tmp_path, tree, **options)
-    return us.dequantize(tree), json.loads((tmp_path / "config.json").read_text())
+    return us.quant.dequantize(tree), json.loads((tmp_path / "config.json").read_text())
 
 
 def kernel(*shape):
@@ -203,7 +204,7 @@ REFUSED = {
     "e5m2": (DotSpec(w=QSpec(format="e5m2")), (4, 3), (-2,), "it has e4m3fn"),
     "x e5m2": (DotSpec(w=E4M3, x=QSpec(format="e5m2")), (4, 3), (-2,), "it has e4m3fn"),
     "x po2": (DotSpec(x=QSpec(scale="po2")), (4, 3), (-2,), "free scales"),
-    "x clipped": (DotSpec(x=QSpec(calibrator=us.Percentile(99))), (4, 3), (-2,), "free scales"),
+    "x clipped": (DotSpec(x=QSpec(calibrator=Percentile(99))), (4, 3), (-2,), "free scales"),
     "x int6": (DotSpec(x=QSpec(format="int6")), (4, 3), (-2,), "4 or 8 bits"),
 }
 
@@ -241,5 +242,5 @@ def test_stacked_layers_are_exported_one_by_one(tmp_path):
     layers = {f"layer_{k}": jax.tree.map(lambda x, k=k: x[k], stacked) for k in range(2)}
     export_compressed_tensors(tmp_path, layers)
     for k in range(2):
-        expected = us.dequantize(stacked)["kernel"][k].T
+        expected = us.quant.dequantize(stacked)["kernel"][k].T
         np.testing.assert_array_equal(dequantized(tmp_path)[f"layer_{k}"], expected)

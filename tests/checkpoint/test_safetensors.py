@@ -16,10 +16,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from safetensors import safe_open
 
 import unitscale_jax as us
-from unitscale_jax import DotSpec, Group, QSpec
+from unitscale_jax import DotSpec, QSpec
 from unitscale_jax.checkpoint import load, save
 from unitscale_jax.formats import Format, integers
-from unitscale_jax.quant import is_quantized
+from unitscale_jax.quant import EMA, MSE, Fixed, Group, Percentile, is_quantized
 
 X = QSpec()
 ASYMMETRIC = QSpec(symmetric=False)
@@ -33,9 +33,9 @@ SPECS = {
     "asymmetric x": DotSpec(x=ASYMMETRIC),
     "groups": DotSpec(w=QSpec(format="int4", group=Group(2)), x=ASYMMETRIC),
     "integer groups": DotSpec(w=QSpec(format="int4", group=Group(2, "integer")), x=ASYMMETRIC),
-    "percentile": DotSpec(w=QSpec(calibrator=us.Percentile(99.9)), x=QSpec(calibrator=us.EMA(0.5))),
-    "mse": DotSpec(w=QSpec(format="int4", calibrator=us.MSE(0.3, 9)), compute="dequant"),
-    "fixed": DotSpec(w=QSpec(symmetric=False, calibrator=us.Fixed(-1.0, 0.1 + 0.2)), x=X),
+    "percentile": DotSpec(w=QSpec(calibrator=Percentile(99.9)), x=QSpec(calibrator=EMA(0.5))),
+    "mse": DotSpec(w=QSpec(format="int4", calibrator=MSE(0.3, 9)), compute="dequant"),
+    "fixed": DotSpec(w=QSpec(symmetric=False, calibrator=Fixed(-1.0, 0.1 + 0.2)), x=X),
     "a format": DotSpec(w=QSpec(format=integers(5)), x=X, compute="float_exact"),
     "a dtype": DotSpec(w=QSpec(format=np.int8)),
 }
@@ -490,7 +490,7 @@ def test_a_damaged_header_ends_in_a_value_error_or_does_no_harm(file):
 
 
 @dataclass(frozen=True)
-class Mine(us.Calibrator):
+class Mine(us.quant.Calibrator):
     def bound(self, x, axes, error):
         return jnp.max(jnp.abs(x), axis=axes, keepdims=True)
 

@@ -168,9 +168,9 @@ def test_a_teacher_is_a_pytree_of_its_dtype_that_compiles_once():
 
 
 def test_a_teacher_of_integers_teaches():
-    fn = lambda params, tokens: apply(us.dequantize(params), tokens)
+    fn = lambda params, tokens: apply(us.quant.dequantize(params), tokens)
     rules = {"mix": us.DotSpec(w=us.QSpec(format="int8"))}
-    codes = us.quantize(TEACHER, us.resolve(rules, apply, TEACHER, batch()["tokens"]))
+    codes = us.quantize(TEACHER, us.quant.resolve(rules, apply, TEACHER, batch()["tokens"]))
     integers = teacher(fn, codes)
     logits = jax.jit(lambda teacher, tokens: teacher(tokens)["logits"])
     close(*(logits(t, batch()["tokens"]) for t in (integers, frozen)), 0.2)

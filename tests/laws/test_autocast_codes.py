@@ -10,7 +10,8 @@ import pytest
 import unitscale_jax as us
 from tests.quant.test_quantized import BOTH_WAYS, W8A8, named_by_use, normal
 from tests.support import zoo
-from unitscale_jax import DotSpec, Group, QSpec
+from unitscale_jax import DotSpec, QSpec
+from unitscale_jax.quant import Group
 
 PARAMS = {"w": normal(8, 6, seed=1) / 3, "v": normal(6, 4, seed=2)}
 X = normal(5, 8)

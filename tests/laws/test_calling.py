@@ -124,7 +124,7 @@ def explained(_, fn, params, *args, **kwargs):
 
 def resolved(_, fn, params, *args, **kwargs):
     rules = {name: W8 for name in kernels(params)}
-    return us.resolve(rules, fn, params, *args, **kwargs)
+    return us.quant.resolve(rules, fn, params, *args, **kwargs)
 
 
 def pruned(_, fn, params, *args, **kwargs):

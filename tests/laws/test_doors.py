@@ -83,24 +83,10 @@ def arguments():
 
 # What takes anything: a pytree whose leaves may be anything, or a question about any value.
 ANYTHING = {
-    *("us.dequantize", "us.is_quantized", "us.unless_skipped", "prune.random", "parallel.unstack"),
-    *(
-        "tree.partition",
-        "tree.combine",
-        "tree.is_compound",
-        "tree.named_leaves",
-        "tree.names",
-        "tree.size",
-    ),
-    *(
-        "tree.owners",
-        "tree.values_of",
-        "us.observed",
-        "parallel.watchdog",
-        "parallel.pipelined",
-        "us.save",
-        "us.load",
-    ),
+    *("quant.dequantize", "quant.is_quantized", "us.unless_skipped", "prune.random"),
+    *("tree.partition", "tree.combine", "tree.is_compound", "tree.named_leaves", "tree.names"),
+    *("tree.size", "tree.owners", "tree.values_of", "statistics.observed", "us.save", "us.load"),
+    *("parallel.watchdog", "parallel.pipelined", "parallel.unstack"),
 }
 
 
@@ -190,7 +176,7 @@ SLIPS = {
         "w has 4 input channels, and what meets it has 5",
     ),
     "integer weights": (
-        lambda: us.resolve({"w": W8}, product, {"w": jnp.ones((4, 3), int)}, X.astype(int)),
+        lambda: us.quant.resolve({"w": W8}, product, {"w": jnp.ones((4, 3), int)}, X.astype(int)),
         "w is int32; only floats have codes",
     ),
     "another optimizer's state": (

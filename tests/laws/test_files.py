@@ -52,8 +52,8 @@ SEEN = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in zo
 
 def program(apply, params, *inputs):
     """What a model computes, as a text of its named parameters in order of their names."""
-    named = us.tree.named_leaves(params, is_leaf=us.is_quantized)
-    structure = jax.tree.structure(params, is_leaf=us.is_quantized)
+    named = us.tree.named_leaves(params, is_leaf=us.quant.is_quantized)
+    structure = jax.tree.structure(params, is_leaf=us.quant.is_quantized)
 
     def of_leaves(leaves, *inputs):
         return apply(jax.tree.unflatten(structure, [leaves[name] for name in named]), *inputs)
@@ -636,8 +636,8 @@ def resaved(file, change):
 SPECS = {
     "int8": us.DotSpec(w=us.QSpec(axes=(-2,))),
     "groups": us.DotSpec(
-        w=us.QSpec(format="int4", axes=(-2,), group=us.Group(2, "integer"), symmetric=True),
-        x=us.QSpec(calibrator=us.Percentile(99.0)),
+        w=us.QSpec(format="int4", axes=(-2,), group=us.quant.Group(2, "integer"), symmetric=True),
+        x=us.QSpec(calibrator=us.quant.Percentile(99.0)),
     ),
 }
 

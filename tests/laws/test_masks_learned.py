@@ -8,7 +8,7 @@ import pytest
 
 import unitscale_jax as us
 from tests.quant.test_quantized import assert_same_bits, normal
-from unitscale_jax import DotSpec, QSpec, prune
+from unitscale_jax import DotSpec, QSpec, compaction, prune
 
 W, X = normal(6, 4, seed=1), normal(5, 6)
 FLOATS = {"w": W, "b": normal(4, seed=2)}
@@ -26,7 +26,7 @@ SCORES = {"magnitude": prune.magnitude(), "fisher": prune.fisher(), "random": pr
 
 
 def learned():
-    return us.learned(FLOATS, RULES)
+    return us.quant.learned(FLOATS, RULES)
 
 
 def latents(params):
@@ -108,15 +108,15 @@ def test_dense_arrays_behind_a_sparse_pass_keep_their_scales():
 def test_state_follows_a_compaction():
     params = {"up": normal(6, 8, seed=3), "down": normal(8, 4, seed=4)}
     mlp = lambda p, x: jax.nn.relu(x @ p["up"]) @ p["down"]
-    plan = prune.plan_of(prune.groups(mlp, params, X), {"down:0": [0, 3, 5]})
-    given = us.learned(params, {"*": DotSpec(w=QSpec(axes=(-2,)))})
+    plan = compaction.plan_of(compaction.groups(mlp, params, X), {"down:0": [0, 3, 5]})
+    given = us.quant.learned(params, {"*": DotSpec(w=QSpec(axes=(-2,)))})
     tx = optax.adam(0.1)
     grads = jax.tree.map(lambda x: x + 1, given)
     with jax.numpy_dtype_promotion("standard"):
         _, state = tx.update(grads, tx.init(given), given)
-        (moved, _), reset = prune.follow(state, plan, given, tx)
+        (moved, _), reset = compaction.follow(state, plan, given, tx)
         _, expected = tx.update(
-            prune.compact(grads, plan), tx.init(prune.compact(given, plan)), given
+            compaction.compact(grads, plan), tx.init(compaction.compact(given, plan)), given
         )
     assert not reset
     for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(expected[0]), strict=True):

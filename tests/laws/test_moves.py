@@ -19,6 +19,7 @@ import unitscale_jax as us
 from tests.support import zoo
 from unitscale_jax import trace
 from unitscale_jax.fwd_bwd import scale, straight_through
+from unitscale_jax.quant import Group
 from unitscale_jax.trace.params import addresses, origins
 from unitscale_jax.trace.program import sites, stage
 from unitscale_jax.trace.program._primitives import MOVES
@@ -196,7 +197,7 @@ def test_every_move_at_once_changes_nothing_of_a_model(name):
 
 def quantizable(fn, params, x):
     """Rules for the weights, by the axes of the unmoved function."""
-    return us.resolve({"w": W8}, fn, params, x)
+    return us.quant.resolve({"w": W8}, fn, params, x)
 
 
 def products_of(report):
@@ -209,7 +210,7 @@ def compared(fn, names, params, x):
     rules, codes = quantizable(fn, params, x), us.quantize(params, quantizable(fn, params, x))
     toward = jnp.sin(jnp.arange(float(np.prod(jax.eval_shape(fn, params, x).shape))))
     linear = lambda f: lambda p: jnp.vdot(toward, f(p, x).astype(jnp.float32).ravel())
-    weights = us.resolve({"w": WEIGHTS}, fn, params, x)  # floats meet codes: a linear function
+    weights = us.quant.resolve({"w": WEIGHTS}, fn, params, x)  # floats meet codes: linear
 
     @jax.jit
     def run(params, codes):
@@ -217,7 +218,7 @@ def compared(fn, names, params, x):
         grads = jax.grad(linear(us.quantized(moved_fn, weights)))(params)
         return us.quantized(moved_fn)(codes, x), trained, grads["w"]
 
-    exact = jax.grad(linear(fn))(us.dequantize(codes))["w"]
+    exact = jax.grad(linear(fn))(us.quant.dequantize(codes))["w"]
     return run(params, codes), exact, us.explain(us.quantized(moved_fn))(codes, x)
 
 
@@ -254,7 +255,7 @@ def test_moves_of_manual_axes():
 
     fn = jax.shard_map(local, mesh=mesh, in_specs=(P(), P("dp")), out_specs=P("dp"))
     x = jax.random.normal(jax.random.key(1), (8, 4))
-    rules = us.resolve({"w": W8}, fn, W, x)
+    rules = us.quant.resolve({"w": W8}, fn, W, x)
     codes = us.quantize(W, rules)
     report = us.explain(us.quantized(fn))(codes, x)
     assert MANUAL & {row.name for row in report.rows}
@@ -274,16 +275,16 @@ def test_a_frozen_weight_receives_no_gradient_whatever_else_does():
 
 def test_a_frozen_learned_weight_gives_its_scale_no_gradient():
     fn = lambda p, x: x @ jax.lax.stop_gradient(p["w"])
-    params = us.learned(W, us.resolve({"w": WEIGHTS}, fn, W, X))
+    params = us.quant.learned(W, us.quant.resolve({"w": WEIGHTS}, fn, W, X))
     grads = jax.grad(lambda p: (us.quantized(fn)(p, X) ** 2).sum())(params)
     assert not np.any(grads["w"].latent) and not np.any(grads["w"].scale)
 
 
 def test_the_range_of_an_activation_is_learned_beside_a_frozen_weight():
     fn = lambda p, x: x @ jax.lax.stop_gradient(p["w"])
-    rules = us.resolve({"w": W8}, fn, W, X)
+    rules = us.quant.resolve({"w": W8}, fn, W, X)
     stats = us.calibrate(fn, W, [(X,)], rules)
-    params = us.learned(W, rules, stats=stats)
+    params = us.quant.learned(W, rules, stats=stats)
     grads = jax.grad(lambda p: (us.quantized(fn)(p, X) ** 2).sum())(params)
     assert np.any(grads["w"].x_scale) and not np.any(grads["w"].scale)
 
@@ -291,8 +292,8 @@ def test_the_range_of_an_activation_is_learned_beside_a_frozen_weight():
 @pytest.mark.parametrize("fwd", [0.0, -1.0, 0.1, 3.0])
 def test_a_factor_of_codes_is_that_of_their_values(fwd):
     fn = lambda p, x: x @ scale(p["w"], fwd=fwd)
-    codes = us.quantize(W, us.resolve({"w": WEIGHTS}, fn, W, X))
-    expected = fn(us.dequantize(codes), X)
+    codes = us.quantize(W, us.quant.resolve({"w": WEIGHTS}, fn, W, X))
+    expected = fn(us.quant.dequantize(codes), X)
     np.testing.assert_allclose(us.quantized(fn)(codes, X), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -301,7 +302,7 @@ def test_factors_for_each_row_of_a_batch_are_folded_where_no_scale_is_shared():
         each = jax.vmap(lambda v, f: scale(v, fwd=f), in_axes=(None, 0))(p["w"], x[:, 0])
         return jnp.einsum("bd,bdf->bf", x, each)
 
-    rules = us.resolve({"w": W8}, fn, W, X)
+    rules = us.quant.resolve({"w": W8}, fn, W, X)
     codes = us.quantize(W, rules)
     report = us.explain(us.quantized(fn))(codes, X)
     assert [row.operands for row in report.products.rows] == [("int8", "int8")]
@@ -314,7 +315,7 @@ def test_factors_for_each_row_of_a_batch_are_folded_where_no_scale_is_shared():
 def test_codes_of_rounded_numbers_are_close_to_them(bits):
     fn = lambda p, x: x @ jax.lax.reduce_precision(p["w"], 5, bits)
     w = {"w": 1e-4 * W["w"]}  # its scale is below the least normal float16, its values are not
-    codes = us.quantize(w, us.resolve({"w": WEIGHTS}, fn, w, X))
+    codes = us.quantize(w, us.quant.resolve({"w": WEIGHTS}, fn, w, X))
     exact = np.asarray(X @ w["w"])
     np.testing.assert_allclose(
         us.quantized(fn)(codes, X), exact, atol=(2.0**-bits + 0.02) * np.abs(exact).max()
@@ -328,12 +329,12 @@ FROZEN = lambda v: jax.lax.stop_gradient(scale(v, bwd=2.0))
 
 def test_gptq_wanda_and_sparsegpt_have_the_input_channels_of_a_moved_weight():
     plain, moved_fn = (lambda p, x: x @ p["w"]), (lambda p, x: x @ FROZEN(p["w"]))
-    rules = us.resolve({"w": W8}, plain, W, X)
+    rules = us.quant.resolve({"w": W8}, plain, W, X)
     spec = us.prune.SparsitySpec(patterns={"w": us.prune.Unstructured()}, sparsity=0.5)
 
     def found(fn):
         stats = us.calibrate(fn, W, [(X,)], rules, collect=("channels", "hessian"))
-        codes, _ = us.gptq(W, stats, us.resolve({"w": W8}, fn, W, X))
+        codes, _ = us.quant.gptq(W, stats, us.quant.resolve({"w": W8}, fn, W, X))
         moments = us.calibrate(fn, W, [(X,)], spec, collect=("hessian",))
         pruned, masks, _ = us.prune.sparsegpt(W, moments, spec)
         return stats["w"].layout, codes, pruned, masks, us.prune.wanda(W, moments)
@@ -395,7 +396,7 @@ def stacked(p, x):
 
 @pytest.mark.parametrize("fn", [joined, stacked])
 def test_joined_kernels_are_named_and_ruled(fn):
-    rules = us.resolve({"*": W8}, fn, JOINED, X)
+    rules = us.quant.resolve({"*": W8}, fn, JOINED, X)
     codes = us.quantize(JOINED, rules)
     (row,) = us.explain(us.quantized(fn))(codes, X).products.rows
     assert row.operands == ("int8", "int8") and row.parameters == ("i", "o")
@@ -423,7 +424,7 @@ def test_a_parameter_on_both_sides_of_a_product_meets_it_twice():
     met = trace.meetings(stage(fn, params, X), params)["w"]
     assert [(m.side, sorted(m.contracted)) for m in met] == [(0, [-1]), (1, [-2])]
     with pytest.raises(ValueError, match=r"w is used over different axes \(.*-1.*-2"):
-        us.resolve({"w": W8}, fn, params, X)
+        us.quant.resolve({"w": W8}, fn, params, X)
 
 
 def agreed(found):
@@ -440,11 +441,11 @@ def test_axes_are_resolved_if_and_only_if_all_meetings_agree(name):
     staged = stage(model.apply, model.params, *model.inputs)
     axes = {k: agreed(v) for k, v in trace.meetings(staged, model.params).items()}
     rules = {path: WEIGHTS for path, found in axes.items() if found is not None}
-    given = us.resolve(rules, model.apply, model.params, *model.inputs)
+    given = us.quant.resolve(rules, model.apply, model.params, *model.inputs)
     assert {path: frozenset(spec.w.axes) for path, spec in given} == {k: axes[k] for k in rules}
     for path in [path for path in axes if path not in rules][:2]:
         with pytest.raises(ValueError, match="used over different axes|meets no product"):
-            us.resolve({path: WEIGHTS}, model.apply, model.params, *model.inputs)
+            us.quant.resolve({path: WEIGHTS}, model.apply, model.params, *model.inputs)
 
 
 def test_products_of_float64_exist_and_have_no_codes():
@@ -453,7 +454,7 @@ def test_products_of_float64_exist_and_have_no_codes():
         fn = lambda p, x: x @ p["w"]
         (met,) = trace.meetings(stage(fn, params, x), params)["w"]
         assert met.kind == "product" and met.contracted == {-2}
-        for attempt in (us.resolve, lambda rules, fn, *args: us.quantized(fn, rules)(*args)):
+        for attempt in (us.quant.resolve, lambda rules, fn, *args: us.quantized(fn, rules)(*args)):
             with pytest.raises(ValueError, match=r"w is float64, which has no codes.*float32"):
                 attempt({"w": W8}, fn, params, x)
 
@@ -468,12 +469,12 @@ def test_a_factor_made_of_data_leaves_a_weight_its_name():
     assert row.operands == ("float32", "float32")
 
 
-@pytest.mark.parametrize("spec", [W8, us.DotSpec(w=us.QSpec(group=us.Group(2)), x=us.QSpec())])
+@pytest.mark.parametrize("spec", [W8, us.DotSpec(w=us.QSpec(group=Group(2)), x=us.QSpec())])
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_kernels_joined_along_what_is_summed_over_are_groups(spec, calibrated):
     fn = lambda p, x: x @ jnp.concatenate([p["i"], p["o"]], axis=0)
     x = jax.random.normal(jax.random.key(1), (6, 8))
-    rules = us.resolve({"*": spec}, fn, JOINED, x)
+    rules = us.quant.resolve({"*": spec}, fn, JOINED, x)
     stats = us.calibrate(fn, JOINED, [(x,)], rules) if calibrated else None
     codes = us.quantize(JOINED, rules, stats=stats)
     report = us.explain(us.quantized(fn))(codes, x)
@@ -511,7 +512,7 @@ def test_hidden_channels_of_experts_are_removed_and_divided():
     assert "column" in str(layout) and "row" in str(layout)
 
 
-GROUPS = us.DotSpec(w=us.QSpec(group=us.Group(2)), x=us.QSpec())
+GROUPS = us.DotSpec(w=us.QSpec(group=Group(2)), x=us.QSpec())
 REFUSED = {  # what codes cannot move, with the sentence that says so
     "rolled": (lambda p, x: x @ jnp.roll(p["i"], 1, 0), {"i": W8}, "equal parts"),
     "half a rule": (joined, {"i": W8}, "quantized in one way"),
@@ -528,7 +529,7 @@ REFUSED = {  # what codes cannot move, with the sentence that says so
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_codes_cannot_move_is_refused_with_a_reason(name):
     fn, rules, reason = REFUSED[name]
-    codes = us.quantize(JOINED, us.resolve(rules, fn, JOINED, X))
+    codes = us.quantize(JOINED, us.quant.resolve(rules, fn, JOINED, X))
     with pytest.raises(ValueError, match=f"stayed in floating point: .*{reason}"):
         us.quantized(fn)(codes, X)
 
@@ -542,7 +543,7 @@ REORDERED = {
 @pytest.mark.parametrize("name", REORDERED)
 def test_whole_groups_may_be_in_another_order(name):
     fn = REORDERED[name]
-    codes = us.quantize(JOINED, us.resolve({"i": GROUPS}, fn, JOINED, X))
+    codes = us.quantize(JOINED, us.quant.resolve({"i": GROUPS}, fn, JOINED, X))
     np.testing.assert_allclose(us.quantized(fn)(codes, X), fn(JOINED, X), atol=0.1)
 
 
@@ -576,7 +577,7 @@ def test_layers_of_a_moved_stack_are_served_with_static_ranges(name, axes):
     trained = jax.jit(us.quantized(fn, rules, stats=stats))(params, x)
     np.testing.assert_array_equal(served, trained)
     np.testing.assert_allclose(served, fn(params, x), atol=0.25)
-    learned = us.learned(params, us.resolve(rules, fn, params, x), stats)
+    learned = us.quant.learned(params, us.quant.resolve(rules, fn, params, x), stats)
     grads = jax.grad(lambda p: us.quantized(fn)(p, x).sum())(learned)["w"]
     assert grads.x_scale.shape == learned["w"].x_scale.shape and np.isfinite(grads.x_scale).all()
 
@@ -585,7 +586,7 @@ def test_layers_of_a_moved_stack_are_served_with_static_ranges(name, axes):
 def test_rows_that_a_group_spans_are_floats_and_listed(scale):
     fn, x = STACKS["frozen, in order"], jax.random.normal(jax.random.key(1), (6, 4))
     params = {"w": jax.random.normal(jax.random.key(2), (4, 4, 4))}
-    spec = us.QSpec(format="int4", axes=(-3,), group=us.Group(2, scale))
+    spec = us.QSpec(format="int4", axes=(-3,), group=Group(2, scale))
     rules = {"w": us.DotSpec(w=spec)}
     codes = us.quantize(params, rules)
     np.testing.assert_array_equal(

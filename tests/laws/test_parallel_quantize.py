@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 import unitscale_jax as us
 from tests.support.sharded import assert_near
 from tests.support.zoo._model import activations
-from unitscale_jax import DotSpec, Fixed, Group, QSpec, parallel
+from unitscale_jax import DotSpec, QSpec, parallel
+from unitscale_jax.quant import Fixed, Group
 
 ROWS, IN, FFN, OUT = 8, 12, 64, 24
 PARAMS = {
@@ -66,7 +67,7 @@ def params_of(kind):
 @functools.cache
 def of_one_device(kind):
     params = params_of(kind)
-    rules = us.resolve({"up": SPECS[kind], "down": SPECS[kind]}, model, params, X)
+    rules = us.quant.resolve({"up": SPECS[kind], "down": SPECS[kind]}, model, params, X)
     return rules, us.quantize(params, rules), jax.jit(us.quantized(model, rules))(params, X)
 
 
@@ -121,11 +122,11 @@ def test_what_is_sent_are_integers():
 
 
 @pytest.mark.parametrize("sequence", [False, True])
-@pytest.mark.parametrize("calibrator", [us.Absmax(), Fixed(1.0)], ids=["all", "clipped"])
+@pytest.mark.parametrize("calibrator", [us.quant.Absmax(), Fixed(1.0)], ids=["all", "clipped"])
 def test_gradients_are_those_of_one_device(sequence, calibrator):
     """Straight through, with the clipped values' gradients zero; outside and inside."""
     spec = DotSpec(w=QSpec(), x=QSpec(calibrator=calibrator))
-    rules = us.resolve({"up": spec, "down": spec}, model, PARAMS, X)
+    rules = us.quant.resolve({"up": spec, "down": spec}, model, PARAMS, X)
     rows = P("tp") if sequence else P()
     loss = lambda fn: lambda p, x: jnp.sum(jnp.sin(fn(p, x)))
     total = lambda p, x: loss(functools.partial(us.quantized(local, rules), sequence=sequence))(

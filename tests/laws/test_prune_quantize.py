@@ -8,8 +8,9 @@ import optax
 import pytest
 
 import unitscale_jax as us
-from unitscale_jax import DotSpec, Group, QSpec
+from unitscale_jax import DotSpec, QSpec
 from unitscale_jax.prune import Cubic, NofM, SparsitySpec, Unstructured
+from unitscale_jax.quant import Group
 
 ROWS, IN, HIDDEN, OUT = 8, 8, 16, 3
 KEPT = [0, 1, 2, 3, 8, 9, 10, 11]  # of HIDDEN: whole groups of four
@@ -68,11 +69,12 @@ def test_codes_without_channels_stand_for_the_values_without_them(spec):
     """Both axes: the input channels of "down" share scales, which stay those of the whole."""
     codes = quantize(PARAMS, spec)
     small = us.compaction.compact(codes, PLAN)
-    values = us.dequantize(codes)
-    chex.assert_trees_all_equal(us.dequantize(small), us.compaction.compact(values, PLAN))
+    values = us.quant.dequantize(codes)
+    chex.assert_trees_all_equal(us.quant.dequantize(small), us.compaction.compact(values, PLAN))
     whole = us.compaction.expand(small, PLAN)
     assert jax.tree.structure(whole) == jax.tree.structure(codes)
-    chex.assert_trees_all_equal(us.dequantize(whole), us.compaction.zero_channels(values, PLAN))
+    zeroed = us.compaction.zero_channels(values, PLAN)
+    chex.assert_trees_all_equal(us.quant.dequantize(whole), zeroed)
 
 
 @pytest.mark.parametrize("name", ["int8 times int8", "asymmetric times asymmetric", "groups"])
@@ -93,7 +95,7 @@ def test_ranges_of_stacked_layers_go_with_their_layers():
     body = lambda h, w: (jnp.tanh(h @ w), None)
     fn = lambda p, x: jax.lax.scan(body, x, p["stack"])[0]
     params, x = {"stack": drawn(4, IN, IN)}, drawn(ROWS, IN)
-    rules = us.resolve({"stack": DotSpec(w=QSpec(), x=QSpec())}, fn, params, x)
+    rules = us.quant.resolve({"stack": DotSpec(w=QSpec(), x=QSpec())}, fn, params, x)
     codes = us.quantize(params, rules, us.calibrate(fn, params, [x], rules))
     graph = us.compaction.groups(fn, params, x)
     layers = next(g.name for g in graph.groups if "layer" in g.flags)
@@ -107,7 +109,7 @@ def test_ranges_of_stacked_layers_go_with_their_layers():
 
 def test_learned_scales_lose_their_channels_too():
     rules = both(DotSpec(w=QSpec(axes=(-2,)), x=QSpec()))
-    params = us.learned(PARAMS, rules, us.calibrate(mlp, PARAMS, [X], rules))
+    params = us.quant.learned(PARAMS, rules, us.calibrate(mlp, PARAMS, [X], rules))
     small = us.compaction.compact(params, PLAN)
     assert small["up"].scale.shape == (1, 8) and small["down"].scale.shape == (1, OUT)
     got = us.quantized(us.compaction.compacted(mlp, PLAN))(small, X)
@@ -124,14 +126,14 @@ def test_what_is_pruned_is_zero_among_codes(spec):
         jax.tree.map(jnp.abs, PARAMS), SparsitySpec(patterns={"up": NofM(2, 4, axis=-2)})
     )
     t = quantize(us.prune.apply_masks(PARAMS, masks), spec)["up"]
-    assert not np.any(np.asarray(us.dequantize({"t": t})["t"])[~masks["up"]])
+    assert not np.any(np.asarray(us.quant.dequantize({"t": t})["t"])[~masks["up"]])
     if spec.w.symmetric:
         assert not np.any(np.asarray(t.codes).astype(np.float32)[~masks["up"]])
 
 
 def test_training_on_codes_prunes_and_serves_what_it_trained(relaxed_promotion):
     """Straight-through gradients, zeros that stay, and in the end the same product of codes."""
-    rules = us.resolve(both(DotSpec(w=QSpec(), x=QSpec())), mlp, PARAMS, X)
+    rules = us.quant.resolve(both(DotSpec(w=QSpec(), x=QSpec())), mlp, PARAMS, X)
     apply = us.quantized(mlp, rules)
     tx = us.prune.pruned(
         optax.adamw(0.05),

@@ -124,7 +124,7 @@ def test_all_of_it_on_a_mesh_is_all_of_it_on_one_device():
 
 def test_a_pruned_student_of_a_teacher_of_codes_accumulates_exactly():
     int8 = us.DotSpec(w=us.QSpec(), x=us.QSpec())
-    rules = us.resolve({"up": int8, "down": int8}, apply, PARAMS, BATCH["x"])
+    rules = us.quant.resolve({"up": int8, "down": int8}, apply, PARAMS, BATCH["x"])
     teacher = us.distill.teacher(us.quantized(apply), us.quantize(PARAMS, rules))
 
     def hard(params, batch):

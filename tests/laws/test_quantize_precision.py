@@ -34,7 +34,7 @@ def apply(params, x):
 
 
 def rules_of(fn, spec):
-    return us.resolve({"up": spec, "down": spec}, fn, PARAMS, BATCH["x"])
+    return us.quant.resolve({"up": spec, "down": spec}, fn, PARAMS, BATCH["x"])
 
 
 def loss_of(apply):
@@ -82,7 +82,7 @@ def test_codes_pass_a_cast_whole():
 
     def watched(params, x):
         seen.update(params)
-        return apply(us.dequantize(params), x)
+        return apply(us.quant.dequantize(params), x)
 
     us.cast(watched, us.Policy(compute="bfloat16"))(codes, BATCH["x"])
     assert seen["up"].dtype == jnp.bfloat16 and seen["up"].scale.dtype == np.float32

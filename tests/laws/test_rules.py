@@ -72,10 +72,10 @@ def of_spec(rules, spec):
 # name -> what takes rules, as a function of pairs (pattern, number)
 CALLERS = {
     "rules.resolve": lambda r: us.rules.resolve(r, PARAMS),
-    "resolve": lambda r: us.resolve(of_spec(r, us.DotSpec(w=us.QSpec())), fn, PARAMS, X),
+    "resolve": lambda r: us.quant.resolve(of_spec(r, us.DotSpec(w=us.QSpec())), fn, PARAMS, X),
     "quantize": lambda r: shaped(lambda p: us.quantize(p, of_spec(r, W8)), PARAMS),
     "quantized": lambda r: shaped(us.quantized(fn, of_spec(r, W8)), PARAMS, X),
-    "learned": lambda r: shaped(lambda p: us.learned(p, of_spec(r, W4)), PARAMS),
+    "learned": lambda r: shaped(lambda p: us.quant.learned(p, of_spec(r, W4)), PARAMS),
     "cast": lambda r: shaped(us.cast(fn, us.Policy(overrides=of_spec(r, "bfloat16"))), PARAMS, X),
     "autocast": lambda r: shaped(us.autocast(fn, rules=of_spec(r, "float32")), PARAMS, X),
     "keep_float32": lambda r: shaped(us.autocast(fn, keep_float32=as_list(r)), PARAMS, X),
@@ -135,7 +135,7 @@ def test_rules_without_an_order_or_to_be_read_once_are_refused(made):
     pairs = lambda value: made([("a", value), ("b/*", value)])
     for call in (
         lambda: us.rules.resolve(pairs(1), PARAMS),
-        lambda: us.resolve(pairs(us.DotSpec(w=us.QSpec())), fn, PARAMS, X),
+        lambda: us.quant.resolve(pairs(us.DotSpec(w=us.QSpec())), fn, PARAMS, X),
         lambda: us.quantize(PARAMS, pairs(W8)),
         lambda: us.parallel.layout(PARAMS, pairs("column"), MESH),
     ):
@@ -151,7 +151,7 @@ def test_rules_of_disjoint_names_mean_the_same_in_any_order():
     dot = {bits: us.DotSpec(w=w) for bits, w in spec.items()}
     takers = [
         lambda r: us.rules.resolve(r, PARAMS),
-        lambda r: us.resolve([(p, dot[bits]) for p, bits in r], fn, PARAMS, X),
+        lambda r: us.quant.resolve([(p, dot[bits]) for p, bits in r], fn, PARAMS, X),
         lambda r: us.parallel.layout(PARAMS, [(p, "row") for p, _ in r], MESH).by_name,
     ]
     for take in takers:
@@ -165,12 +165,12 @@ def test_products_of_activations_have_rules_of_their_own():
 
     params = {"a": jnp.eye(4), "b": jnp.eye(4)}
     spec, both = us.DotSpec(w=us.QSpec(), x=us.QSpec()), {"a": jnp.eye(4), "b": jnp.eye(4)}
-    found = us.resolve([("dot", spec), ("*", spec)], attention, both, X)
+    found = us.quant.resolve([("dot", spec), ("*", spec)], attention, both, X)
     assert [pattern for pattern, _ in found] == ["a", "b", "dot"]
     with pytest.raises(ValueError, match=r"rule 2, 'dot', decides on nothing: rule 1, 'd\*',"):
-        us.resolve([("*", spec), ("d*", spec), ("dot", spec)], attention, params, X)
+        us.quant.resolve([("*", spec), ("d*", spec), ("dot", spec)], attention, params, X)
     with pytest.raises(ValueError, match=r"rule 2, 'b', decides on nothing: rule 1, '\*', comes"):
-        us.resolve([("dot", spec), ("*", spec), ("b", spec)], attention, params, X)
+        us.quant.resolve([("dot", spec), ("*", spec), ("b", spec)], attention, params, X)
 
 
 # ------------------------------------------------------------------- what values of rules name

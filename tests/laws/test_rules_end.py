@@ -273,7 +273,7 @@ W = {"w": PARAMS["w"] / 2}
 
 def served_alike(fn, rules, params, x):
     """Value served; value and gradient trained, the value of two programs to the bit."""
-    codes = us.quantize(params, us.resolve(rules, fn, params, x))
+    codes = us.quantize(params, us.quant.resolve(rules, fn, params, x))
     loss = lambda p, x: (lambda y: (jnp.square(y).sum(), y))(us.quantized(fn, rules)(p, x))
     served, trained = jax.jit(us.quantized(fn)), jax.jit(us.quantized(fn, rules))
     (_, y), grads = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, x)
@@ -299,7 +299,7 @@ def test_a_product_inside_of_a_custom_derivative_is_one_of_codes(kind, spec):
 @pytest.mark.parametrize("kind", ["vjp", "jvp"])
 def test_the_gradient_is_the_rule_of_the_user_at_the_values_served(kind):
     fn, g = lambda p, x: INSIDE[kind](p["w"], x), normal(ROWS, WIDTH, seed=7)
-    value = us.dequantize(us.quantize(W, us.resolve({"w": W8A8}, fn, W, X)))["w"]
+    value = us.quant.dequantize(us.quantize(W, us.quant.resolve({"w": W8A8}, fn, W, X)))["w"]
     dw, dx = jax.vjp(us.quantized(fn, {"w": W8A8}), W, X)[1](g)
     np.testing.assert_allclose(dw["w"], X.T @ g, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(dx, 0.5 * (g @ value.T), rtol=1e-5, atol=1e-6)
@@ -308,7 +308,7 @@ def test_the_gradient_is_the_rule_of_the_user_at_the_values_served(kind):
 def test_scales_that_are_trained_are_trained_inside_of_a_custom_derivative():
     fn = lambda p, x: layer(p["w"], x)
     spec = DotSpec(w=QSpec(format="int3", axes=(-2,)))
-    params = us.learned(W, {"w": spec})
+    params = us.quant.learned(W, {"w": spec})
     loss = lambda fn: lambda p: jnp.square(us.quantized(fn)(p, X)).sum()
     got, plain = jax.grad(loss(fn))(params), jax.grad(loss(lambda p, x: x @ p["w"]))(params)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(plain), strict=True):

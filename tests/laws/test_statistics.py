@@ -13,8 +13,9 @@ from hypothesis.extra import numpy as hnp
 from jax import lax
 
 import unitscale_jax as us
-from unitscale_jax import EMA, MSE, Absmax, DotSpec, Fixed, Percentile, QSpec
+from unitscale_jax import DotSpec, QSpec
 from unitscale_jax.prune import NofM, SparsitySpec, Unstructured
+from unitscale_jax.quant import EMA, MSE, Absmax, Fixed, Percentile
 from unitscale_jax.statistics import over_batches
 
 ROWS, IN, OUT = 6, 4, 3
@@ -54,7 +55,7 @@ W, X = {"w": normal(0, IN, OUT)}, normal(1, ROWS, IN)
 
 
 @dataclasses.dataclass(frozen=True)
-class Half(us.Calibrator):
+class Half(us.quant.Calibrator):
     """A bound that reads a maximum alone, so that everything follows from `bound`."""
 
     part: float = 0.5
@@ -74,7 +75,7 @@ class HalfEnds(Half):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rank(us.Calibrator):
+class Rank(us.quant.Calibrator):
     """Like a percentile: the second largest magnitude, of which two are kept."""
 
     def bound(self, x, axes, error):
@@ -83,7 +84,7 @@ class Rank(us.Calibrator):
 
     def measure(self, axes):
         top = lambda v: jnp.sort(v)[-2:]
-        return us.Measure(
+        return us.statistics.Measure(
             measure=lambda x: top(jnp.abs(x).reshape(-1)),
             join=lambda a, b: top(jnp.concatenate([jnp.asarray(a), jnp.asarray(b)])),
             range=lambda numbers: numbers[0],
@@ -91,7 +92,7 @@ class Rank(us.Calibrator):
 
 
 @dataclasses.dataclass(frozen=True)
-class Deviation(us.Calibrator):
+class Deviation(us.quant.Calibrator):
     """A state of three sums: twice the standard deviation about the mean."""
 
     def bound(self, x, axes, error):
@@ -105,11 +106,11 @@ class Deviation(us.Calibrator):
         def read(s):
             return 2 * jnp.sqrt(jnp.maximum(s["xx"] / s["n"] - (s["x"] / s["n"]) ** 2, 0))
 
-        return us.Measure(measure, lambda a, b: {k: a[k] + b[k] for k in a}, read)
+        return us.statistics.Measure(measure, lambda a, b: {k: a[k] + b[k] for k in a}, read)
 
 
 @dataclasses.dataclass(frozen=True)
-class Median(us.Calibrator):
+class Median(us.quant.Calibrator):
     """A bound of an order, without a measure."""
 
     def bound(self, x, axes, error):
@@ -117,7 +118,7 @@ class Median(us.Calibrator):
 
 
 @dataclasses.dataclass(frozen=True)
-class Mine(us.Calibrator):
+class Mine(us.quant.Calibrator):
     """A bound that asks for the quantization error."""
 
     def bound(self, x, axes, error):
@@ -126,7 +127,7 @@ class Mine(us.Calibrator):
 
 
 @dataclasses.dataclass(frozen=True)
-class Largest(us.Calibrator):
+class Largest(us.quant.Calibrator):
     """`Absmax` by another hand."""
 
     clips = False
@@ -150,7 +151,7 @@ USERS = {
 def test_the_program_of_a_calibrator_that_was_ignored():
     y, spec = jnp.linspace(-1, 1, 8).reshape(2, 4), QSpec(calibrator=Half())
     rules, ones = {"w": DotSpec(w=spec, x=spec)}, {"w": jnp.ones((4, 3))}
-    codes = us.quantize(ones, us.resolve(rules, dense, ones, y))["w"]
+    codes = us.quantize(ones, us.quant.resolve(rules, dense, ones, y))["w"]
     assert float(codes.scale.max()) * 127 == pytest.approx(0.5)
     assert us.calibrate(dense, ones, [(y,)], rules)["w"].range.tolist() == [-0.5, 0.5]
 
@@ -173,7 +174,7 @@ def test_it_finds_those_of_layers_and_joins_those_of_turns(name, fn):
     for k in range(3):
         met.append(np.asarray(h))
         h = jnp.tanh(h @ stack[k]) if fn is layers else h @ stack / 2
-    jitted = jax.jit(us.observed(fn, by(calibrator)))({"w": stack}, X)[1]["w"].range
+    jitted = jax.jit(us.statistics.observed(fn, by(calibrator)))({"w": stack}, X)[1]["w"].range
     ends = us.calibrate(fn, {"w": stack}, [(X[:2],), (X[2:],)], by(calibrator))["w"].range
     met = met if fn is layers else [np.concatenate(met)]
     expected = np.array([bound(x) for x in met])
@@ -214,7 +215,7 @@ def test_a_class_that_no_measure_serves_is_refused_by_name(calibrator):
 @pytest.mark.parametrize("name", USERS)
 def test_training_is_serving_with_its_static_ranges(name):
     spec = QSpec(calibrator=USERS[name][0])
-    rules = us.resolve({"w": DotSpec(w=spec, x=spec)}, dense, W, X)
+    rules = us.quant.resolve({"w": DotSpec(w=spec, x=spec)}, dense, W, X)
     stats = us.calibrate(dense, W, [(X / 2,)], rules)
     codes = us.quantize(W, rules, stats)
     train = jax.jit(lambda p, s, x: us.quantized(dense, rules, stats=s)(p, x))(W, stats, X)
@@ -223,26 +224,26 @@ def test_training_is_serving_with_its_static_ranges(name):
 
 def test_a_history_is_of_the_ranges_its_calibrator_finds():
     rules = by(Half())
-    see = jax.jit(us.observed(dense, rules))
-    history = us.amax_history(see(W, X)[1], 2)
+    see = jax.jit(us.statistics.observed(dense, rules))
+    history = us.quant.amax_history(see(W, X)[1], 2)
     for k in (4, 1, 1):
         history = jax.jit(lambda h, s: h.update(s))(history, see(W, k * X)[1])
     np.testing.assert_allclose(history["w"].range[1], 0.5 * jnp.abs(X).max())
     for calibrator in (EMA(), MSE()):
         with pytest.raises(ValueError, match=r"meets w has (EMA|MSE).*Absmax\(\)"):
-            us.amax_history(us.calibrate(dense, W, [(X,)], by(calibrator)))
+            us.quant.amax_history(us.calibrate(dense, W, [(X,)], by(calibrator)))
 
 
 def test_learned_scales_begin_at_the_range_its_calibrator_finds():
-    rules = us.resolve(by(Half()), dense, W, X)
+    rules = us.quant.resolve(by(Half()), dense, W, X)
     for collect in (("range",), ("range", "channels")):
         stats = us.calibrate(dense, W, [(X,)], rules, collect=collect)
-        found = us.learned(W, rules, stats)["w"].x_scale
+        found = us.quant.learned(W, rules, stats)["w"].x_scale
         np.testing.assert_allclose(found, 0.5 * jnp.abs(X).max() / 127, rtol=1e-6)
     half = {"w": DotSpec(w=QSpec(axes=(-2,), calibrator=Half()))}
     with pytest.raises(ValueError, match="has no calibrator, and w has Half"):
-        us.learned(W, half)
-    assert us.learned(W, {"w": DotSpec(w=QSpec(axes=(-2,), calibrator=Largest()))})
+        us.quant.learned(W, half)
+    assert us.quant.learned(W, {"w": DotSpec(w=QSpec(axes=(-2,), calibrator=Largest()))})
 
 
 @pytest.mark.parametrize(
@@ -264,7 +265,7 @@ EVERY = ("range", "channels", "squares", "hessian")
 
 @functools.partial(jax.jit, static_argnums=0)
 def seen(calibrator, x):
-    return us.observed(dense, by(calibrator), collect=EVERY)(W, x)[1]
+    return us.statistics.observed(dense, by(calibrator), collect=EVERY)(W, x)[1]
 
 
 @pytest.mark.parametrize("name", MEASURED)
@@ -272,7 +273,7 @@ def seen(calibrator, x):
 @given(x=whole_numbers)
 def test_merge_is_associative_and_commutative_but_for_a_moving_average(name, x):
     a, b, c = (seen(MEASURED[name], part) for part in np.split(x, 3))
-    merge = us.merge_stats
+    merge = us.statistics.merge_stats
     if name == "average":
         a, b = merge(a, a), merge(merge(a, a), a)
         same(a["w"].range, b["w"].range)
@@ -312,9 +313,9 @@ def test_numbers_of_batches_are_merged_in_order():
 
 
 def served_by(stats):
-    rules = us.resolve(INT4, dense, W, X)
+    rules = us.quant.resolve(INT4, dense, W, X)
     return {
-        "gptq": us.gptq(W, stats, rules)[0],
+        "gptq": us.quant.gptq(W, stats, rules)[0],
         "sparsegpt": us.prune.sparsegpt(W, stats, SPARSE)[:2],
         "wanda": us.prune.wanda_masks(W, stats, SPARSE),
         "refit": us.prune.refit(W, stats, us.prune.wanda_masks(W, stats, SPARSE)),
@@ -339,19 +340,19 @@ def test_one_pass_over_the_data_serves_quantization_and_pruning():
         same(mine[name], theirs[name])
     same(mine["gptq"]["w"].codes, theirs["gptq"]["w"].codes)
     assert theirs["gptq"]["w"].x_range is None  # a pruning spec says nothing of activations
-    rules = us.resolve(INT4, dense, W, X)
+    rules = us.quant.resolve(INT4, dense, W, X)
     ranges = us.calibrate(dense, W, [(X[:2],), (X[2:],)], INT4)
     same(us.quantize(W, rules, stats), us.quantize(W, rules, ranges))
 
 
 LACKING = {
-    "gptq": (lambda s: us.gptq(W, s, us.resolve(INT4, dense, W, X)), "hessian"),
+    "gptq": (lambda s: us.quant.gptq(W, s, us.quant.resolve(INT4, dense, W, X)), "hessian"),
     "sparsegpt": (lambda s: us.prune.sparsegpt(W, s, SPARSE), "hessian"),
     "refit": (lambda s: us.prune.refit(W, s, {"w": jnp.ones((IN, OUT), bool)}), "hessian"),
     "wanda": (lambda s: us.prune.wanda(W, s), "squares"),
     "owl": (lambda s: us.prune.owl_ratios(W, s), "squares"),
-    "smoothquant": (lambda s: us.smoothquant(dense, W, s, INT4), "channels"),
-    "awq": (lambda s: us.awq(dense, W, s, INT4), "channels"),
+    "smoothquant": (lambda s: us.quant.smoothquant(dense, W, s, INT4), "channels"),
+    "awq": (lambda s: us.quant.awq(dense, W, s, INT4), "channels"),
 }
 
 
@@ -382,7 +383,7 @@ def test_statistics_go_through_trees_jit_and_checkpoints(calibrator, fn, tmp_pat
     stats, other = calibrated(X), calibrated(9 * X[:5])
     leaves, structure = jax.tree.flatten(stats)
     again = structure.unflatten(leaves)
-    assert type(again) is us.Stats and again.keys() == stats.keys()
+    assert type(again) is us.statistics.Stats and again.keys() == stats.keys()
     saved = us.Checkpoints(tmp_path)
     saved.save(0, stats)
     restored = saved.restore(other)[1]
@@ -413,12 +414,12 @@ UNSEEN = r"nothing but zeros met layer or expert 1 of 2 of e.*"
 @pytest.mark.parametrize("format", ["int8", "int4", "e4m3fn"])
 def test_an_expert_that_no_row_used_is_rounded_to_nearest(format):
     spec = {"e": DotSpec(w=QSpec(format=format))}
-    rules = us.resolve(spec, experts, E, Y, TO)
+    rules = us.quant.resolve(spec, experts, E, Y, TO)
     stats = us.calibrate(experts, E, [(Y, TO)], rules, collect=("hessian",))
     with pytest.warns(UserWarning, match=UNSEEN + "rounded to nearest"):
-        served, report = us.gptq(E, stats, rules)
-    nearest = us.dequantize(us.quantize(E, rules))["e"]
-    same(us.dequantize(served)["e"][1], nearest[1])
+        served, report = us.quant.gptq(E, stats, rules)
+    nearest = us.quant.dequantize(us.quantize(E, rules))["e"]
+    same(us.quant.dequantize(served)["e"][1], nearest[1])
     assert report.errors["e"].unseen == 8
     assert [line.split()[-1] for line in str(report).splitlines()] == ["unseen", "8"]
 
@@ -455,14 +456,14 @@ def test_wanda_ranks_it_by_magnitude(pattern):
 @pytest.mark.parametrize("at", [0, 2, 7])
 def test_one_input_that_no_row_used_is_kept_and_counted_without_a_warning(at):
     w, x = {"w": normal(3, 8, 6)}, Y.at[:, at].set(0)
-    rules = us.resolve(INT4, dense, w, x)
+    rules = us.quant.resolve(INT4, dense, w, x)
     stats = us.calibrate(dense, w, [(x,)], INT4, collect=("channels", "hessian"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        served, rounded = us.gptq(w, stats, rules)
+        served, rounded = us.quant.gptq(w, stats, rules)
         out, masks, pruned = us.prune.sparsegpt(w, stats, SPARSE)
         wanda = us.prune.wanda_masks(w, stats, SPARSE)["w"]
-        smooth = us.awq(lambda p, x: (x * p["gain"]) @ p["w"], *gained(w, x))
+        smooth = us.quant.awq(lambda p, x: (x * p["gain"]) @ p["w"], *gained(w, x))
     same(served["w"].codes[at], us.quantize(w, rules)["w"].codes[at])
     size = np.abs(w["w"][at])
     same(masks["w"][at], size >= np.sort(size)[3])
@@ -554,10 +555,10 @@ def test_measuring_leaves_a_custom_derivative_as_it_is():
     ruled = jax.custom_vjp(lambda w, x: x @ w)
     ruled.defvjp(lambda w, x: (x @ w, w), lambda w, g: (jnp.full_like(w, 7.0), g @ w.T))
     fn = lambda p, x: ruled(p["w"], x).sum()
-    value = lambda p: us.observed(fn, {"w": W8})(p, X)
+    value = lambda p: us.statistics.observed(fn, {"w": W8})(p, X)
     grads, stats = jax.grad(value, has_aux=True)(W)
     same(grads, {"w": jnp.full_like(W["w"], 7.0)})
-    same(stats["w"].range, us.observed(dense, {"w": W8})(W, X)[1]["w"].range)
+    same(stats["w"].range, us.statistics.observed(dense, {"w": W8})(W, X)[1]["w"].range)
 
 
 def test_what_a_custom_derivative_does_in_a_while_loop_is_refused_by_name():

@@ -276,7 +276,7 @@ def test_both_orders_are_equal_or_the_wrong_one_says_which_is_right(inner, outer
 def test_scores_that_add_up_gradients_refuse_a_loss_scale_inside(score):
     scaled = optax.chain(us.loss_scaled(INNER, DYNAMIC))
     tx = prune.pruned(scaled, SPEC, prune.OneShot(2), score)
-    with pytest.raises(ValueError, match=r"loss_scaled\(masked\(\.\.\)\)"):
+    with pytest.raises(ValueError, match=r"loss_scaled\(pruned\(\.\.\)\)"):
         tx.init(params_of("float32"))
 
 
@@ -285,7 +285,7 @@ def test_a_score_of_a_user_that_adds_up_gradients_is_found_by_tracing():
     zeros = lambda params: jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
     score = prune.Score(zeros, add, lambda state, *_: state)
     tx = prune.pruned(us.loss_scaled(INNER, DYNAMIC), SPEC, prune.OneShot(2), score)
-    with pytest.raises(ValueError, match=r"loss_scaled\(masked\(\.\.\)\)"):
+    with pytest.raises(ValueError, match=r"loss_scaled\(pruned\(\.\.\)\)"):
         tx.init(params_of("float32"))
 
 

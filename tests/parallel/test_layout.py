@@ -230,7 +230,7 @@ QUANTIZED = {
     "channels": us.DotSpec(w=us.QSpec(axes=(-2,))),
     "rows": us.DotSpec(w=us.QSpec(axes=(-1,))),
     "asymmetric": us.DotSpec(w=us.QSpec(axes=(-2,), symmetric=False)),
-    "groups": us.DotSpec(w=us.QSpec(axes=(-2,), group=us.Group(2))),
+    "groups": us.DotSpec(w=us.QSpec(axes=(-2,), group=us.quant.Group(2))),
 }
 
 
@@ -326,7 +326,7 @@ def test_inside_of_jit_it_is_a_constraint():
 def test_a_learned_parameter_is_trained_where_its_array_is():
     params = {"w": PARAMS["up"]["kernel"]}
     found = layout(params, {"w": "column"}, ABSTRACT)
-    tree = us.learned(params, {"w": QUANTIZED["rows"]})
+    tree = us.quant.learned(params, {"w": QUANTIZED["rows"]})
     specs = us.tree.named_leaves(found.specs_of(optax.adam(0.1).init(tree)))
     assert specs["0/mu/w/latent"] == specs["0/nu/w/latent"] == P(None, "tp")
     assert specs["0/mu/w/scale"] == specs["0/count"] == P()  # (8, 1)

@@ -27,7 +27,7 @@ def test_appending_tokens_is_quantizing_the_whole(name, k):
     rules = {"k": SPECS[name]}
     cache = us.quantize({"k": jnp.zeros_like(k)}, rules)["k"]
     for t in range(TIME):
-        cache = us.append(cache, k[:, t : t + 1], t)
+        cache = us.quant.append(cache, k[:, t : t + 1], t)
     chex.assert_trees_all_equal(cache, us.quantize({"k": jnp.asarray(k)}, rules)["k"])
 
 
@@ -40,7 +40,7 @@ def model():
 
 def step(params, cache, x, t):
     q, k, v = (jnp.einsum("bd,dhk->bhk", x, params[n])[:, None] for n in "qkv")
-    cache = {"k": us.append(cache["k"], k, t), "v": us.append(cache["v"], v, t)}
+    cache = {"k": us.quant.append(cache["k"], k, t), "v": us.quant.append(cache["v"], v, t)}
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, cache["k"]) / SIZE**0.5
     weights = jax.nn.softmax(jnp.where(jnp.arange(TIME) <= t, scores, -jnp.inf))
     mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, cache["v"])
@@ -73,14 +73,14 @@ def test_a_cache_of_codes_is_carried_through_generation(name, error):
     ys, cache = jax.jit(us.quantized(generate, strict=True))(params, codes, x)
     assert 0 < relative(ys, exact) < error
     for n in "kv":
-        assert us.is_quantized(cache[n]) and cache[n].codes.dtype == jnp.int8
-        assert relative(us.dequantize(cache)[n], whole[n]) < 0.01
+        assert us.quant.is_quantized(cache[n]) and cache[n].codes.dtype == jnp.int8
+        assert relative(us.quant.dequantize(cache)[n], whole[n]) < 0.01
 
 
 def test_weights_and_cache_are_quantized_together():
     params, x = model(), jax.random.normal(jax.random.key(1), (BATCH, WIDTH))
     rules = {"?": us.DotSpec(w=us.QSpec(), x=us.QSpec())}
-    served = us.quantize(params, us.resolve(rules, generate, params, empty(), x))
+    served = us.quantize(params, us.quant.resolve(rules, generate, params, empty(), x))
     codes = us.quantize(empty(), {"?": SPECS["integer"]})
     ys, _ = jax.jit(us.quantized(generate, strict=True))(served, codes, x)
     trained, _ = jax.jit(us.quantized(generate, rules, strict=True))(params, codes, x)
@@ -94,7 +94,7 @@ def test_a_carry_that_is_computed_with_becomes_an_array_and_is_reported():
 
     codes = us.quantize({"k": jnp.ones((2, 3, 4))}, {"k": SPECS["stored"]})
     out = us.quantized(doubled)((), codes)
-    np.testing.assert_array_equal(out, 4 * us.dequantize(codes)["k"])
+    np.testing.assert_array_equal(out, 4 * us.quant.dequantize(codes)["k"])
     with pytest.raises(ValueError, match="left in floating point: .*a loop's carry"):
         us.quantized(doubled, strict=True)((), codes)
 
@@ -102,20 +102,21 @@ def test_a_carry_that_is_computed_with_becomes_an_array_and_is_reported():
 def test_a_cache_whose_tokens_share_a_scale_cannot_be_appended_to():
     shared = us.quantize({"k": jnp.ones((2, 3, 4))}, {"k": us.DotSpec(w=us.QSpec(axes=(-2,)))})["k"]
     with pytest.raises(ValueError, match=r"\(2, 3, 4\) whose axes \(-2,\) .*over the last axis"):
-        us.append(shared, jnp.ones((2, 1, 4)), 0)
+        us.quant.append(shared, jnp.ones((2, 1, 4)), 0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_float_cache_keeps_its_dtype(dtype):
-    cache = us.append(jnp.zeros((1, 2, 4), dtype), jnp.ones((1, 1, 4)), 1)
+    cache = us.quant.append(jnp.zeros((1, 2, 4), dtype), jnp.ones((1, 1, 4)), 1)
     assert cache.dtype == dtype and cache[0, :, 0].tolist() == [0, 1]
 
 
 # --- what does not fit (I2)
 
-CACHES = {"float": None, "fixed": us.DotSpec(w=us.QSpec(axes=(-1,), calibrator=us.Fixed(-9, 9)))}
+FIXED = us.QSpec(axes=(-1,), calibrator=us.quant.Fixed(-9, 9))
+CACHES = {"float": None, "fixed": us.DotSpec(w=FIXED)}
 CACHES |= SPECS | {
-    "groups": us.DotSpec(w=us.QSpec(format="int4", axes=(-1,), group=us.Group(4, "integer")))
+    "groups": us.DotSpec(w=us.QSpec(format="int4", axes=(-1,), group=us.quant.Group(4, "integer")))
 }
 
 
@@ -132,36 +133,36 @@ def test_tokens_that_do_not_fit_are_refused_and_within_a_trace_are_nan(name, tok
         with pytest.raises(
             ValueError, match=f"{tokens} tokens at {index} do not fit .* cache of 4"
         ):
-            us.append(cache, x, known)
-    value = us.dequantize({"k": jax.jit(us.append)(cache, x, index)})["k"]
+            us.quant.append(cache, x, known)
+    value = us.quant.dequantize({"k": jax.jit(us.quant.append)(cache, x, index)})["k"]
     assert int(jnp.isnan(value).sum()) == tokens * 8
 
 
 @pytest.mark.parametrize("name", CACHES)
 def test_a_trace_changes_nothing_where_tokens_fit(name):
     cache, x = cache_of(name, 1, 4, 8), jnp.linspace(-3, 3, 16).reshape(1, 2, 8)
-    chex.assert_trees_all_equal(jax.jit(us.append)(cache, x, 2), us.append(cache, x, 2))
+    chex.assert_trees_all_equal(jax.jit(us.quant.append)(cache, x, 2), us.quant.append(cache, x, 2))
 
 
 @pytest.mark.parametrize("name", ["stored", "fixed", "asymmetric"])
 def test_a_model_served_from_codes_that_runs_past_its_cache_gives_nan(name):
-    write = lambda c, x, t: us.append(c["k"], x, t)
+    write = lambda c, x, t: us.quant.append(c["k"], x, t)
     codes, x = {"k": cache_of(name, 1, 4, 8)}, jnp.ones((1, 2, 8))
     served = jax.jit(us.quantized(write))(codes, x, 3)
-    assert bool(jnp.isnan(us.dequantize({"k": served})["k"]).any())
+    assert bool(jnp.isnan(us.quant.dequantize({"k": served})["k"]).any())
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 2), (1, 5, 8), (2, 1, 8), (1, 8), (1, 1, 1, 8), ()])
 @pytest.mark.parametrize("name", ["float", "stored"])
 def test_another_shape_is_refused_whatever_the_index(name, shape):
     cache = cache_of(name, 1, 4, 8)
-    for run in (us.append, jax.jit(us.append)):
+    for run in (us.quant.append, jax.jit(us.quant.append)):
         with pytest.raises(ValueError, match=r"x has shape .*; expected that of the cache"):
             run(cache, jnp.ones(shape), 0)
 
 
 def test_a_checked_index_is_an_error():
-    run = jax.jit(checkify.checkify(lambda c, x, t: us.append(c, x, t, checked=True)))
+    run = jax.jit(checkify.checkify(lambda c, x, t: us.quant.append(c, x, t, checked=True)))
     cache, x = cache_of("float", 1, 4, 8), jnp.ones((1, 2, 8))
     assert run(cache, x, 2)[0].get() is None
     assert "tokens at 3 do not fit" in run(cache, x, 3)[0].get()
@@ -170,10 +171,10 @@ def test_a_checked_index_is_an_error():
 @pytest.mark.parametrize("wrong", [jnp.zeros((1, 4, 8), int), 3, "cache"])
 def test_what_is_no_cache_is_refused(wrong):
     with pytest.raises(TypeError, match="the cache is .*; expected a float array or a QTensor"):
-        us.append(wrong, jnp.ones((1, 1, 8)), 0)
+        us.quant.append(wrong, jnp.ones((1, 1, 8)), 0)
 
 
 @pytest.mark.parametrize("index", [0.5, jnp.zeros(2, int), None])
 def test_what_is_no_index_is_refused(index):
     with pytest.raises(TypeError, match="the index is .*; expected one whole number"):
-        us.append(jnp.zeros((1, 4, 8)), jnp.ones((1, 1, 8)), index)
+        us.quant.append(jnp.zeros((1, 4, 8)), jnp.ones((1, 1, 8)), index)

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 
-from unitscale_jax import EMA, MSE, Absmax, DotSpec, Fixed, Percentile, QSpec
+from unitscale_jax import DotSpec, QSpec
+from unitscale_jax.quant import EMA, MSE, Absmax, Fixed, Percentile
 from unitscale_jax.quant._ops import bounds_of, symmetric
 from unitscale_jax.quant._params import encode
 from unitscale_jax.quant._qtensor import value_of

@@ -12,7 +12,8 @@ from jax import lax
 
 import unitscale_jax as us
 from tests.quant.test_quantized import BF16, F32, W8A8, assert_same_bits, normal, operands
-from unitscale_jax import DotSpec, Group, QSpec
+from unitscale_jax import DotSpec, QSpec
+from unitscale_jax.quant import Group
 from unitscale_jax.quant._qtensor import integer_codes
 from unitscale_jax.trace.program import sites
 
@@ -188,7 +189,7 @@ def test_groups_are_near_the_product_of_their_values_in_any_form(form):
     for group in (Group(3), Group(3, scale="integer")):
         spec = DotSpec(w=QSpec(format="int4", group=group), x=I8)
         y = value(fn, spec, w, x)
-        full = fn(us.dequantize(coded(w, spec.w, axes)), x)
+        full = fn(us.quant.dequantize(coded(w, spec.w, axes)), x)
         assert 0 < jnp.linalg.norm(y - full) < 0.01 * jnp.linalg.norm(full)
 
 
@@ -313,7 +314,7 @@ def test_a_table_serves_lookup_and_logits():
     table, ids = normal(10, 6, seed=11), jnp.array([3, 3, 9, 0])
     t = coded(table, I8, (-1,), I8)
     y = us.quantized(both_ways)(t, ids)
-    rows = jax.nn.relu(us.dequantize(t)[ids])
+    rows = jax.nn.relu(us.quant.dequantize(t)[ids])
     np.testing.assert_array_equal(y, oracle("bi,oi->bo", coded(rows, I8, (-1,)), t))
 
 
@@ -335,7 +336,7 @@ def test_values_of_a_cache_fold_their_scales_into_the_weights_of_attention(x_spe
     fn = lambda v, p: jnp.einsum("bhqt,bthd->bqhd", p, v)
     y, full = us.quantized(fn)(t, p), fn(values, p)
     assert 0 < jnp.linalg.norm(y - full) < 0.02 * jnp.linalg.norm(full)
-    by_value = fn(us.dequantize(t), p)
+    by_value = fn(us.quant.dequantize(t), p)
     if x_spec is None:
         np.testing.assert_allclose(y, by_value, rtol=1e-5, atol=1e-6)
     else:
@@ -348,7 +349,7 @@ def test_gradients_of_a_fold_are_those_of_the_values():
     t = us.quantize({"": w}, rules)[""]
     dw, dx = jax.vjp(us.quantized(dot, rules), w, x)[1](g)
     np.testing.assert_allclose(dw, x.T @ g, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(dx, g @ us.dequantize(t).T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dx, g @ us.quant.dequantize(t).T, rtol=1e-5, atol=1e-5)
 
 
 # ------------------------------------------------------------------------ one row, and no rows

@@ -31,7 +31,7 @@ def stat(low, high, rows=1, spec=W8A8.x):
 
 
 def measured(x, spec=W8A8, params=PARAMS):
-    return us.observed(dot, {"w": spec})(params, x)[1]
+    return us.statistics.observed(dot, {"w": spec})(params, x)[1]
 
 
 # --------------------------------------------------------------------------------- the ring
@@ -44,7 +44,7 @@ pushed = jax.jit(
 
 @given(m=hnp.arrays(np.float32, STEPS, elements=st.floats(0, 2.0**126, width=32)))
 def test_the_range_is_the_largest_of_the_last_steps(m):
-    first = us.amax_history({"w": stat(-1, 1)}, LENGTH)
+    first = us.quant.amax_history({"w": stat(-1, 1)}, LENGTH)
     after = pushed(first, m)[1]
     every = np.concatenate([[np.float32(1)], m])
     expected = [every[max(0, k + 2 - LENGTH) : k + 2].max() for k in range(STEPS)]
@@ -55,7 +55,7 @@ def test_the_range_is_the_largest_of_the_last_steps(m):
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_range_of_two_ends_is_kept_as_it_is(symmetric):
     spec = QSpec(symmetric=symmetric)
-    history = us.amax_history({"w": stat(-1, 3, spec=spec)}, 2)
+    history = us.quant.amax_history({"w": stat(-1, 3, spec=spec)}, 2)
     history = history.update({"w": stat(-2, 0.5, spec=spec)})
     assert history["w"].range.tolist() == ([-3, 3] if symmetric else [-2, 3])
 
@@ -64,7 +64,7 @@ def test_a_range_of_two_ends_is_kept_as_it_is(symmetric):
     "odd", [stat(-1, np.inf), stat(np.nan, 1), stat(0, 0, rows=0)], ids=["inf", "nan", "no rows"]
 )
 def test_a_step_that_saw_nothing_finite_leaves_no_trace(odd):
-    history = us.amax_history({"w": stat(-1, 1)}, 2).update({"w": stat(-5, 5)})
+    history = us.quant.amax_history({"w": stat(-1, 1)}, 2).update({"w": stat(-5, 5)})
     assert_same_bits(history.update({"w": odd}), history)
 
 
@@ -72,8 +72,8 @@ def test_stacked_layers_have_rings_of_their_own():
     stack = {"w": normal(3, IN, IN, seed=5)}
     rules = {"w": W8A8}
     layers = lambda p, x: lax.scan(lambda h, w: (jax.nn.relu(h @ w), None), x, p["w"])[0]
-    stats = us.observed(layers, rules)(stack, X)[1]
-    history = us.amax_history(stats, LENGTH)
+    stats = us.statistics.observed(layers, rules)(stack, X)[1]
+    history = us.quant.amax_history(stats, LENGTH)
     assert history["w"].lows.shape == (LENGTH, 3) and history["w"].range.shape == (3, 2)
     np.testing.assert_array_equal(history["w"].range, stats["w"].range)
     ends = stats["w"].numbers["range"]
@@ -91,8 +91,8 @@ def test_stacked_layers_have_rings_of_their_own():
 
 @pytest.mark.parametrize("spec", [W8A8, FP8, DotSpec(w=QSpec(), x=QSpec(symmetric=False))], ids=str)
 def test_training_with_a_history_is_serving_with_it(spec):
-    rules = us.resolve({"w": spec}, dot, PARAMS, X)
-    history = us.amax_history(measured(X / 2, spec), LENGTH).update(measured(X / 3, spec))
+    rules = us.quant.resolve({"w": spec}, dot, PARAMS, X)
+    history = us.quant.amax_history(measured(X / 2, spec), LENGTH).update(measured(X / 3, spec))
     codes = us.quantize(PARAMS, rules, history)
     served = jax.jit(us.quantized(dot))(codes, X)
     trained = jax.jit(lambda p, h, x: us.quantized(dot, rules, stats=h)(p, x))
@@ -101,7 +101,7 @@ def test_training_with_a_history_is_serving_with_it(spec):
 
 
 def test_with_a_history_of_one_batch_it_is_calibrated_on_that_batch():
-    history = us.amax_history(measured(10 * X), LENGTH)
+    history = us.quant.amax_history(measured(10 * X), LENGTH)
     for _ in range(LENGTH):
         history = history.update(measured(X))
     by_stats = us.quantized(dot, {"w": W8A8}, stats=us.calibrate(dot, PARAMS, [X], {"w": W8A8}))
@@ -111,7 +111,7 @@ def test_with_a_history_of_one_batch_it_is_calibrated_on_that_batch():
 @pytest.mark.parametrize("spec", [W8A8, FP8, DotSpec(w=E4M3, x=E5M2)], ids=str)
 def test_a_step_beyond_the_range_saturates(spec):
     """Its largest value is served as that of the range, and has no gradient; nothing is NaN."""
-    history = us.amax_history(measured(X, spec), LENGTH)
+    history = us.quant.amax_history(measured(X, spec), LENGTH)
     run = lambda x: us.quantized(dot, {"w": spec}, stats=history)(PARAMS, x)
     most = float(history["w"].range[1])
     beyond = X.at[1, 2].set(1000 * most)
@@ -126,8 +126,8 @@ def test_one_pass_serves_and_measures():
     params = PARAMS | {"v": normal(OUT, OUT, seed=2)}
     rules = {"w": FP8, "v": FP8}
     two = lambda p, x: jax.nn.relu(x @ p["w"]) @ p["v"]
-    history = us.amax_history(us.observed(two, rules)(params, X)[1], LENGTH)
-    run = us.quantized(us.observed(two, rules), rules, stats=history)
+    history = us.quant.amax_history(us.statistics.observed(two, rules)(params, X)[1], LENGTH)
+    run = us.quantized(us.statistics.observed(two, rules), rules, stats=history)
     y, stats = jax.jit(run)(params, X)
     assert_same_bits(y, jax.jit(us.quantized(two, rules, stats=history))(params, X))
     hidden = jax.nn.relu(us.quantized(dot, {"w": FP8}, stats={"w": history["w"]})(PARAMS, X))
@@ -138,7 +138,7 @@ def test_one_pass_serves_and_measures():
 
 def test_a_training_loop_in_8_bit_floats_learns():
     target, rules = normal(IN, OUT, seed=3), {"w": FP8}
-    run = us.observed(dot, rules)
+    run = us.statistics.observed(dot, rules)
 
     def step(carry, x):
         params, history = carry
@@ -152,18 +152,18 @@ def test_a_training_loop_in_8_bit_floats_learns():
         return (params, history.update(stats)), value
 
     xs = normal(150, 16, IN, seed=4)
-    start = PARAMS, us.amax_history(run(PARAMS, xs[0])[1])
+    start = PARAMS, us.quant.amax_history(run(PARAMS, xs[0])[1])
     (_, history), losses = jax.jit(lambda c: lax.scan(step, c, xs))(start)
     assert losses[-10:].mean() < 0.01 * losses[0]
     np.testing.assert_array_equal(history["w"].range[1], np.abs(xs[-16:]).max())
 
 
 def test_a_history_goes_through_trees_and_checkpoints(tmp_path):
-    history = us.amax_history(measured(X), LENGTH)
+    history = us.quant.amax_history(measured(X), LENGTH)
     assert us.tree.names(history) == ["rings/w/lows", "rings/w/highs"]
     saved = us.Checkpoints(tmp_path)
     saved.save(1, history)
-    restored = saved.restore(us.amax_history(measured(2 * X), LENGTH))[1]
+    restored = saved.restore(us.quant.amax_history(measured(2 * X), LENGTH))[1]
     assert_same_bits(restored, history)
     assert list(history) == ["w"] and len(history) == 1
 
@@ -173,18 +173,18 @@ def test_a_history_goes_through_trees_and_checkpoints(tmp_path):
 
 def test_a_history_that_cannot_begin_says_why():
     with pytest.raises(ValueError, match="length=0"):
-        us.amax_history(measured(X), 0)
+        us.quant.amax_history(measured(X), 0)
     with pytest.raises(ValueError, match=r"stats of \[\]"):
-        us.amax_history({})
-    clipped = DotSpec(w=QSpec(), x=QSpec(calibrator=us.EMA()))
+        us.quant.amax_history({})
+    clipped = DotSpec(w=QSpec(), x=QSpec(calibrator=us.quant.EMA()))
     with pytest.raises(ValueError, match=r"meets w has EMA.*Absmax\(\)"):
-        us.amax_history(measured(X, clipped))
+        us.quant.amax_history(measured(X, clipped))
     with pytest.raises(ValueError, match="nothing finite met w"):
-        us.amax_history(measured(X.at[0, 0].set(jnp.inf)))
+        us.quant.amax_history(measured(X.at[0, 0].set(jnp.inf)))
 
 
 def test_stats_of_another_function_are_an_error():
-    history = us.amax_history(measured(X), LENGTH)
+    history = us.quant.amax_history(measured(X), LENGTH)
     with pytest.raises(ValueError, match="only one of the history and the stats has v"):
         history.update(measured(X) | {"v": measured(X)["w"]})
     with pytest.raises(ValueError, match=r"w has ranges of shape \(\) in the history.*\(2,\)"):

@@ -9,8 +9,8 @@ import pytest
 from jax import lax
 
 import unitscale_jax as us
-from unitscale_jax import MSE, DotSpec, Group, QSpec
-from unitscale_jax.quant import gptq
+from unitscale_jax import DotSpec, QSpec
+from unitscale_jax.quant import MSE, Group, gptq
 from unitscale_jax.statistics import calibrate
 
 INT4 = QSpec(format="int4")
@@ -25,7 +25,7 @@ def dense(params, x):
 
 
 def rounded(fn, params, batches, rules, *, damp=0.01, collect=("hessian",)):
-    rules = us.resolve(rules, fn, params, batches[0])
+    rules = us.quant.resolve(rules, fn, params, batches[0])
     stats = calibrate(fn, params, batches, rules, collect=collect)
     return gptq(params, stats, rules, damp), us.quantize(params, rules, stats)
 
@@ -41,7 +41,7 @@ def related(k=256, n=128, rows=2048):
 def off(fn, params, served, x):
     """Relative error of what the served weights compute on a float input."""
     y = fn(params, x)
-    return float(jnp.linalg.norm(fn(us.dequantize(served), x) - y) / jnp.linalg.norm(y))
+    return float(jnp.linalg.norm(fn(us.quant.dequantize(served), x) - y) / jnp.linalg.norm(y))
 
 
 def test_the_worked_example():
@@ -51,7 +51,7 @@ def test_the_worked_example():
     assert served["w"].codes[:, 0].tolist() == [3, 4, 7]
     assert nearest["w"].codes[:, 0].tolist() == [3, 3, 7]
     power = lambda e: float(np.sum((root @ np.asarray(e)) ** 2))
-    errors = [power(us.dequantize(t)["w"] - params["w"]) for t in (served, nearest)]
+    errors = [power(us.quant.dequantize(t)["w"] - params["w"]) for t in (served, nearest)]
     np.testing.assert_allclose(errors, [0.00280, 0.02868], rtol=2e-3)
     whole = power(params["w"]) ** 0.5
     report = report.errors["w"]
@@ -109,7 +109,7 @@ def test_related_inputs_make_up_for_each_other(bits, nearest, most):
     assert 0.9 * nearest < errors[0] < nearest and errors[1] < most
     found = report.errors["w"]
     np.testing.assert_allclose([found.nearest, found.gptq], errors, rtol=1e-3)
-    weights = [jnp.linalg.norm(us.dequantize(t)["w"] - params["w"]) for t in (plain, served)]
+    weights = [jnp.linalg.norm(us.quant.dequantize(t)["w"] - params["w"]) for t in (plain, served)]
     assert weights[1] > weights[0]  # the weights themselves are further off
 
 
@@ -133,7 +133,7 @@ def test_what_is_pruned_stays_zero(name):
     mask = np.random.default_rng(5).random((64, 32)) < 0.5
     pruned = {"w": params["w"] * mask}
     (served, report), _ = rounded(dense, pruned, [x], {"w": DotSpec(w=SPECS[name])})
-    assert not np.asarray(us.dequantize(served)["w"])[~mask].any()
+    assert not np.asarray(us.quant.dequantize(served)["w"])[~mask].any()
     if served["w"].zero_point is None:
         assert not np.asarray(served["w"].codes, np.float32)[~mask].any()
     assert report.errors["w"].gptq < report.errors["w"].nearest
@@ -210,7 +210,7 @@ def test_any_product_gains(name, grouped):
         measured = [off(fn, params, t, x) for t in (plain, served)]
         np.testing.assert_allclose([found.nearest, found.gptq], measured, rtol=1e-3)
     out = jax.jit(us.quantized(fn))(served, x)
-    dequantized = fn(us.dequantize(served), x)
+    dequantized = fn(us.quant.dequantize(served), x)
     np.testing.assert_allclose(out, dequantized, rtol=2e-3, atol=2e-3 * np.abs(dequantized).max())
 
 
@@ -221,7 +221,7 @@ def test_stacked_layers_are_rounded_each_by_its_own_moments():
     for k in range(3):
         alone = {"w": params["w"][k]}
         (one, _), _ = rounded(dense, alone, [x], {"w": DotSpec(w=INT4)})
-        here = {"w": us.dequantize(served)["w"][k]}
+        here = {"w": us.quant.dequantize(served)["w"][k]}
         errors = off(dense, alone, here, x), off(dense, alone, one, x)
         assert errors[0] == pytest.approx(errors[1], rel=0.05)
         x = x @ params["w"][k]
@@ -230,7 +230,7 @@ def test_stacked_layers_are_rounded_each_by_its_own_moments():
 def test_what_is_rounded_stays_when_the_rest_is_quantized():
     fn = lambda p, ids: p["table"][ids] @ p["w"]
     params = {"table": normal(1, 9, 8), "w": normal(2, 8, 3)}
-    rules = us.resolve({"*": DotSpec(w=INT4)}, fn, params, jnp.arange(9))
+    rules = us.quant.resolve({"*": DotSpec(w=INT4)}, fn, params, jnp.arange(9))
     only = [pair for pair in rules if pair[0] == "w"]
     stats = calibrate(fn, params, [jnp.arange(9)], rules, collect=["hessian"])
     served, report = gptq(params, stats, only)

@@ -93,7 +93,7 @@ def test_all_three_products_are_of_codes(kind):
 def value_of(x, axes):
     """What an array is served as, with a scale over some axes."""
     spec = DotSpec(w=QSpec(axes=axes))
-    return us.dequantize(us.quantize({"x": x}, {"x": spec}))["x"]
+    return us.quant.dequantize(us.quantize({"x": x}, {"x": spec}))["x"]
 
 
 @pytest.mark.parametrize("kind", ["same", "strides"])
@@ -139,7 +139,7 @@ def test_a_cotangent_has_a_range_of_its_own(of):
         if of == "stats":
             run, params = us.quantized(fn, rules, stats=stats), {"w": w}
         else:
-            run, params = us.quantized(fn), us.learned({"w": w}, rules, stats)
+            run, params = us.quantized(fn), us.quant.learned({"w": w}, rules, stats)
         errors.append(jax.tree.leaves(jax.vjp(run, params, x)[1](g)))
     assert max(off(*errors)) < 0.05
 
@@ -229,7 +229,7 @@ def test_more_rows_than_int32_sums_up_are_left_in_floats_and_said():
 
 def test_serving_has_no_backward_pass_to_speak_of():
     fn, w, x, spec, _ = LEFT["feature groups"]
-    rules = us.resolve({"": spec}, fn, w, x)
+    rules = us.quant.resolve({"": spec}, fn, w, x)
     us.quantized(fn, strict=True)(us.quantize(w, rules), x)
 
 

@@ -14,7 +14,8 @@ from jax import lax
 
 import unitscale_jax as us
 from tests.quant.test_quantized import F32, W8A8, assert_same_bits, normal
-from unitscale_jax import DotSpec, Group, QSpec
+from unitscale_jax import DotSpec, QSpec
+from unitscale_jax.quant import Group
 from unitscale_jax.quant._lsq import carrier, least_scale
 from unitscale_jax.quant._ops import threshold
 
@@ -48,7 +49,7 @@ def begun(spec, params=PARAMS, fn=dense, x=X, dtype=F32, collect=("range", "chan
         if spec.x is None
         else us.calibrate(fn, params, [x.astype(dtype)], rules, collect=collect)
     )
-    return us.learned(params, rules, stats)
+    return us.quant.learned(params, rules, stats)
 
 
 def least(spec):
@@ -63,7 +64,7 @@ E11 = [(-0.48, 1), (-3, 0), (3, 0), (0.4, 1), (-0.4, 1)]  # slope, mask
 
 def test_a_worked_example():
     spec = DotSpec(w=QSpec(format="int3", axes=(-1,)))
-    leaf = us.learned({"v": V}, {"v": spec})["v"]
+    leaf = us.quant.learned({"v": V}, {"v": spec})["v"]
     np.testing.assert_allclose(leaf.scale, [1.81057], rtol=1e-5)
     leaf = {"v": replace(leaf, scale=jnp.array([0.5]))}
     for index, (slope, mask) in enumerate(E11):
@@ -235,7 +236,7 @@ def test_the_first_scales_are_twice_the_mean_magnitude():
 
 
 def test_a_group_of_zeros_starts_with_the_least_scale():
-    leaf = us.learned({"w": PARAMS["w"].at[:, 1].set(0.0)}, {"w": DotSpec(w=I4)})["w"]
+    leaf = us.quant.learned({"w": PARAMS["w"].at[:, 1].set(0.0)}, {"w": DotSpec(w=I4)})["w"]
     assert leaf.scale[0, 1] == least(I4) and us.quantize({"w": leaf})["w"].scale[0, 1] > 0
 
 
@@ -329,7 +330,7 @@ def test_names_and_casts_see_one_array_of_a_shape():
     half = us.tree.cast(params, jnp.bfloat16)["w"]
     assert half.dtype == jnp.bfloat16 and half.scale.dtype == half.x_scale.dtype == F32
     assert half.shape == (IN, OUT) and "Learned((12, 6), int8 x int8" in repr(half)
-    rules = us.resolve({"w": W8A8}, dense, params, X)
+    rules = us.quant.resolve({"w": W8A8}, dense, params, X)
     assert rules[0][1].w.axes == (-2,)
     assert_same_bits(us.quantized(dense, rules)(params, X), us.quantized(dense)(params, X))
 
@@ -348,11 +349,11 @@ def test_names_and_casts_see_one_array_of_a_shape():
 def test_wherever_it_stands_scales_receive_the_gradient_of_its_value(fn):
     """That of the values served, weighted by the slopes."""
     spec = DotSpec(w=I4)
-    leaf = us.learned({"w": PARAMS["w"]}, {"w": spec})["w"]
+    leaf = us.quant.learned({"w": PARAMS["w"]}, {"w": spec})["w"]
     leaf = replace(leaf, scale=leaf.scale * 0.7)
     g = normal(*jax.eval_shape(fn, {"w": PARAMS["w"]}, X).shape, seed=8)
     got = jax.jit(lambda p: jax.vjp(lambda p: us.quantized(fn)(p, X), p)[1](g)[0])({"w": leaf})["w"]
-    value = us.dequantize(us.quantize({"w": leaf}))
+    value = us.quant.dequantize(us.quantize({"w": leaf}))
     dw = np.asarray(jax.vjp(lambda p: fn(p, X), value)[1](g)[0]["w"])
     _, slope, inside = by_hand(leaf.latent, leaf.scale, 7)
     np.testing.assert_allclose(got.latent, np.where(inside, dw, 0), rtol=1e-3, atol=1e-4)
@@ -371,7 +372,7 @@ def test_wherever_it_stands_scales_receive_the_gradient_of_its_value(fn):
         (DotSpec(w=replace(I8, format="e4m3fn")), "scale of w as e4m3fn cannot"),
         (DotSpec(w=replace(I4, group=Group(4, "integer"))), "scale of w as int4 g4i cannot"),
         (DotSpec(w=I8, x=QSpec(symmetric=False)), "scale of x as int8 asymmetric cannot"),
-        (DotSpec(w=replace(I8, calibrator=us.MSE())), "has no calibrator.*leave it out"),
+        (DotSpec(w=replace(I8, calibrator=us.quant.MSE())), "has no calibrator.*leave it out"),
         (DotSpec(w=I8, x=QSpec()), "stats do not say where.*calibrate"),
         (DotSpec(w=replace(I8, axes=None)), "does not say which axes.*resolve"),
         (DotSpec(w=replace(I4, group=Group(5))), "groups of 5 do not divide"),
@@ -380,23 +381,23 @@ def test_wherever_it_stands_scales_receive_the_gradient_of_its_value(fn):
 )
 def test_what_cannot_be_learned_is_an_error_that_names_it(spec, message):
     with pytest.raises(ValueError, match=message):
-        us.learned({"w": PARAMS["w"]}, {"w": spec})
+        us.quant.learned({"w": PARAMS["w"]}, {"w": spec})
 
 
 def test_learned_once_is_learned():
     spec = SPECS["weight-only"]
     params = begun(spec)
-    assert us.learned(params, {"w": spec})["w"] is params["w"]
+    assert us.quant.learned(params, {"w": spec})["w"] is params["w"]
     with pytest.raises(ValueError, match="w is quantized already, as float x int4"):
-        us.learned(params, {"w": DotSpec(w=I8)})
+        us.quant.learned(params, {"w": DotSpec(w=I8)})
     with pytest.raises(ValueError, match="w is quantized already"):
-        us.learned(us.quantize(params), {"w": spec})
+        us.quant.learned(us.quantize(params), {"w": spec})
     with pytest.raises(ValueError, match="w is quantized already, as float x int4"):
         us.quantize(params, {"w": DotSpec(w=I8)})
     with pytest.raises(ValueError, match="w is quantized as float x int4, and a rule asks"):
         us.quantized(dense, {"w": DotSpec(w=I8)})(params, X)
     with pytest.raises(ValueError, match="w has NaN"):
-        us.learned({"w": PARAMS["w"].at[0, 0].set(jnp.nan)}, {"w": spec})
+        us.quant.learned({"w": PARAMS["w"].at[0, 0].set(jnp.nan)}, {"w": spec})
     with pytest.raises(ValueError, match="quantized already; calibrate the float"):
         us.calibrate(dense, params, [X], {"w": spec})
 
@@ -416,6 +417,6 @@ def test_a_second_range_and_draws_that_are_missing_are_errors():
 
 
 def test_deleting_frees_the_latent():
-    params = us.learned({"w": PARAMS["w"] + 1}, {"w": DotSpec(w=I8)})
+    params = us.quant.learned({"w": PARAMS["w"] + 1}, {"w": DotSpec(w=I8)})
     us.quantize(params, delete=True)
     assert params["w"].latent.is_deleted()

@@ -12,8 +12,9 @@ from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tests.test_formats import critical, grid
-from unitscale_jax import DotSpec, Fixed, Group, QSpec, formats
+from unitscale_jax import DotSpec, QSpec, formats
 from unitscale_jax.packing import pack_int4, unpack_int4
+from unitscale_jax.quant import Fixed, Group
 from unitscale_jax.quant._ops import (
     bounds_of,
     codes_of,

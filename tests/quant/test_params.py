@@ -26,8 +26,8 @@ def weight(*shape, seed=0):
     [
         (spec(), 64 * 32 + 4 * 32),
         (spec(format="int4"), 64 * 32 // 2 + 4 * 32),
-        (spec(format="int4", group=us.Group(16)), 64 * 32 // 2 + 4 * 4 * 32),
-        (spec(format="int4", group=us.Group(16, "integer")), 64 * 32 // 2 + 4 * 32 + 4 * 32),
+        (spec(format="int4", group=us.quant.Group(16)), 64 * 32 // 2 + 4 * 4 * 32),
+        (spec(format="int4", group=us.quant.Group(16, "integer")), 64 * 32 // 2 + 4 * 32 + 4 * 32),
         (spec(format="e4m3fn"), 64 * 32 + 4 * 32),
         (spec(symmetric=False), 64 * 32 + 4 * 32 + 4 * 32),
         (us.DotSpec(w=us.QSpec(axes=(-2,)), x=us.QSpec(symmetric=False)), 64 * 32 + 8 * 32),
@@ -82,7 +82,7 @@ def test_a_quantized_parameter_stays_if_the_spec_is_its_own():
         (weight(8), INT8, r"a/w has shape \(8,\) and no axes \(-2,\)"),
         (
             weight(12, 4),
-            spec(group=us.Group(8)),
+            spec(group=us.quant.Group(8)),
             "a/w along axis -2 has 12, .* 2, 3, 4, 6",
         ),
         (weight(8, 4).at[3, 1].set(jnp.nan), INT8, "a/w has NaN or infinite values"),
@@ -106,7 +106,7 @@ def test_a_rule_must_match_and_hold_a_spec():
 
 
 def tree():
-    rules = {"w": INT8, "v": spec(format="int4", group=us.Group(4, "integer"))}
+    rules = {"w": INT8, "v": spec(format="int4", group=us.quant.Group(4, "integer"))}
     return us.quantize({"w": weight(8, 4), "v": weight(8, 4, seed=1), "b": jnp.ones(4)}, rules)
 
 
@@ -139,12 +139,12 @@ def test_a_cast_changes_what_it_stands_for_and_no_scale():
     codes = us.tree.cast(tree(), "bfloat16")
     assert codes["w"].dtype == jnp.bfloat16 and codes["b"].dtype == jnp.bfloat16
     assert codes["w"].scale.dtype == jnp.float32 and codes["w"].codes.dtype == jnp.int8
-    assert us.dequantize(codes)["w"].dtype == jnp.bfloat16
+    assert us.quant.dequantize(codes)["w"].dtype == jnp.bfloat16
 
 
 def test_integers_are_no_weights_to_a_gradient():
     params = us.quantize({"w": weight(8, 4), "b": jnp.ones(4)}, {"w": INT8})
-    held, rest = us.tree.partition(params, lambda name, leaf: us.is_quantized(leaf))
+    held, rest = us.tree.partition(params, lambda name, leaf: us.quant.is_quantized(leaf))
     x = weight(2, 8, seed=3)
     fn = us.quantized(lambda p, x: x @ p["w"] + p["b"])
     grads = jax.grad(lambda b: fn(us.tree.combine(held, b), x).sum())(rest)

@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 import unitscale_jax as us
 from tests.support import zoo
-from unitscale_jax import DotSpec, Fixed, Group, Percentile, QSpec
+from unitscale_jax import DotSpec, QSpec
+from unitscale_jax.quant import EMA, MSE, Fixed, Group, Percentile
 from unitscale_jax.trace.program import sites
 
 F32, F16, BF16 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(jnp.bfloat16)
@@ -44,7 +45,7 @@ def assert_same_bits(a, b):
 
 def served_and_trained(fn, rules, params, *inputs):
     """One jitted program on codes, and one on the float parameters that makes them."""
-    codes = us.quantize(params, us.resolve(rules, fn, params, *inputs))
+    codes = us.quantize(params, us.quant.resolve(rules, fn, params, *inputs))
     served = jax.jit(us.quantized(fn))(codes, *inputs)
     return served, jax.jit(us.quantized(fn, rules))(params, *inputs)
 
@@ -85,7 +86,7 @@ SPECS = [
     DotSpec(w=QSpec(format="e4m3fn"), x=QSpec(format="e4m3fn")),
     DotSpec(w=QSpec(format="e4m3fn"), x=QSpec(format="e5m2")),
     DotSpec(w=QSpec(calibrator=Percentile(90)), x=QSpec(calibrator=Percentile(90))),
-    DotSpec(w=QSpec(calibrator=us.MSE(steps=5)), x=QSpec(calibrator=Fixed(1.5))),
+    DotSpec(w=QSpec(calibrator=MSE(steps=5)), x=QSpec(calibrator=Fixed(1.5))),
     DotSpec(w=QSpec(), x=QSpec(symmetric=False, calibrator=Fixed(-1.0, 2.0))),
     DotSpec(w=QSpec(), x=QSpec(), g=QSpec()),
 ]
@@ -95,7 +96,7 @@ SPECS = [
 def programs(spec, dtype):
     """`dense` on codes, and on float parameters: alone and with its gradient."""
     fn = functools.partial(dense, dtype=dtype)
-    rules = us.resolve({"w": spec}, fn, DENSE, X)
+    rules = us.quant.resolve({"w": spec}, fn, DENSE, X)
     train = us.quantized(fn, rules)
 
     def loss(params, x):
@@ -135,7 +136,7 @@ def test_training_is_serving_to_the_bit(spec, dtype):
 @pytest.mark.parametrize("spec", [SPECS[0], SPECS[1], SPECS[7], SPECS[13]], ids=str)
 def test_under_jit_and_without_it(spec, dtype):
     fn = functools.partial(dense, dtype=dtype)
-    rules = us.resolve({"w": spec}, fn, DENSE, X)
+    rules = us.quant.resolve({"w": spec}, fn, DENSE, X)
     codes = us.quantize(DENSE, rules)
     served = jax.jit(us.quantized(fn))(codes, X)
     assert_same_bits(us.quantized(fn)(codes, X), served)
@@ -152,7 +153,7 @@ def gelus(params, x, dtype=jnp.bfloat16):
 
 def test_what_is_quantized_was_rounded_to_16_bits_in_every_program():
     fn, params = gelus, {"a": SQUARE, "b": SQUARE}
-    rules, x = us.resolve({"*/w": W8A8}, fn, params, X), normal(48, IN)
+    rules, x = us.quant.resolve({"*/w": W8A8}, fn, params, X), normal(48, IN)
     codes = us.quantize(params, rules)
     served = jax.jit(us.quantized(fn))(codes, x)
     assert_same_bits(us.quantized(fn)(codes, x), served)
@@ -235,7 +236,7 @@ def test_over_stacked_layers(dtype, remat):
     assert served.dtype == dtype
     assert_same_bits(trained, served)
     unrolled = X.astype(dtype)
-    codes = us.quantize(stack, us.resolve({"w": W8A8}, fn, stack, X))
+    codes = us.quantize(stack, us.quant.resolve({"w": W8A8}, fn, stack, X))
     one = jax.jit(us.quantized(lambda p, x: layer(cast(p), x)))
     for k in range(3):
         unrolled = one(jax.tree.map(lambda leaf, k=k: leaf[k], codes), unrolled)
@@ -252,7 +253,7 @@ def named_by_use(name):
     for leaf, value in us.tree.named_leaves(model.params).items():
         if value.ndim >= 2:
             try:
-                rules += us.resolve({leaf: W8A8}, model.apply, model.params, *model.inputs)
+                rules += us.quant.resolve({leaf: W8A8}, model.apply, model.params, *model.inputs)
             except ValueError as error:
                 assert "meets no product" in str(error) or "different axes" in str(error), error
     return rules
@@ -314,7 +315,7 @@ def stopped(x, by):
 def through_codes(x, spec, axes):
     """What is served for an array, by `quantize` alone, and where it is not clipped."""
     t = us.quantize({"x": x}, {"x": DotSpec(w=replace(spec, axes=axes))})["x"]
-    return us.dequantize(t)
+    return us.quant.dequantize(t)
 
 
 def clipped(x, calibrator, axis):
@@ -363,7 +364,7 @@ def test_gradients_are_those_of_the_straight_through_estimator(kind):
         assert np.any(masks[0]) and np.any(masks[1])
 
 
-@pytest.mark.parametrize("calibrator", [us.MSE(steps=2), Percentile(100), us.EMA()], ids=repr)
+@pytest.mark.parametrize("calibrator", [MSE(steps=2), Percentile(100), EMA()], ids=repr)
 def test_the_largest_element_has_a_gradient(calibrator):
     """For the mask is |x| <= m: Q s is below m for four of a hundred m."""
     spec = DotSpec(w=QSpec(calibrator=calibrator), x=QSpec(calibrator=calibrator))
@@ -418,7 +419,7 @@ def test_a_fallback_loses_no_gradient(kind):
     np.testing.assert_allclose(trained, served, rtol=1e-6)  # sums of the function's own
 
 
-@pytest.mark.parametrize("calibrator", [us.Absmax(), Percentile(50)], ids=repr)
+@pytest.mark.parametrize("calibrator", [us.quant.Absmax(), Percentile(50)], ids=repr)
 def test_a_gradient_goes_through_a_lookup_to_the_rows_read(calibrator):
     """Where nothing is clipped, all of it, twice for a row that is read twice."""
     table, ids = normal(6, 8, seed=16), jnp.array([4, 0, 4])
@@ -527,7 +528,7 @@ def test_takes_keywords_and_flags_and_returns_what_is_no_array():
         return {"out": -h if flag else h, "mode": mode, "none": None, "pair": (3, h.sum())}
 
     given = dict(x=X, scale=2.0, mode="eval", flag=True)
-    rules = us.resolve({"w": W8A8}, fn, {"w": DENSE["w"]}, **given)
+    rules = us.quant.resolve({"w": W8A8}, fn, {"w": DENSE["w"]}, **given)
     out = us.quantized(fn, rules)({"w": DENSE["w"]}, **given)
     assert (out["mode"], out["none"], out["pair"][0]) == ("eval", None, 3)
     served = us.quantized(fn)(us.quantize({"w": DENSE["w"]}, rules), **given)
@@ -548,7 +549,7 @@ def test_codes_that_are_returned_stay_codes():
     rules = {"w": DotSpec(w=QSpec(axes=(-2,)))}
     codes = us.quantize({"w": DENSE["w"]}, rules)
     out = us.quantized(lambda p, x: (p, x @ p["w"]))(codes, X)[0]["w"]
-    assert isinstance(out, us.QTensor)
+    assert isinstance(out, us.quant.QTensor)
     assert_same_bits(out.codes, codes["w"].codes)
 
 
@@ -659,7 +660,7 @@ def test_an_activation_of_the_parameters_shape_is_an_activation():
     fn = lambda p, x: x @ p["w"]
     params, x = {"w": SQUARE["w"]}, normal(IN, IN, seed=11)
     weight_only = us.quantized(fn, {"w": DotSpec(w=I4)})(params, x)
-    value = us.dequantize(us.quantize(params, {"w": DotSpec(w=replace(I4, axes=(-2,)))}))["w"]
+    value = us.quant.dequantize(us.quantize(params, {"w": DotSpec(w=replace(I4, axes=(-2,)))}))["w"]
     np.testing.assert_allclose(weight_only, x @ value, rtol=1e-4, atol=1e-5)
     served, trained = served_and_trained(fn, {"w": W8A8}, params, x)
     assert_same_bits(trained, served)

@@ -18,7 +18,7 @@ B, T, D, H, K, V = 2, 3, 8, 2, 4, 11
 def found(fn, params, *inputs, rules=None):
     """The axes of each parameter by name."""
     rules = {"**": DotSpec()} if rules is None else rules
-    return {name: spec.w.axes for name, spec in us.resolve(rules, fn, params, *inputs)}
+    return {name: spec.w.axes for name, spec in us.quant.resolve(rules, fn, params, *inputs)}
 
 
 def shape(*sizes):
@@ -107,20 +107,20 @@ def test_a_kernel_has_a_scale_for_each_output_feature(kind):
 
 def test_specs_are_kept_and_only_axes_filled():
     spec = DotSpec(w=QSpec(format="int4"), x=QSpec(symmetric=False), compute="float_exact")
-    (pair,) = us.resolve({"*": spec}, lambda p, x: x @ p["w"], {"w": shape(D, K)}, X)
+    (pair,) = us.quant.resolve({"*": spec}, lambda p, x: x @ p["w"], {"w": shape(D, K)}, X)
     assert pair == ("w", spec.with_axes((-2,)))
 
 
 def test_resolving_again_changes_nothing():
     fn, params = lambda p, x: x @ p["w"], {"w": shape(D, K)}
-    once = us.resolve({"*": W8A8}, fn, params, X)
-    assert us.resolve(once, fn, params, X) == once
+    once = us.quant.resolve({"*": W8A8}, fn, params, X)
+    assert us.quant.resolve(once, fn, params, X) == once
 
 
 def test_codes_are_resolved_as_the_array_they_stand_for():
     fn, w = lambda p, x: x @ p["w"], {"w": normal(D, K)}
-    rules = us.resolve({"w": W8A8}, fn, w, X)
-    assert us.resolve({"w": W8A8}, fn, us.quantize(w, rules), X) == rules
+    rules = us.quant.resolve({"w": W8A8}, fn, w, X)
+    assert us.quant.resolve({"w": W8A8}, fn, us.quantize(w, rules), X) == rules
 
 
 def test_nothing_is_computed():
@@ -275,8 +275,8 @@ def test_rules_of_activations_come_last_and_have_no_axes():
     rules = {"attention": W8A8, "w": W8A8}
     given = {"w": shape(D, K)}, shape(B, T, D)
     assert found(fn, *given, rules=rules) == {"w": (-2,), "attention": ()}
-    pairs = us.resolve(rules, fn, *given)
-    assert us.resolve(pairs, fn, *given) == pairs
+    pairs = us.quant.resolve(rules, fn, *given)
+    assert us.quant.resolve(pairs, fn, *given) == pairs
     assert us.quantize({"w": normal(D, K)}, pairs)["w"].axes == (-2,)
 
 

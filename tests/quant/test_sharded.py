@@ -12,7 +12,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import unitscale_jax as us
 from tests.quant.test_quantized import W8A8, assert_same_bits, normal
-from unitscale_jax import DotSpec, Fixed, Group, QSpec
+from unitscale_jax import DotSpec, QSpec
+from unitscale_jax.quant import Fixed, Group
 
 ROWS, IN, OUT = 8, 64, 32
 PARAMS = {"up": normal(IN, OUT, seed=1), "bias": normal(OUT, seed=2)}
@@ -62,7 +63,7 @@ def placed(x, mesh, spec):
 @functools.cache
 def unsharded(kind):
     """Codes, and what is served from them, on one device."""
-    rules = us.resolve({"up": SPECS[kind]}, layer, PARAMS, X)
+    rules = us.quant.resolve({"up": SPECS[kind]}, layer, PARAMS, X)
     codes = us.quantize(PARAMS, rules)
     return rules, codes, jax.jit(us.quantized(layer))(codes, X)
 
@@ -129,7 +130,7 @@ def test_a_row_parallel_product_sums_integers_over_devices():
 def test_stacked_layers_over_devices():
     stack = {"w": normal(3, IN, IN, seed=4) / 8}
     fn = lambda p, x: lax.scan(lambda h, w: (jax.nn.relu(h @ w), None), x, p["w"])[0]
-    rules = us.resolve({"w": W8A8}, fn, stack, X)
+    rules = us.quant.resolve({"w": W8A8}, fn, stack, X)
     run = jax.jit(us.quantized(fn, rules))
     expected, mesh = run(stack, X), mesh_of((2, 4))
     for spec in (P(None, None, "model"), P(None, "model", None)):
@@ -159,7 +160,7 @@ def test_columns_in_a_shard_map_are_the_columns_of_the_whole(kind, sizes):
     fn = by_columns(mesh_of(sizes))
     assert_same_bits(jax.jit(us.quantized(fn, strict=True))(codes, X), expected)
     if sizes == (2, 4):
-        assert us.resolve({"up": SPECS[kind]}, fn, PARAMS, X) == rules
+        assert us.quant.resolve({"up": SPECS[kind]}, fn, PARAMS, X) == rules
         assert_same_bits(jax.jit(us.quantized(fn, rules))(PARAMS, X), expected)
 
 

@@ -9,8 +9,8 @@ import pytest
 from jax import lax
 
 import unitscale_jax as us
-from unitscale_jax import DotSpec, Group, QSpec
-from unitscale_jax.quant import awq, smoothquant
+from unitscale_jax import DotSpec, QSpec
+from unitscale_jax.quant import Group, awq, smoothquant
 from unitscale_jax.statistics import calibrate
 
 W8A8 = DotSpec(w=QSpec(), x=QSpec())

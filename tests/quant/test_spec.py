@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unitscale_jax import EMA, MSE, Absmax, DotSpec, Fixed, Group, Percentile, QSpec, formats
+from unitscale_jax import DotSpec, QSpec, formats
 from unitscale_jax.formats import Format
+from unitscale_jax.quant import EMA, MSE, Absmax, Fixed, Group, Percentile
 
 INT4, FP8, E5M2 = (QSpec(format=name) for name in ("int4", "e4m3fn", "e5m2"))
 

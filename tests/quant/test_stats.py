@@ -12,7 +12,8 @@ from hypothesis.extra import numpy as hnp
 from jax import lax
 
 import unitscale_jax as us
-from unitscale_jax import EMA, MSE, Absmax, DotSpec, Fixed, Percentile, QSpec
+from unitscale_jax import DotSpec, QSpec
+from unitscale_jax.quant import EMA, MSE, Absmax, Fixed, Percentile
 from unitscale_jax.statistics import calibrate, merge_stats, observed
 
 ALL = ("range", "channels", "hessian")
@@ -269,7 +270,7 @@ def test_training_is_serving_with_static_ranges(name, spec):
     fn, params, x = PROGRAMS[name]
     rules = {"w": DotSpec(w=QSpec(), x=spec)}
     stats = calibrate(fn, params, [x, -x], rules)
-    served = us.quantize(params, us.resolve(rules, fn, params, x), stats)
+    served = us.quantize(params, us.quant.resolve(rules, fn, params, x), stats)
     assert served["w"].x_range.dtype == np.float32
     train = jax.jit(us.quantized(fn, rules, stats=stats))(params, x)
     chex.assert_trees_all_equal(jax.jit(us.quantized(fn))(served, x), train)
@@ -483,4 +484,4 @@ def test_of_another_model_are_an_error():
     with pytest.raises(ValueError, match="stats are of w, and there is no such parameter"):
         us.quantized(fn, named, stats=stats)(other, x)
     with pytest.raises(ValueError, match="stats are of w, and there is no such parameter"):
-        us.quantize(other, us.resolve(named, fn, other, x), stats)
+        us.quantize(other, us.quant.resolve(named, fn, other, x), stats)

@@ -11,7 +11,8 @@ from jax import lax
 
 import unitscale_jax as us
 from tests.quant.test_quantized import W8A8, assert_same_bits, normal
-from unitscale_jax import DotSpec, Group, QSpec
+from unitscale_jax import DotSpec, QSpec
+from unitscale_jax.quant import Group
 
 SHAPE = STACK, IN, OUT = (3, 8, 6)
 W = normal(*SHAPE)
@@ -73,10 +74,10 @@ ROWS_SPLIT = lambda w: w.reshape(STACK, 2, 4, OUT)
 def test_a_view_of_codes_is_the_code_of_the_view(kind, move):
     t, fn = coded(kind), MOVES[move]
     out = viewed(fn, t)
-    assert isinstance(out, us.QTensor)
-    expected = fn(us.dequantize(t))
+    assert isinstance(out, us.quant.QTensor)
+    expected = fn(us.quant.dequantize(t))
     assert (out.shape, out.dtype) == (expected.shape, expected.dtype)
-    assert_same_bits(us.dequantize(out), expected)
+    assert_same_bits(us.quant.dequantize(out), expected)
     again = us.quantize({"w": fn(W)}, {"w": t.spec.with_axes(out.axes)})["w"]
     if move != "cast":  # to the dtype of use; codes are those of the leaf
         for name in ("codes", "scale", "zero_point", "multiplier", "colsum"):
@@ -91,7 +92,7 @@ def test_rows_can_be_split_and_keep_one_scale():
         t = coded(kind)
         out = viewed(ROWS_SPLIT, t)
         assert out.axes == (-3, -2)
-        assert_same_bits(us.dequantize(out), ROWS_SPLIT(us.dequantize(t)))
+        assert_same_bits(us.quant.dequantize(out), ROWS_SPLIT(us.quant.dequantize(t)))
         back = viewed(lambda w: ROWS_SPLIT(w).reshape(SHAPE), t)
         assert back.axes == (-2,)
 
@@ -112,8 +113,8 @@ def test_what_is_no_view_is_the_array(kind, move):
     """And gives the same numbers."""
     t, fn = coded(kind), BREAKING[move]
     out = us.quantized(fn)(t)
-    value = us.dequantize(out) if isinstance(out, us.QTensor) else out
-    assert_same_bits(value, fn(us.dequantize(t)))
+    value = us.quant.dequantize(out) if isinstance(out, us.quant.QTensor) else out
+    assert_same_bits(value, fn(us.quant.dequantize(t)))
 
 
 @pytest.mark.parametrize("kind", ["groups", "integer groups"])
@@ -122,8 +123,8 @@ def test_what_is_no_view_is_the_array(kind, move):
 )
 def test_groups_that_are_cut_are_the_array(kind, cut):
     out = us.quantized(cut)(coded(kind))
-    value = us.dequantize(out) if isinstance(out, us.QTensor) else out
-    assert_same_bits(value, cut(us.dequantize(coded(kind))))
+    value = us.quant.dequantize(out) if isinstance(out, us.quant.QTensor) else out
+    assert_same_bits(value, cut(us.quant.dequantize(coded(kind))))
 
 
 def test_sums_of_codes_are_dropped_with_the_rows_they_summed():
@@ -169,7 +170,7 @@ def test_a_product_with_a_view_is_served_as_it_was_trained(move):
         return jnp.tensordot(x, w, [[1], [1]])
 
     x = normal(5, IN, seed=3)
-    rules = us.resolve({"w": W8A8}, fn, {"w": W}, x)
+    rules = us.quant.resolve({"w": W8A8}, fn, {"w": W}, x)
     served = jax.jit(us.quantized(fn, strict=True))(us.quantize({"w": W}, rules), x)
     assert_same_bits(jax.jit(us.quantized(fn, rules))({"w": W}, x), served)
 

@@ -160,7 +160,7 @@ def owl_ratios(params: Any, stats: Mapping[str, Stat], m: float = 5.0) -> dict[s
         >>> owl_ratios(params, stats, m=3)
         {'w': 0.25}
     """
-    check_type("stats", stats, Mapping, "what us.calibrate or us.observed returns")
+    check_type("stats", stats, Mapping, "what us.calibrate or us.statistics.observed returns")
     required(stats, "squares", params)
     leaves = trees.named_leaves(params)
     return {name: _ratio(_score(leaves[name], of), of.layout, m) for name, of in stats.items()}

@@ -130,7 +130,7 @@ def amax_history(stats: Mapping[str, Stat], length: int = 16) -> AmaxHistory:
         >>> fp8 = us.DotSpec(w=us.QSpec(format="e4m3fn"), x=us.QSpec(format="e4m3fn"))
         >>> model = lambda params, x: x @ params["w"]
         >>> rules, params = {"w": fp8}, {"w": jnp.eye(2)}
-        >>> measured = us.observed(model, rules)
+        >>> measured = us.statistics.observed(model, rules)
         >>> @jax.jit
         ... def step(params, history, x):
         ...     def loss(params):
@@ -148,7 +148,7 @@ def amax_history(stats: Mapping[str, Stat], length: int = 16) -> AmaxHistory:
         [-8.0, 8.0]
         [-1.0, 1.0]
     """
-    check_type("stats", stats, Mapping, "what us.calibrate or us.observed returns")
+    check_type("stats", stats, Mapping, "what us.calibrate or us.statistics.observed returns")
     if not stats or type(length) is not int or length < 1:
         raise ValueError(
             f"a history has one step or more, of one parameter or more; got length={length!r} and "

@@ -126,7 +126,7 @@ def quantized(
         >>> params = {"w": jnp.array([[0.5, -1], [0.25, 2], [1, -0.5]])}
         >>> x = jnp.array([[1.0, 2, -3]])
         >>> train = quantized(fn, rules)(params, x)
-        >>> codes = us.quantize(params, us.resolve(rules, fn, params, x))
+        >>> codes = us.quantize(params, us.quant.resolve(rules, fn, params, x))
         >>> bool((quantized(fn)(codes, x) == train).all())
         True
         >>> grads = jax.grad(lambda p: quantized(fn, rules)(p, x).sum())(params)

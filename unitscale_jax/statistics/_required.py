@@ -42,7 +42,7 @@ def required(
         ValueError: They lack the kind, and which `collect=` gives it; or they are of other
             parameters, or of other shapes.
     """
-    check_type("stats", stats, Mapping, "what us.calibrate or us.observed returns")
+    check_type("stats", stats, Mapping, "what us.calibrate or us.statistics.observed returns")
     leaves = trees.named_leaves(params, is_leaf=trees.is_compound)
     check_names(stats, leaves)
     names = list(stats if names is None else names)

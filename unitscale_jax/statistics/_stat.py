@@ -291,13 +291,13 @@ def merge_stats(stats: Mapping[str, Stat], more: Mapping[str, Stat]) -> Stats:
 
     Example:
         >>> import unitscale_jax as us
-        >>> rules = {"w": us.DotSpec(w=us.QSpec(), x=us.QSpec(calibrator=us.EMA(0.5)))}
+        >>> rules = {"w": us.DotSpec(w=us.QSpec(), x=us.QSpec(calibrator=us.quant.EMA(0.5)))}
         >>> fn = lambda p, x: x @ p["w"]
-        >>> see = lambda x: us.observed(fn, rules)({"w": jnp.eye(1)}, x)[1]
+        >>> see = lambda x: us.statistics.observed(fn, rules)({"w": jnp.eye(1)}, x)[1]
         >>> merge_stats(see(jnp.array([[2.0]])), see(jnp.array([[4.0]])))["w"].range.tolist()
         [-3.0, 3.0]
     """
-    check_type("stats", stats, Mapping, "what us.calibrate or us.observed returns")
+    check_type("stats", stats, Mapping, "what us.calibrate or us.statistics.observed returns")
     if stats.keys() != more.keys():
         odd = sorted(stats.keys() ^ more.keys())
         raise ValueError(f"only one of the two has statistics of {', '.join(odd)}.")
