@@ -1,6 +1,7 @@
 """The import graph is the architecture; this test reads it from the source."""
 
 import ast
+import importlib
 import pathlib
 import sys
 from importlib.util import resolve_name
@@ -180,3 +181,33 @@ def test_every_public_name_has_one_home():
         value = getattr(unitscale_jax, name)
         home = getattr(value, "__module__", None) or getattr(value, "__name__", "")
         assert home.startswith("unitscale_jax"), f"{name} lives in {home}"
+
+
+USERS = ["us", "quant", "prune", "compaction", "distill", "parallel", "statistics", "testing"]
+USERS += ["trace", "tree", "rules", "formats", "fwd_bwd", "precision"]
+
+
+@pytest.mark.parametrize("space", USERS)
+def test_tab_completion_offers_what_is_public_and_no_more(space):
+    module = unitscale_jax if space == "us" else importlib.import_module(f"unitscale_jax.{space}")
+    offered = {name for name in dir(module) if not name.startswith("__")}
+    assert offered == set(module.__all__)
+    assert all(hasattr(module, name) for name in offered)
+
+
+def test_no_name_means_two_things():
+    """A name that two namespaces offer is one object."""
+    meanings = {}
+    for space in USERS:
+        module = (
+            unitscale_jax if space == "us" else importlib.import_module(f"unitscale_jax.{space}")
+        )
+        for name in module.__all__:
+            meanings.setdefault(name, {})[space] = getattr(module, name)
+    twice = {
+        name: sorted(found)
+        for name, found in meanings.items()
+        if any(value is not next(iter(found.values())) for value in found.values())
+    }
+    # A package has the name of one of its verbs in three cases; `cast` is of trees and of models.
+    assert twice.keys() <= {"cast"}, twice

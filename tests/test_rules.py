@@ -8,7 +8,7 @@ from hypothesis import given, strategies as st
 
 from tests.test_tree import NAMES, model, models
 from unitscale_jax import tree as trees
-from unitscale_jax.rules import decided, match, matches, pairs_of, resolve
+from unitscale_jax.rules import assign, decided, match, matches, pairs_of
 
 # ------------------------------------------------------------------------------ globs
 
@@ -83,7 +83,7 @@ def test_a_regular_expression_matches_whole_names():
 @models
 def test_rules_mean_the_same_whoever_made_the_parameters(kind):
     rules = [("norm/*", "float32"), ("**/kernel", "int8"), (re.compile("out/.*"), "bfloat16")]
-    found = resolve(rules, model(kind), default="rest")
+    found = assign(rules, model(kind), default="rest")
     assert dict(zip(NAMES, jax.tree.leaves(found), strict=True)) == {
         "layers_0/bias": "rest",
         "layers_0/kernel": "int8",
@@ -175,7 +175,7 @@ def test_a_value_may_be_none_or_false_and_still_wins():
 def test_a_rule_that_matches_nothing_is_an_error_with_near_misses(kind):
     message = r"rule 1, 'out/kernal', matched none of 6 parameters; closest: 'out/kernel', "
     with pytest.raises(ValueError, match=message):
-        resolve([("**/bias", 1), ("out/kernal", 2)], model(kind))
+        assign([("**/bias", 1), ("out/kernal", 2)], model(kind))
     with pytest.raises(
         ValueError, match=r"rule 0, 'norm.*x', matched none of 6 activations;"
     ) as error:

@@ -23,6 +23,21 @@ import numpy as np
 from unitscale_jax.errors import check_type
 from unitscale_jax.typing import Array, DType, Key
 
+__all__ = [
+    "FORMATS",
+    "Format",
+    "FormatLike",
+    "format_of",
+    "integers",
+    "round_to",
+    "stochastic_bf16",
+]
+
+
+def __dir__() -> list[str]:
+    """What tab completion offers: the public names, and nothing that this file imports."""
+    return [*__all__, "__all__", "__doc__", "__name__"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Format:

@@ -24,6 +24,19 @@ from jax.interpreters import ad, batching, mlir
 from unitscale_jax.mesh_axes import axes_of, varying
 from unitscale_jax.typing import Array
 
+__all__ = [
+    "scale",
+    "scale_bwd",
+    "scale_fwd",
+    "straight_through",
+]
+
+
+def __dir__() -> list[str]:
+    """What tab completion offers: the public names, and nothing that this file imports."""
+    return [*__all__, "__all__", "__doc__", "__name__"]
+
+
 Factor: TypeAlias = float | Array
 """A number known when the function is traced, or data: an array of rank 0."""
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax.errors import check_callable
-from unitscale_jax.trace.costs import Cost, Row, cost
+from unitscale_jax.trace.costs import Cost, OpRow, cost
 from unitscale_jax.trace.params import Origin, origins, provenance
 from unitscale_jax.trace.program import (
     PRODUCTS,
@@ -172,7 +172,10 @@ def explain(fn: Callable[..., Any]) -> Callable[..., Report]:
 
 
 def _operation(
-    row: Row, notes: list[dict[str, Any]], sources: Sequence[Origin], before: Sequence[Site | None]
+    row: OpRow,
+    notes: list[dict[str, Any]],
+    sources: Sequence[Origin],
+    before: Sequence[Site | None],
 ) -> Operation:
     site, said = row.site, notes_at(row.site, notes)
     return Operation(

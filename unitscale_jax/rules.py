@@ -19,13 +19,31 @@ import jax
 from unitscale_jax import tree as trees
 from unitscale_jax.errors import check_type, closest, expected
 
+__all__ = [
+    "Pattern",
+    "Rules",
+    "assign",
+    "decided",
+    "first_match",
+    "match",
+    "matches",
+    "pairs_of",
+    "text_of",
+]
+
+
+def __dir__() -> list[str]:
+    """What tab completion offers: the public names, and nothing that this file imports."""
+    return [*__all__, "__all__", "__doc__", "__name__"]
+
+
 Value = TypeVar("Value")
 Item = TypeVar("Item", bound=Hashable)
 Pattern: TypeAlias = str | re.Pattern[str]
 Rules: TypeAlias = Mapping[Pattern, Value] | Sequence[tuple[Pattern, Value]]
 
 
-def resolve(rules: Rules[Value], tree: Any, default: Any = None, *, noun: str = "parameter") -> Any:
+def assign(rules: Rules[Value], tree: Any, default: Any = None, *, noun: str = "parameter") -> Any:
     """The value each leaf gets, as a tree of the structure of `tree`.
 
     Args:
@@ -41,7 +59,7 @@ def resolve(rules: Rules[Value], tree: Any, default: Any = None, *, noun: str = 
     Law: without an error each rule is the first match of at least one leaf.
 
     Example:
-        >>> resolve({"**/bias": 32, "**": 8}, {"mlp": {"kernel": 0.0, "bias": 0.0}})
+        >>> assign({"**/bias": 32, "**": 8}, {"mlp": {"kernel": 0.0, "bias": 0.0}})
         {'mlp': {'bias': 32, 'kernel': 8}}
     """
     keys = trees.names(tree, is_leaf=trees.is_compound)

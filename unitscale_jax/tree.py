@@ -17,6 +17,31 @@ import numpy as np
 from unitscale_jax.errors import check_callable, closest
 from unitscale_jax.typing import DType
 
+__all__ = [
+    "Compound",
+    "by_names",
+    "cast",
+    "combine",
+    "is_compound",
+    "is_finite",
+    "is_floating",
+    "map_named",
+    "named_leaves",
+    "names",
+    "nbytes",
+    "over_values",
+    "owners",
+    "partition",
+    "select",
+    "size",
+    "values_of",
+]
+
+
+def __dir__() -> list[str]:
+    """What tab completion offers: the public names, and nothing that this file imports."""
+    return [*__all__, "__all__", "__doc__", "__name__"]
+
 
 class Compound(abc.ABC):
     """A node of a tree that stands for one array, such as a quantized one.

@@ -71,7 +71,7 @@ def of_spec(rules, spec):
 
 # name -> what takes rules, as a function of pairs (pattern, number)
 CALLERS = {
-    "rules.resolve": lambda r: us.rules.resolve(r, PARAMS),
+    "rules.resolve": lambda r: us.rules.assign(r, PARAMS),
     "resolve": lambda r: us.quant.resolve(of_spec(r, us.DotSpec(w=us.QSpec())), fn, PARAMS, X),
     "quantize": lambda r: shaped(lambda p: us.quantize(p, of_spec(r, W8)), PARAMS),
     "quantized": lambda r: shaped(us.quantized(fn, of_spec(r, W8)), PARAMS, X),
@@ -134,7 +134,7 @@ def test_the_two_sorts_of_rules_without_effect_are_told_apart(caller):
 def test_rules_without_an_order_or_to_be_read_once_are_refused(made):
     pairs = lambda value: made([("a", value), ("b/*", value)])
     for call in (
-        lambda: us.rules.resolve(pairs(1), PARAMS),
+        lambda: us.rules.assign(pairs(1), PARAMS),
         lambda: us.quant.resolve(pairs(us.DotSpec(w=us.QSpec())), fn, PARAMS, X),
         lambda: us.quantize(PARAMS, pairs(W8)),
         lambda: us.parallel.layout(PARAMS, pairs("column"), MESH),
@@ -150,7 +150,7 @@ def test_rules_of_disjoint_names_mean_the_same_in_any_order():
     spec = {8: us.QSpec(), 4: us.QSpec(format="int4"), 3: us.QSpec(format="int3")}
     dot = {bits: us.DotSpec(w=w) for bits, w in spec.items()}
     takers = [
-        lambda r: us.rules.resolve(r, PARAMS),
+        lambda r: us.rules.assign(r, PARAMS),
         lambda r: us.quant.resolve([(p, dot[bits]) for p, bits in r], fn, PARAMS, X),
         lambda r: us.parallel.layout(PARAMS, [(p, "row") for p, _ in r], MESH).by_name,
     ]

@@ -71,7 +71,7 @@ def test_layers_may_be_in_any_container(case):
     assert_same(jax.jit(unstack)(jax.jit(lambda p: stack(p, pattern, 2))(params)), params)
     words = {name.replace(pattern.rpartition("/")[2], "?") for name in us.tree.names(stacked)}
     assert any("?" in word for word in words)  # a rule with a star holds for both
-    assert us.rules.resolve({f"{pattern}/**": 1}, stacked) is not None
+    assert us.rules.assign({f"{pattern}/**": 1}, stacked) is not None
 
 
 def test_the_state_of_an_optimizer_is_stacked_as_its_parameters(relaxed_promotion):

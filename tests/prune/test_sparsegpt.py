@@ -20,7 +20,7 @@ from unitscale_jax.prune import (
 )
 from unitscale_jax.prune._surgeon import obs_sweep
 from unitscale_jax.statistics import Stat
-from unitscale_jax.trace.params import Layout
+from unitscale_jax.trace.params import MatrixForm
 
 
 def normal(seed, *shape):
@@ -49,7 +49,7 @@ def pruned(w, x, spec=None, fn=None, **options):
 
 def moments_of(x):
     x = np.asarray(x, np.float64)
-    layout = Layout(contracted=(-2,), channels=(-2,), clear=True)
+    layout = MatrixForm(contracted=(-2,), channels=(-2,), clear=True)
     return {"w": Stat(np.asarray(len(x)), {"hessian": x.T @ x}, layout=layout)}
 
 

@@ -24,7 +24,7 @@ from unitscale_jax.prune import (
 )
 from unitscale_jax.prune._shares import shares
 from unitscale_jax.statistics import Stat
-from unitscale_jax.trace.params import Layout
+from unitscale_jax.trace.params import MatrixForm
 from unitscale_jax.tree import named_leaves
 
 
@@ -49,7 +49,7 @@ def masked(w, x, spec, fn=None):
 
 def summed(x):
     squares = (np.asarray(x, np.float64) ** 2).sum(0)
-    layout = Layout(contracted=(-2,), channels=(-2,), clear=True)
+    layout = MatrixForm(contracted=(-2,), channels=(-2,), clear=True)
     return {"w": Stat(np.asarray(len(x)), {"squares": squares}, layout=layout)}
 
 

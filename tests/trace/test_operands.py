@@ -11,7 +11,7 @@ from unitscale_jax.trace.params import (
     canonical,
     input_rows,
     inverse_factor,
-    layout_of,
+    matrix_form,
     meetings,
     second_moments,
     uncanonical,
@@ -48,7 +48,7 @@ PRODUCTS = {
 
 def rows_and_layout(fn, params, *inputs):
     (met,) = meetings(stage(fn, params, *inputs), params)["w"]
-    layout = layout_of("w", params["w"].shape, [met])
+    layout = matrix_form("w", params["w"].shape, [met])
 
     def pick(site, operands, results):
         here = site.place == met.site.place

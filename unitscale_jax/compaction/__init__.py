@@ -87,3 +87,8 @@ __all__ = [
     "verify_rebuild",
     "without",
 ]
+
+
+def __dir__() -> list[str]:
+    """What tab completion offers: the public names, and nothing that is imported here."""
+    return [*__all__, "__all__", "__doc__", "__name__"]

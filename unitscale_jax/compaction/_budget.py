@@ -20,7 +20,7 @@ import jax
 from unitscale_jax import tree as trees
 from unitscale_jax.compaction._groups import Graph
 from unitscale_jax.compaction._named_axes import named_axes
-from unitscale_jax.trace.costs import Row, cost
+from unitscale_jax.trace.costs import OpRow, cost
 from unitscale_jax.trace.params import above, meetings, stacks_of
 from unitscale_jax.trace.program import (
     Place,
@@ -211,7 +211,7 @@ def _held_stacks(graph: Graph) -> dict[Place, str]:
     }
 
 
-def _operations(graph: Graph, turns: Mapping[Place, str], row: Row) -> Polynomial:
+def _operations(graph: Graph, turns: Mapping[Place, str], row: OpRow) -> Polynomial:
     """An equation's operations: those of the dense function, in proportion to its indices."""
     indices, dense = Polynomial.of(1), {group.name: group.size for group in graph.groups}
     if not row.site.is_opaque:

@@ -20,8 +20,8 @@ import numpy as np
 from unitscale_jax import tree as trees
 from unitscale_jax.errors import check_callable, check_type
 from unitscale_jax.trace.dimensions import (
+    DimGroup,
     Dims,
-    Group,
     Member,
     Refused,
     dims,
@@ -76,7 +76,7 @@ class Graph:
     shapes: Mapping[str, tuple[int, ...]]
 
     @property
-    def groups(self) -> tuple[Group, ...]:
+    def groups(self) -> tuple[DimGroup, ...]:
         """What can be removed, in the order of the parameters."""
         return self.dims.groups
 
@@ -86,7 +86,7 @@ class Graph:
         return self.dims.refused
 
     @functools.cached_property
-    def by_name(self) -> dict[str, Group]:
+    def by_name(self) -> dict[str, DimGroup]:
         """The groups by name."""
         return {group.name: group for group in self.groups}
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from unitscale_jax import rules as named_rules
 from unitscale_jax.compaction._budget import Budget
-from unitscale_jax.compaction._groups import CompactionPlan, Graph, Group, plan_of
+from unitscale_jax.compaction._groups import CompactionPlan, DimGroup, Graph, plan_of
 from unitscale_jax.compaction._search import Removal, removal_of, within
 from unitscale_jax.errors import check_type
 from unitscale_jax.rules import Rules
@@ -124,11 +124,11 @@ def _checked(graph: Graph, name: str, scores: Any) -> np.ndarray:
     return values
 
 
-def _allowed(group: Group, exact_only: bool) -> bool:
+def _allowed(group: DimGroup, exact_only: bool) -> bool:
     return not exact_only or "exact" in group.flags
 
 
-def _shapes(graph: Graph, group: Group) -> tuple[Any, ...]:
+def _shapes(graph: Graph, group: DimGroup) -> tuple[Any, ...]:
     """What groups of one kind share: where in what shapes their members stand."""
     return tuple(sorted((graph.shapes[m.path], *m[1:]) for m in group.members))
 

@@ -51,3 +51,8 @@ __all__ = [
     "teacher",
     "top_k",
 ]
+
+
+def __dir__() -> list[str]:
+    """What tab completion offers: the public names, and nothing that is imported here."""
+    return [*__all__, "__all__", "__doc__", "__name__"]

@@ -76,7 +76,7 @@ def _masked(batch: Batch, valid: jax.Array | None, mask: Any) -> Batch:
     if mask is None:
         return batch
     patterns = [mask] if isinstance(mask, str | re.Pattern) else list(mask)
-    chosen = rules.resolve([(p, True) for p in patterns], batch, False, noun="batch array")
+    chosen = rules.assign([(p, True) for p in patterns], batch, False, noun="batch array")
     if valid is None:
         return batch
 

@@ -57,7 +57,7 @@ def cast(apply: Apply, policy: Policy | DType) -> Apply:
 
     @around(apply, "cast")
     def cast_fn(params: Params, *inputs: Any, **kwargs: Any) -> Any:
-        dtypes = rules.resolve(policy.overrides, params, policy.compute)
+        dtypes = rules.assign(policy.overrides, params, policy.compute)
         state = {name: kwargs.pop(name) for name in ("state",) if name in kwargs}
         inputs, kwargs = _cast((inputs, kwargs), policy.compute)
         out = apply(_cast_each(params, dtypes), *inputs, **kwargs, **state)

@@ -95,7 +95,7 @@ def to_float16(params: Params, rules: rule.Rules[DType] = ()) -> tuple[Params, F
           w  1 flushed, 1 subnormal of 3
     """
     pairs = [(p, dtype_of(dtype, f"rule {p!r}")) for p, dtype in rule.pairs_of(rules)]
-    dtypes = rule.resolve(pairs, params, dtype_of("float16", "default"))
+    dtypes = rule.assign(pairs, params, dtype_of("float16", "default"))
     done = jax.tree.map(lambda leaf, dtype: trees.cast(leaf, dtype), params, dtypes)
     triples = zip(trees.names(params), jax.tree.leaves(params), jax.tree.leaves(done), strict=True)
     rows = [_row(name, old, new) for name, old, new in triples if trees.is_floating(old)]

@@ -17,7 +17,7 @@ import numpy as np
 from unitscale_jax import tree as trees
 from unitscale_jax.prune._surgeon import least_squares
 from unitscale_jax.statistics import Stat, required, warn_unseen
-from unitscale_jax.trace.params import Layout, canonical, uncanonical
+from unitscale_jax.trace.params import MatrixForm, canonical, uncanonical
 
 
 def refit(params: Any, stats: Mapping[str, Stat], masks: Any, damp: float = 0.01) -> Any:
@@ -77,7 +77,7 @@ def singular(name: str, tried: Sequence[float]) -> str:
 
 @functools.partial(jax.jit, static_argnums=4)
 def _refitted(
-    w: jax.Array, mask: jax.Array, h: jax.Array, damp: float, layout: Layout
+    w: jax.Array, mask: jax.Array, h: jax.Array, damp: float, layout: MatrixForm
 ) -> jax.Array:
     one = lambda w, h, mask: least_squares(w, h, mask, damp)
     new = jax.vmap(one)(canonical(w.astype(jnp.float32), layout), h, canonical(mask, layout))

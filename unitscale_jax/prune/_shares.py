@@ -9,7 +9,7 @@ from unitscale_jax import rules as named_rules, tree as trees
 from unitscale_jax.prune._allocate import uniform
 from unitscale_jax.prune._spec import SparsitySpec, counts, selected, stacked_axes
 from unitscale_jax.sparsity import kept
-from unitscale_jax.trace.params import Layout
+from unitscale_jax.trace.params import MatrixForm
 
 
 def shares(total: int, sizes: Sequence[int]) -> np.ndarray:
@@ -28,7 +28,7 @@ def shares(total: int, sizes: Sequence[int]) -> np.ndarray:
 
 
 def counts_of_parts(
-    name: str, layout: Layout, spec: SparsitySpec, params: Any, parts: Sequence[int]
+    name: str, layout: MatrixForm, spec: SparsitySpec, params: Any, parts: Sequence[int]
 ) -> np.ndarray:
     """How many weights each part of each of a parameter's matrices keeps: (batch, parts).
 

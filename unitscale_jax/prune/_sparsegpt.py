@@ -27,7 +27,7 @@ from unitscale_jax.prune._spec import SparsitySpec, selected, stacked_axes
 from unitscale_jax.prune._surgeon import obs_sweep, squared_error
 from unitscale_jax.statistics import Stat, required, warn_unseen
 from unitscale_jax.trace.params import (
-    Layout,
+    MatrixForm,
     canonical,
     inverse_factor,
     uncanonical,
@@ -171,7 +171,7 @@ class _Plan:
         ratio: Of N:M.
     """
 
-    layout: Layout
+    layout: MatrixForm
     sizes: tuple[int, ...]
     axis: int
     block: int
@@ -186,7 +186,7 @@ class _Plan:
 
 
 def _plan(
-    name: str, pattern: Any, shape: tuple[int, ...], stacked: int, layout: Layout, block: int
+    name: str, pattern: Any, shape: tuple[int, ...], stacked: int, layout: MatrixForm, block: int
 ) -> _Plan:
     sizes = tuple(shape[axis] for axis in layout.contracted)
     k, last, ratio = math.prod(sizes), len(sizes) - 1, None
@@ -206,7 +206,9 @@ def _plan(
     return _Plan(layout, sizes, last, block, cuts, ratio)
 
 
-def _place(name: str, pattern: NofM, shape: tuple[int, ...], stacked: int, layout: Layout) -> int:
+def _place(
+    name: str, pattern: NofM, shape: tuple[int, ...], stacked: int, layout: MatrixForm
+) -> int:
     pattern.units(name, shape[stacked:])  # the axis is known, and M divides it
     assert pattern.axis is not None
     axis = pattern.axis if pattern.axis < 0 else pattern.axis + stacked - len(shape)

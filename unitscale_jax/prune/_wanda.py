@@ -21,7 +21,7 @@ from unitscale_jax.prune._select import exact_k
 from unitscale_jax.prune._shares import counts_of_parts
 from unitscale_jax.prune._spec import SparsitySpec, make_masks, selected
 from unitscale_jax.statistics import Stat, required, warn_unseen
-from unitscale_jax.trace.params import Layout, canonical, uncanonical
+from unitscale_jax.trace.params import MatrixForm, canonical, uncanonical
 
 
 def wanda(params: Any, stats: Mapping[str, Stat]) -> Any:
@@ -166,7 +166,7 @@ def owl_ratios(params: Any, stats: Mapping[str, Stat], m: float = 5.0) -> dict[s
     return {name: _ratio(_score(leaves[name], of), of.layout, m) for name, of in stats.items()}
 
 
-def _ratio(scores: jax.Array, layout: Layout, m: float) -> Any:
+def _ratio(scores: jax.Array, layout: MatrixForm, m: float) -> Any:
     stack = scores.shape[: layout.layers]
     flat = np.asarray(scores, np.float64).reshape(*stack, -1)
     out = np.mean(flat > m * np.mean(flat, axis=-1, keepdims=True), axis=-1)

@@ -33,7 +33,7 @@ from unitscale_jax.quant._qtensor import QTensor, is_quantized, value_of
 from unitscale_jax.quant._spec import DotSpec, QSpec
 from unitscale_jax.statistics import Stat, required, warn_unseen
 from unitscale_jax.trace.params import (
-    Layout,
+    MatrixForm,
     canonical,
     inverse_factor,
     uncanonical,
@@ -163,7 +163,7 @@ def _rounded(name: str, w: Any, stat: Stat, spec: DotSpec, damp: float) -> tuple
     return made, Rounded(error(encode(w, spec)), error(made), int(stat.unseen.sum()))
 
 
-def _errors(w: jax.Array, h: jax.Array, t: QTensor, layout: Layout) -> float:
+def _errors(w: jax.Array, h: jax.Array, t: QTensor, layout: MatrixForm) -> float:
     wide = on_grid(w)
     off = value_of(t.astype(jnp.float32)) - wide
     power = lambda x: jnp.einsum("bkn,bkl,bln->", x, h, x, precision=EXACT)
@@ -175,7 +175,7 @@ def _errors(w: jax.Array, h: jax.Array, t: QTensor, layout: Layout) -> float:
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _on_device(
-    w: jax.Array, h: jax.Array, spec: DotSpec, layout: Layout, damp: float
+    w: jax.Array, h: jax.Array, spec: DotSpec, layout: MatrixForm, damp: float
 ) -> tuple[QTensor, jax.Array]:
     assert spec.w.axes is not None
     shape, axes = w.shape, tuple(axis % w.ndim for axis in spec.w.axes)

@@ -20,7 +20,7 @@ from unitscale_jax.rules import Pattern
 from unitscale_jax.statistics._measure import CHANNELS, Operand
 from unitscale_jax.statistics._observe import Observer, observe, over_batches
 from unitscale_jax.statistics._stat import Outline, Stat, Stats, merge_stats
-from unitscale_jax.trace.params import layout_of, meetings
+from unitscale_jax.trace.params import matrix_form, meetings
 from unitscale_jax.trace.program import Staged, stage
 
 Kind: TypeAlias = Literal["range", "channels", "squares", "hessian"]
@@ -234,7 +234,7 @@ def _observers(
         spec = None if spec is None else _servable(name, spec, "range" in kinds)
         inputs = frozenset(kinds - {"range"})
         if name not in missing and (inputs or spec):
-            layout = layout_of(name, np.shape(leaves[name]), met[name])
+            layout = matrix_form(name, np.shape(leaves[name]), met[name])
             out[name] = Observer(name=name, layout=layout, met=met[name], spec=spec, kinds=inputs)
     return out
 

@@ -24,7 +24,7 @@ from unitscale_jax.statistics._measure import (
 )
 from unitscale_jax.statistics._stat import Stat
 from unitscale_jax.trace.params import (
-    Layout,
+    MatrixForm,
     Meeting,
     above,
     channel_rows,
@@ -51,7 +51,7 @@ class Observer:
     """
 
     name: str
-    layout: Layout
+    layout: MatrixForm
     met: Sequence[Meeting]
     spec: Operand | None
     kinds: frozenset[str]

@@ -27,7 +27,7 @@ from unitscale_jax.statistics._measure import (
     is_traced,
     on_host,
 )
-from unitscale_jax.trace.params import Layout
+from unitscale_jax.trace.params import MatrixForm
 from unitscale_jax.trace.program import is_array
 
 
@@ -54,7 +54,7 @@ class Stat:
     rows: Any
     numbers: Mapping[str, Numbers]
     spec: Operand | None = None
-    layout: Layout = field(default_factory=Layout)
+    layout: MatrixForm = field(default_factory=MatrixForm)
 
     @property
     def range(self) -> Any:

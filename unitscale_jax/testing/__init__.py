@@ -4,3 +4,8 @@ from unitscale_jax.testing._parts import check_inplace, check_parts
 from unitscale_jax.testing._sharded import check_collectives, check_sharded
 
 __all__ = ["check_collectives", "check_inplace", "check_parts", "check_sharded"]
+
+
+def __dir__() -> list[str]:
+    """What tab completion offers: the public names, and nothing that is imported here."""
+    return [*__all__, "__all__", "__doc__", "__name__"]

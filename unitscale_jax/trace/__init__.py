@@ -48,3 +48,8 @@ __all__ = [
     "trace",
     "walk",
 ]
+
+
+def __dir__() -> list[str]:
+    """What tab completion offers: the public names, and nothing that is imported here."""
+    return [*__all__, "__all__", "__doc__", "__name__"]

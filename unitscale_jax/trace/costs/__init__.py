@@ -2,7 +2,7 @@
 
 from unitscale_jax.trace.costs._cost import (
     Cost,
-    Row,
+    OpRow,
     cost,
 )
 from unitscale_jax.trace.costs._hlo import (
@@ -18,7 +18,7 @@ __all__ = [
     "Collective",
     "Cost",
     "OpCost",
-    "Row",
+    "OpRow",
     "collectives",
     "cost",
     "cost_of",

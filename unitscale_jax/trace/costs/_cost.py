@@ -25,7 +25,7 @@ K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Row:
+class OpRow:
     """One equation in the bill.
 
     Attributes:
@@ -56,7 +56,7 @@ class Cost:
         rows: One for every equation without a body that can be entered, also if it does not run.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[OpRow, ...]
 
     def by(self, key: Callable[[Site], K]) -> dict[K, OpCost]:
         """Totals of groups of equations, in order of first appearance; they add up to `total`."""
@@ -169,13 +169,13 @@ def _rows(
     repeats: int = 1,
     parent: Site | None = None,
     body: int = 0,
-) -> Iterator[Row]:
+) -> Iterator[OpRow]:
     """The rows of a body of which some results are wanted."""
     for index, (eqn, own) in enumerate(zip(jaxpr.eqns, _live(jaxpr, wanted)[0], strict=True)):
         site = Site(eqn, index, body, parent)
         run, inside = runs and (any(own) or bool(eqn.effects)), _bodies(eqn)
         if not inside:
-            yield Row(site, cost_of(eqn), repeats, run)
+            yield OpRow(site, cost_of(eqn), repeats, run)
             continue
         within = [
             list(_rows(inner, _wanted(eqn, own, k), run, repeats * _times(site, k), site, k))
@@ -205,7 +205,7 @@ def _around(site: Site) -> Iterator[Site]:
         yield site
 
 
-def _costliest(branches: list[list[Row]]) -> list[list[Row]]:
+def _costliest(branches: list[list[OpRow]]) -> list[list[OpRow]]:
     """All rows of all branches, of which only those of one run."""
 
     def price(number: int) -> tuple[int, int, int]:

@@ -7,8 +7,8 @@ from unitscale_jax.trace.dimensions._couplings import (
     settled,
 )
 from unitscale_jax.trace.dimensions._dims import (
+    DimGroup,
     Dims,
-    Group,
     Member,
     Refused,
     dims,
@@ -27,7 +27,7 @@ __all__ = [
     "Coupled",
     "Dims",
     "Factor",
-    "Group",
+    "DimGroup",
     "Member",
     "Record",
     "Refused",

@@ -43,7 +43,7 @@ class Member(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Group:
+class DimGroup:
     """Channels that can be removed, from all members together.
 
     Attributes:
@@ -89,7 +89,7 @@ class Dims:
         unknown: Primitives without a rule, and how often they occur.
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[DimGroup, ...]
     refused: tuple[Refused, ...]
     unknown: Mapping[str, int]
     _axes: Mapping[str, Axes] = field(repr=False)
@@ -131,7 +131,7 @@ class Dims:
             return f"{name!r} is refused, {CLOSED_OVER}."
         return f"{name!r} is refused: {', '.join(reasons)}." if reasons else ""
 
-    def _members(self, of: Group | Refused) -> str:
+    def _members(self, of: DimGroup | Refused) -> str:
         return " ".join(_name(member, self._axes) for member in of.members)
 
     def __str__(self) -> str:
@@ -212,7 +212,9 @@ def _mark_unused(members: Iterable[Factor], record: Record) -> None:
             factor.marks.add("unused")
 
 
-def _group(factor: Factor, members: list[Member], axes: Mapping[str, Axes], zeros: Zeros) -> Group:
+def _group(
+    factor: Factor, members: list[Member], axes: Mapping[str, Axes], zeros: Zeros
+) -> DimGroup:
     mixed = tuple(sorted(zeros.leaks.get(factor, ())))
     if factor.marks:
         flags = {"layer"}
@@ -221,7 +223,7 @@ def _group(factor: Factor, members: list[Member], axes: Mapping[str, Axes], zero
     else:
         flags = {"exact", "reduce:sum"} if factor in zeros.sums else {"exact"}
     name = _name(members[0], axes)
-    return Group(name, factor.size, tuple(members), frozenset(flags), mixed, factor)
+    return DimGroup(name, factor.size, tuple(members), frozenset(flags), mixed, factor)
 
 
 def _refused(factor: Factor, members: list[Member], axes: Mapping[str, Axes]) -> Refused:

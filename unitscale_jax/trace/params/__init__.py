@@ -5,11 +5,11 @@ from unitscale_jax.trace.params._device_sums import (
     device_sums,
 )
 from unitscale_jax.trace.params._layouts import (
-    Layout,
+    MatrixForm,
     batch_pairs,
     canonical,
     contraction,
-    layout_of,
+    matrix_form,
     uncanonical,
 )
 from unitscale_jax.trace.params._meetings import (
@@ -53,7 +53,7 @@ __all__ = [
     "DeviceSum",
     "Dot",
     "Held",
-    "Layout",
+    "MatrixForm",
     "Meeting",
     "Origin",
     "Product",
@@ -69,7 +69,7 @@ __all__ = [
     "device_sums",
     "input_rows",
     "inverse_factor",
-    "layout_of",
+    "matrix_form",
     "meetings",
     "observable",
     "origins",

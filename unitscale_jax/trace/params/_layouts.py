@@ -16,7 +16,7 @@ Axes: TypeAlias = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Layout:
+class MatrixForm:
     """Which axes of a parameter the statistics of what it meets are about, counted from the end.
 
     Attributes:
@@ -34,7 +34,7 @@ class Layout:
     clear: bool = False
 
 
-def layout_of(name: str, shape: Sequence[int], met: Sequence[Meeting]) -> Layout:
+def matrix_form(name: str, shape: Sequence[int], met: Sequence[Meeting]) -> MatrixForm:
     """What all products of a parameter agree on; at least the layers that all of them run along."""
     each = [_layout_at(name, shape, meeting) for meeting in met]
     layers = min(layout.layers for layout in each)
@@ -42,10 +42,10 @@ def layout_of(name: str, shape: Sequence[int], met: Sequence[Meeting]) -> Layout
         replace(it, batch=it.batch[:layers] + it.batch[it.layers :], layers=layers) for it in each
     ]
     same = all(it == cut[0] for it in cut)
-    return cut[0] if same else Layout(batch=cut[0].batch[:layers], layers=layers)
+    return cut[0] if same else MatrixForm(batch=cut[0].batch[:layers], layers=layers)
 
 
-def _layout_at(name: str, shape: Sequence[int], meeting: Meeting) -> Layout:
+def _layout_at(name: str, shape: Sequence[int], meeting: Meeting) -> MatrixForm:
     product, held, rank = product_of(meeting.site), meeting.held, len(shape)
     assert product is not None, name
     layers = 0
@@ -56,7 +56,7 @@ def _layout_at(name: str, shape: Sequence[int], meeting: Meeting) -> Layout:
         else:
             break
     stacked = tuple(k - rank for k in range(layers))
-    unclear = Layout(stacked, layers=layers)
+    unclear = MatrixForm(stacked, layers=layers)
     pairs = contraction(product, meeting)
     if pairs is None or not held.whole:
         return unclear
@@ -69,7 +69,7 @@ def _layout_at(name: str, shape: Sequence[int], meeting: Meeting) -> Layout:
     if any(at[axis] != shape[axis] for axis in every) or every & held.cut or {*stacked} & {*batch}:
         return unclear
     channels = tuple(axis for axis in contracted if axis in inputs)
-    return Layout(stacked + tuple(batch), tuple(contracted), channels, layers, clear=True)
+    return MatrixForm(stacked + tuple(batch), tuple(contracted), channels, layers, clear=True)
 
 
 Pairs: TypeAlias = list[tuple[int | None, int]]
@@ -119,20 +119,20 @@ def batch_pairs(product: Product, meeting: Meeting) -> Pairs:
     return sorted([(axis, d) for axis, d in pairs if axis is not None])
 
 
-def canonical(w: Any, layout: Layout) -> jax.Array:
+def canonical(w: Any, layout: MatrixForm) -> jax.Array:
     """A parameter as matrices (batch, K, outputs), in the order of its own axes."""
     first, k, last = _orders(w.ndim, layout)
     sizes = [math.prod(w.shape[axis] for axis in axes) for axes in (first, k, last)]
     return jnp.asarray(w).transpose(*first, *k, *last).reshape(sizes)
 
 
-def uncanonical(m: jax.Array, layout: Layout, shape: Sequence[int]) -> jax.Array:
+def uncanonical(m: jax.Array, layout: MatrixForm, shape: Sequence[int]) -> jax.Array:
     """The inverse of `canonical`; `shape` is that of the array to make."""
     first, k, last = _orders(len(shape), layout)
     order = [axis % len(shape) for axis in (*first, *k, *last)]
     return m.reshape([shape[axis] for axis in order]).transpose(np.argsort(order))
 
 
-def _orders(rank: int, layout: Layout) -> tuple[Axes, Axes, Axes]:
+def _orders(rank: int, layout: MatrixForm) -> tuple[Axes, Axes, Axes]:
     known = (*layout.batch, *layout.contracted)
     return layout.batch, layout.contracted, tuple(k for k in range(-rank, 0) if k not in known)

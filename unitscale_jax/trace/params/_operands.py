@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unitscale_jax.trace.params._layouts import Layout, Pairs, batch_pairs, contraction
+from unitscale_jax.trace.params._layouts import MatrixForm, Pairs, batch_pairs, contraction
 from unitscale_jax.trace.params._meetings import Meeting
 from unitscale_jax.trace.params._product import Conv, Dot, Product, product_of
 
 
-def input_rows(name: str, layout: Layout, meeting: Meeting, v: jax.Array) -> jax.Array:
+def input_rows(name: str, layout: MatrixForm, meeting: Meeting, v: jax.Array) -> jax.Array:
     """The other operand as (batch.., rows, K), K in the order of the parameter's own axes.
 
     Rows of a convolution are its windows.
@@ -33,7 +33,7 @@ def input_rows(name: str, layout: Layout, meeting: Meeting, v: jax.Array) -> jax
     return _by_rows(v, [d for _, d in batch], [d for _, d in pairs])
 
 
-def channel_rows(name: str, layout: Layout, meeting: Meeting, v: jax.Array) -> jax.Array:
+def channel_rows(name: str, layout: MatrixForm, meeting: Meeting, v: jax.Array) -> jax.Array:
     """The other operand as (batch.., rows, channels); rows of a convolution are positions.
 
     Raises:
@@ -130,7 +130,7 @@ def _product(meeting: Meeting) -> Product:
     return product
 
 
-def _known(name: str, layout: Layout, meeting: Meeting) -> tuple[Product, Pairs]:
+def _known(name: str, layout: MatrixForm, meeting: Meeting) -> tuple[Product, Pairs]:
     product = _product(meeting)
     pairs = contraction(product, meeting)
     if not layout.clear or pairs is None:
