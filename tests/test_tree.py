@@ -173,12 +173,12 @@ MIXED = {
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_cast_changes_floating_leaves_and_no_others(dtype):
-    cast = trees.cast(MIXED, dtype)
+    cast = trees.astype(MIXED, dtype)
     for name in ("w", "half", "scalar"):
         assert cast[name].dtype == dtype
     for name in ("count", "flag", "key"):
         assert cast[name] is MIXED[name]
-    again = trees.cast(cast, dtype)
+    again = trees.astype(cast, dtype)
     assert jax.tree.map(lambda x: x.dtype, again) == jax.tree.map(lambda x: x.dtype, cast)
 
 

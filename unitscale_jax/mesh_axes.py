@@ -31,12 +31,13 @@ def devices_over(mesh_axis: MeshAxis) -> int:
     Raises:
         ValueError: No `shard_map` around has them.
     """
+    names = mesh_axis if isinstance(mesh_axis, str) else tuple(mesh_axis)
     try:
-        return jax.lax.axis_size(mesh_axis if isinstance(mesh_axis, str) else tuple(mesh_axis))
+        return jax.lax.axis_size(names)
     except NameError:
         raise ValueError(
-            f"mesh_axis={mesh_axis!r} outside of a shard_map that has them. Call it inside of one "
-            "over a mesh with them, or leave them out."
+            f"mesh_axis={names!r} outside of a shard_map that has them. Call it inside of one over "
+            "a mesh with them, or leave them out."
         ) from None
 
 

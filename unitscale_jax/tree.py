@@ -20,7 +20,7 @@ from unitscale_jax.typing import DType
 __all__ = [
     "Compound",
     "by_names",
-    "cast",
+    "astype",
     "combine",
     "is_compound",
     "is_finite",
@@ -215,13 +215,13 @@ def wide(dtype: DType) -> np.dtype:
     return np.dtype(np.int32) if narrow else dtype
 
 
-def cast(tree: Any, dtype: DType) -> Any:
+def astype(tree: Any, dtype: DType) -> Any:
     """Casts the floating leaves; integers, booleans and random keys stay as they are.
 
     A `Compound` stands for an array of another dtype from then on; its own arrays stay.
 
     Example:
-        >>> cast({"w": jnp.ones(2), "n": jnp.arange(2)}, "bfloat16")["w"].dtype
+        >>> astype({"w": jnp.ones(2), "n": jnp.arange(2)}, "bfloat16")["w"].dtype
         dtype(bfloat16)
     """
     return jax.tree.map(functools.partial(_cast_leaf, dtype), tree, is_leaf=is_compound)

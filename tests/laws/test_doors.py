@@ -21,7 +21,10 @@ from unitscale_jax import errors
 
 NAMESPACES = {"us": us} | {
     name: getattr(us, name)
-    for name in ("prune", "parallel", "distill", "testing", "tree", "rules", "formats", "fwd_bwd")
+    for name in (
+        *("quant", "statistics", "prune", "compaction", "parallel", "distill", "testing"),
+        *("trace", "tree", "rules", "formats", "fwd_bwd"),
+    )
 }
 
 
@@ -29,7 +32,7 @@ def public():
     """Every public function, by name."""
     found = {}
     for space, module in NAMESPACES.items():
-        names = getattr(module, "__all__", None) or [n for n in vars(module) if n[0] != "_"]
+        names = module.__all__
         for name in names:
             value = getattr(module, name)
             home = getattr(value, "__module__", "")

@@ -450,7 +450,7 @@ def test_axes_are_resolved_if_and_only_if_all_meetings_agree(name):
 
 def test_products_of_float64_exist_and_have_no_codes():
     with jax.enable_x64(True):
-        params, x = us.tree.cast(W, jnp.float64), X.astype(jnp.float64)
+        params, x = us.tree.astype(W, jnp.float64), X.astype(jnp.float64)
         fn = lambda p, x: x @ p["w"]
         (met,) = trace.meetings(stage(fn, params, x), params)["w"]
         assert met.kind == "product" and met.contracted == {-2}

@@ -49,7 +49,7 @@ def test_twice_is_once(policy):
 def grads_by_cast_and_by_hand(policy, w, x):
     params, low = {**PARAMS, "mlp": {"w": w}}, policy.compute
     by_cast = jax.grad(total(cast(apply, policy)))(params, x)
-    by_hand = jax.grad(total(apply))(trees.cast(params, low), x.astype(low))
+    by_hand = jax.grad(total(apply))(trees.astype(params, low), x.astype(low))
     return by_cast, by_hand
 
 
@@ -58,7 +58,7 @@ def grads_by_cast_and_by_hand(policy, w, x):
 def test_gradients_have_the_dtype_of_params_and_the_values_of_low_arithmetic(policy, w, x):
     by_cast, by_hand = grads_by_cast_and_by_hand(policy, w, x)
     chex.assert_trees_all_equal_dtypes(by_cast, PARAMS)
-    chex.assert_trees_all_equal(by_cast, trees.cast(by_hand, jnp.float32))
+    chex.assert_trees_all_equal(by_cast, trees.astype(by_hand, jnp.float32))
 
 
 @lows

@@ -164,10 +164,10 @@ def test_values_keep_names_and_casts():
     params, masks, _ = task()
     held = pack(params, masks)
     assert trees.names(held.values) == trees.names(params)
-    low = trees.cast(held, "bfloat16")
+    low = trees.astype(held, "bfloat16")
     np.testing.assert_array_equal(low.bits["in"].data, held.bits["in"].data)
     np.testing.assert_array_equal(
-        unpack(low)["in"], apply_masks(trees.cast(params, "bfloat16"), masks)["in"]
+        unpack(low)["in"], apply_masks(trees.astype(params, "bfloat16"), masks)["in"]
     )
 
 

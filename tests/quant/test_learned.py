@@ -43,7 +43,7 @@ X = normal(ROWS, IN)
 
 def begun(spec, params=PARAMS, fn=dense, x=X, dtype=F32, collect=("range", "channels")):
     """Learned parameters, by what was calibrated on `x`."""
-    rules, params = {"w": spec}, us.tree.cast(params, dtype)
+    rules, params = {"w": spec}, us.tree.astype(params, dtype)
     stats = (
         None
         if spec.x is None
@@ -81,7 +81,7 @@ def test_a_worked_example():
 def programs(kind, dtype):
     spec = SPECS[kind]
     start = begun(spec, dtype=dtype)
-    cast = lambda p, x: (us.tree.cast(p, dtype), x.astype(dtype))
+    cast = lambda p, x: (us.tree.astype(p, dtype), x.astype(dtype))
     train = us.quantized(lambda p, x: dense(*cast(p, x)))
 
     def with_gradient(p, x):
@@ -327,7 +327,7 @@ def test_learned_parameters_go_through_checkpoints(tmp_path):
 def test_names_and_casts_see_one_array_of_a_shape():
     params = begun(SPECS["w8a8"])
     assert us.tree.names(params) == ["b", "w/latent", "w/scale", "w/x_scale"]
-    half = us.tree.cast(params, jnp.bfloat16)["w"]
+    half = us.tree.astype(params, jnp.bfloat16)["w"]
     assert half.dtype == jnp.bfloat16 and half.scale.dtype == half.x_scale.dtype == F32
     assert half.shape == (IN, OUT) and "Learned((12, 6), int8 x int8" in repr(half)
     rules = us.quant.resolve({"w": W8A8}, dense, params, X)

@@ -136,7 +136,7 @@ def test_layers_stacked_are_rows_of_a_scan():
 
 
 def test_a_cast_changes_what_it_stands_for_and_no_scale():
-    codes = us.tree.cast(tree(), "bfloat16")
+    codes = us.tree.astype(tree(), "bfloat16")
     assert codes["w"].dtype == jnp.bfloat16 and codes["b"].dtype == jnp.bfloat16
     assert codes["w"].scale.dtype == jnp.float32 and codes["w"].codes.dtype == jnp.int8
     assert us.quant.dequantize(codes)["w"].dtype == jnp.bfloat16

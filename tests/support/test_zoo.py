@@ -126,7 +126,7 @@ def test_building_again_gives_the_same_model(name):
 def in_bfloat16(name):
     """Shapes and dtypes of the outputs, where parameters and activations are bfloat16."""
     model = zoo.model(name)
-    args = us.tree.cast((model.params, *model.inputs), jnp.bfloat16)
+    args = us.tree.astype((model.params, *model.inputs), jnp.bfloat16)
     return jax.eval_shape(model.apply, *args)
 
 

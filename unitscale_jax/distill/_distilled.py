@@ -147,7 +147,7 @@ def teacher(apply: Apply, params: Params, *, dtype: DType | None = None) -> jax.
         (6.0, 0.0, 2.0)
     """
     check_callable("apply", apply)
-    params = params if dtype is None else trees.cast(params, dtype)
+    params = params if dtype is None else trees.astype(params, dtype)
     return jax.tree_util.Partial(_Frozen(apply), params)
 
 

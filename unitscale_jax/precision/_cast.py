@@ -74,7 +74,7 @@ def _cast_each(params: Params, dtypes: Any) -> Params:
 
 def _cast(tree: Any, dtype: DType) -> Any:
     """As `trees.cast`, but leaves what already has the dtype, so that the jaxpr stays the same."""
-    cast_leaf = lambda x: trees.cast(x, dtype) if _is_wide(x) and x.dtype != dtype else x
+    cast_leaf = lambda x: trees.astype(x, dtype) if _is_wide(x) and x.dtype != dtype else x
     return jax.tree.map(cast_leaf, tree, is_leaf=trees.is_compound)
 
 

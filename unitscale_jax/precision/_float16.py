@@ -96,7 +96,7 @@ def to_float16(params: Params, rules: rule.Rules[DType] = ()) -> tuple[Params, F
     """
     pairs = [(p, dtype_of(dtype, f"rule {p!r}")) for p, dtype in rule.pairs_of(rules)]
     dtypes = rule.assign(pairs, params, dtype_of("float16", "default"))
-    done = jax.tree.map(lambda leaf, dtype: trees.cast(leaf, dtype), params, dtypes)
+    done = jax.tree.map(lambda leaf, dtype: trees.astype(leaf, dtype), params, dtypes)
     triples = zip(trees.names(params), jax.tree.leaves(params), jax.tree.leaves(done), strict=True)
     rows = [_row(name, old, new) for name, old, new in triples if trees.is_floating(old)]
     return done, Float16Report(tuple(rows))

@@ -130,7 +130,7 @@ def _nearest(x: jax.Array) -> jax.Array:
 
 
 def _widened(tree: Params) -> Params:
-    return trees.cast(tree, jnp.float32)
+    return trees.astype(tree, jnp.float32)
 
 
 def _check_rounding(rounding: str, key: Key | None) -> None:

@@ -104,7 +104,7 @@ closest: 'bfloat16'. Use float16, bfloat16, float32 or float64.
             >>> Policy(param="bfloat16").cast_to_param({"w": 1.5})["w"].dtype
             dtype(bfloat16)
         """
-        return trees.cast(params, self.param)
+        return trees.astype(params, self.param)
 
 
 def dtype_of(dtype: DType, where: str) -> np.dtype:

@@ -1,44 +1,16 @@
 """Statistics of what meets parameters: one pass over the data for every technique."""
 
-from unitscale_jax.statistics._calibrate import (
-    Selects,
-    calibrate,
-    observed,
-)
-from unitscale_jax.statistics._measure import (
-    Measure,
-    Operand,
-)
-from unitscale_jax.statistics._observe import (
-    inputs_of,
-    over_batches,
-)
+from unitscale_jax.statistics._calibrate import Selects, calibrate, observed
+from unitscale_jax.statistics._measure import Measure, Operand
+from unitscale_jax.statistics._observe import inputs_of as inputs_of, over_batches as over_batches
 from unitscale_jax.statistics._required import (
-    check_names,
-    required,
-    warn_unseen,
+    check_names as check_names,
+    required as required,
+    warn_unseen as warn_unseen,
 )
-from unitscale_jax.statistics._stat import (
-    Stat,
-    Stats,
-    merge_stats,
-)
+from unitscale_jax.statistics._stat import Stat, Stats, merge_stats
 
-__all__ = [
-    "Measure",
-    "Operand",
-    "Selects",
-    "Stat",
-    "Stats",
-    "calibrate",
-    "check_names",
-    "inputs_of",
-    "merge_stats",
-    "observed",
-    "over_batches",
-    "required",
-    "warn_unseen",
-]
+__all__ = ["Measure", "Operand", "Selects", "Stat", "Stats", "calibrate", "merge_stats", "observed"]
 
 
 def __dir__() -> list[str]:

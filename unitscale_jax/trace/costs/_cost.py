@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from unitscale_jax.errors import check_callable
 from unitscale_jax.trace.costs._op_cost import OpCost, cost_of, is_counted, operand_dtype
 from unitscale_jax.trace.program import _compat
 from unitscale_jax.trace.program._compat import Equation, Jaxpr
@@ -152,6 +153,7 @@ def cost(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Cost:
         >>> [(row.site.name, row.op.flops, row.repeats) for row in bill.rows]
         [('dot_general', 4096, 3), ('tanh', 0, 3)]
     """
+    check_callable("the function", fn)
     if isinstance(fn, Traced):
         if more := len(args) + len(kwargs):
             raise TypeError(f"a traced function has its arguments; got {more} more. Drop them")

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from unitscale_jax.errors import expected
+
 KINDS = (
     "all-reduce",
     "all-gather",
@@ -68,6 +70,8 @@ def collectives(program: Any, mesh: Mesh) -> tuple[Collective, ...]:
         >>> [(c.kind, c.axes, c.bytes, c.loops) for c in collectives(program, mesh)]
         [('all-reduce', ('dp',), 4, 0)]
     """
+    if not isinstance(program, str) and not hasattr(program, "as_text"):
+        raise TypeError(expected("the program", program, "a compiled function, or its text"))
     text = program if isinstance(program, str) else program.as_text()
     bodies, entry = _computations(text)
     return tuple(_found(bodies, entry, mesh, times=1, loops=0))

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 
 from unitscale_jax import tree
+from unitscale_jax.errors import check_type
 from unitscale_jax.trace.dimensions._couplings import Record, coupled, settled
 from unitscale_jax.trace.dimensions._factors import Axes, Factor, mark, new_axes
 from unitscale_jax.trace.dimensions._zero_rules import Known
@@ -164,6 +165,7 @@ def dims(traced: Traced) -> Dims:
            8  refused: output   down:1
            8  refused: input    up:0
     """
+    check_type("the function", traced, Traced, "what us.trace.trace returns")
     params, *inputs = traced.arguments
     axes = {path: new_axes(leaf.shape) for path, leaf in tree.named_leaves(params).items()}
     given = [new_axes(leaf.shape, "input") for leaf in jax.tree.leaves(inputs)]

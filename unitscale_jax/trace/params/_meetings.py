@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from unitscale_jax.errors import check_type
 from unitscale_jax.trace.params._product import product_of
 from unitscale_jax.trace.params._provenance import origins
 from unitscale_jax.trace.program._function import Staged
@@ -117,6 +118,7 @@ def meetings(staged: Staged, params: Any) -> dict[str, list[Meeting]]:
         >>> [(name, m.kind, sorted(m.contracted)) for name, (m,) in met.items()]
         [('w', 'product', [-1]), ('b', 'sum', [])]
     """
+    check_type("the call", staged, Staged, "a traced call")
     flow = _Holding()
     sources = origins(staged, params)
     known = [_entering(x, o.parameter) for x, o in zip(staged.operands, sources, strict=True)]

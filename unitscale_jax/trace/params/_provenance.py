@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from unitscale_jax import tree as trees
+from unitscale_jax.errors import check_type
 from unitscale_jax.trace.program._compat import Equation, Jaxpr
 from unitscale_jax.trace.program._function import Staged
 from unitscale_jax.trace.program._primitives import moved
@@ -66,6 +67,7 @@ def provenance(
 
     Law: a parameter is among `parameters` of an operand if changing it changes the operand.
     """
+    check_type("the equations", jaxpr, Jaxpr, "a Jaxpr, as `closed.jaxpr`")
     flow = Provenance()
     walk(flow, jaxpr, inputs, [None] * len(jaxpr.constvars), parent, body)
     return flow.operands

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unitscale_jax.errors import check_callable
 from unitscale_jax.trace.program._compat import ClosedJaxpr, as_function
 
 
@@ -106,6 +107,7 @@ def trace(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Traced:
         >>> doubled({"x": jnp.arange(3.0)}, train=False)["y"].tolist()
         [0.0, 2.0, 4.0]
     """
+    check_callable("the function", fn)
     args = (*as_arrays(args[:1]), *args[1:])
     outputs: list[jax.tree_util.PyTreeDef] = []
 

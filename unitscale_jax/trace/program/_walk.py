@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias, TypeVar
 
+from unitscale_jax.errors import check_type
 from unitscale_jax.trace.program import _compat
 from unitscale_jax.trace.program._compat import Equation, Jaxpr, Literal, Var
 from unitscale_jax.trace.program._trips import while_trips
@@ -189,6 +190,7 @@ def opaque(jaxpr: Jaxpr) -> list[Site]:
         >>> [site.name for site in opaque(solve.jaxpr)]
         ['custom_linear_solve']
     """
+    check_type("the equations", jaxpr, Jaxpr, "a Jaxpr, as `closed.jaxpr`")
     return [site for site in sites(jaxpr) if site.is_opaque]
 
 
@@ -284,6 +286,7 @@ def walk(
     body: int = 0,
 ) -> list[V]:
     """What `flow` knows of the results of `jaxpr`, given what it knows of the inputs."""
+    check_type("`flow`", flow, Flow, "a us.trace.Flow")
     known: dict[Var, V] = dict(zip(jaxpr.invars, inputs, strict=True))
     known |= {v: flow.constant(c) for v, c in zip(jaxpr.constvars, consts, strict=True)}
     read = lambda v: flow.constant(v.val) if isinstance(v, Literal) else known[v]

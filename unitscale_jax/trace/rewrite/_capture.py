@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from unitscale_jax.errors import check_callable
 from unitscale_jax.trace.program import _compat
 from unitscale_jax.trace.program._function import stage
 from unitscale_jax.trace.program._walk import Place, Site
@@ -73,6 +74,7 @@ def captured(
         >>> float(total), captures[0].value.tolist(), captures[0].loops
         (6.0, [0.0, 1.0, 3.0], (3,))
     """
+    check_callable("the function", fn)
 
     @functools.wraps(fn)
     def captured_fn(*args: Any, **kwargs: Any) -> tuple[Any, list[Capture]]:

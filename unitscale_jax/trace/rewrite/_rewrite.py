@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 
 import jax
 
+from unitscale_jax.errors import check_callable
 from unitscale_jax.trace.program import _compat
 from unitscale_jax.trace.program._compat import ClosedJaxpr, Equation, Jaxpr, Literal, Var
 from unitscale_jax.trace.program._function import stage
@@ -51,6 +52,7 @@ def rewritten(fn: Callable[..., Any], rules: Rules) -> Callable[..., Any]:
         >>> float(ones(3.0 * jnp.ones(())))
         9.0
     """
+    check_callable("the function", fn)
 
     @functools.wraps(fn)
     def rewritten_fn(*args: Any, **kwargs: Any) -> Any:
