@@ -22,7 +22,9 @@ KEY = jax.random.key(7)
 W8 = us.DotSpec(w=us.QSpec(), x=us.QSpec())
 
 
-def plain(p, x, mode="relu", *, train, depth=1, rate=0.5, mask=None, axis=None, tolerance=None):
+def plain(
+    p, x, mode="relu", *, train, depth=1, rate=0.5, mask=None, mesh_axis=None, tolerance=None
+):
     """Static values of every kind, an array among the keywords, and names that options have."""
     if mode not in ("relu", "tanh"):
         raise ValueError(mode)
@@ -32,7 +34,7 @@ def plain(p, x, mode="relu", *, train, depth=1, rate=0.5, mask=None, axis=None, 
         h = (jax.nn.relu if mode == "relu" else jnp.tanh)(h)
     h = h @ p["down"]
     scaled = h * rate if train else h
-    return scaled if (axis, tolerance) == (None, None) else scaled + 1.0
+    return scaled if (mesh_axis, tolerance) == (None, None) else scaled + 1.0
 
 
 class Linen(linen.Module):
@@ -195,7 +197,7 @@ def test_a_state_among_the_keywords_is_an_input(analyser):
 
 
 OPTIONS = {
-    "infer": (us.parallel.infer, {"mesh": MESH, "axis": "tp"}, {"axis": "tp"}),
+    "infer": (us.parallel.infer, {"mesh": MESH, "mesh_axis": "tp"}, {"mesh_axis": "tp"}),
     "verify": (
         lambda fn, *args, **kwargs: us.compaction.verify(fn, half("flag"), *args, **kwargs),
         {"tolerance": 1e-3, "gradients": False},
