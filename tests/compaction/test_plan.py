@@ -237,26 +237,6 @@ def test_a_search_over_many_layers_takes_what_is_least_worth(layers):
     np.testing.assert_array_equal(np.sort(left), every[len(every) // 2 :])
 
 
-# -------------------------------------------------------------------------------- isomorphic
-
-
-def test_isomorphic_groups_compete_and_others_lose_the_same_share():
-    """Scores of the first kind are tiny, and by themselves they would all go first."""
-    fn = lambda p, x: sum(jnp.tanh(x @ p[k]["up"]) @ p[k]["down"] for k in p)
-    shapes = {
-        "a": {"up": f32(4, 16), "down": f32(16, 3)},
-        "b": {"up": f32(4, 16), "down": f32(16, 3)},
-        "c": {"up": f32(4, 8), "down": f32(8, 3)},
-    }
-    graph = groups(fn, shapes, f32(2, 4))
-    scores = {"a/down:0": np.full(16, 0.1), "b/down:0": np.full(16, 0.2), "c/down:0": np.ones(8)}
-    half = Params(7 * 20)
-    assert plan(graph, scores, budget=half).new_sizes["c/down:0"] == 8
-    made = plan(graph, scores, budget=half, isomorphic=True).new_sizes
-    assert made["c/down:0"] == 4 and made["a/down:0"] + made["b/down:0"] == 16
-    assert made["a/down:0"] == 1  # of its kind the worse one goes, but for its last channel
-
-
 # -------------------------------------------------------------------------- by share (C5)
 
 
@@ -344,7 +324,6 @@ SIZE = SIZES[NAME]
 def test_what_to_keep_is_said_once():
     no("either keep=.. or budget=")
     no("either keep=.. or budget=", keep=0.5, budget=Params(10))
-    no("isomorphic compares groups under a budget", keep=0.5, isomorphic=True)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0])

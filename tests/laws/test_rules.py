@@ -91,7 +91,6 @@ CALLERS = {
         PARAMS,
         BATCH,
     ),
-    "to_float16": lambda r: us.to_float16(PARAMS, of_spec(r, "float32")),
     "counted": lambda r: us.compaction.l2(graph(), PARAMS, counted=of_spec(r, True)),
 }
 

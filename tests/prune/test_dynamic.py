@@ -17,19 +17,13 @@ from unitscale_jax.prune import (
     Linear,
     NofM,
     OneShot,
-    Scored,
     SparsitySpec,
     Unstructured,
-    add_scores,
     apply_masks,
     magnitude,
     magnitude_masks,
-    make_masks,
     masked_straight_through,
     masks_of,
-    movement_masked,
-    movement_masks,
-    movement_penalty,
     rigl,
     sr_ste,
 )
@@ -164,44 +158,3 @@ def test_sr_ste_decays_what_is_pruned_and_nothing_else():
 
 
 # ------------------------------------------------------------------- movement
-
-
-def test_a_score_moves_by_its_weight_times_the_gradient_it_would_have():
-    both, x = add_scores(draw(0), HALF), jnp.ones((5, 8))
-    scores = jax.tree.map(lambda s, w: w if s.ndim else s, both.scores, draw(3))
-    both = both._replace(scores=scores)
-    grads = jax.grad(movement_masked(loss, HALF))(both, x)
-    masks = movement_masks(both, HALF)
-    chex.assert_trees_all_equal(masks, make_masks(scores, HALF))
-    dense = jax.grad(loss)(apply_masks(both.params, masks), x)
-    m, w = masks["kernel"], both.params["kernel"]
-    np.testing.assert_allclose(grads.params["kernel"], jnp.where(m, dense["kernel"], 0), rtol=1e-5)
-    np.testing.assert_allclose(grads.scores["kernel"], dense["kernel"] * w, rtol=1e-5)
-    np.testing.assert_allclose(grads.params["bias"], dense["bias"], rtol=1e-5)
-    assert grads.scores["bias"] == 0
-    baked = apply(apply_masks(both.params, masks), x)
-    chex.assert_trees_all_equal(movement_masked(apply, HALF)(both, x), baked)
-
-
-def test_movement_follows_a_schedule_with_a_traced_step():
-    both, schedule = add_scores(draw(0), HALF), Linear(2, 4)
-    masks = jax.jit(lambda t: movement_masks(both, HALF, schedule, step=t))
-    assert [int(masks(t)["kernel"].sum()) for t in range(6)] == [48, 48, 48, 36, 24, 24]
-    fn = movement_masked(apply, HALF, schedule)
-    np.testing.assert_array_equal(
-        fn(both, jnp.ones((1, 8)), step=0), apply(both.params, jnp.ones((1, 8)))
-    )
-    with pytest.raises(ValueError, match="schedule needs the step"):
-        fn(both, jnp.ones((1, 8)))
-
-
-def test_a_threshold_keeps_what_is_above_it():
-    scores = {"w": jnp.array([-3.0, 0.0, 3.0]), "b": jnp.zeros(())}
-    both = Scored({"w": jnp.ones(3), "b": jnp.ones(3)}, scores)
-    spec = SparsitySpec(patterns={"w": Unstructured()})
-    assert movement_masks(both, spec, threshold=0.1)["w"].tolist() == [False, True, True]
-    np.testing.assert_allclose(movement_penalty(both), 0.5)
-    with pytest.raises(ValueError, match="threshold is 2.0"):
-        movement_masks(both, spec, threshold=2.0)
-    with pytest.raises(ValueError, match="w has Channel"):
-        movement_masks(both, SparsitySpec(patterns={"w": Channel()}), threshold=0.5)

@@ -41,7 +41,6 @@ _ANYHOW = {
     "tests/quant": ["test_gptq.py", "test_gradient.py", "test_roles.py"],
     "tests/trace": ["test_dims.py", "test_provenance.py", "test_reach.py", "test_zeros.py"],
 }
-_BUT_NOT = {"tests/prune": ["test_packed.py"]}  # packed is pruned to the bit
 
 
 def environment() -> dict[str, str]:
@@ -61,4 +60,4 @@ def any_compilation_will_do(path: pathlib.Path, root: pathlib.Path) -> bool:
     within = lambda listed: any(
         path.is_relative_to(root / folder / name) for folder in listed for name in listed[folder]
     )
-    return within(_ANYHOW) and not within(_BUT_NOT)
+    return within(_ANYHOW)

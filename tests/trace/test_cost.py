@@ -96,7 +96,6 @@ OPERATIONS = {
     "from bool": converted(BOOL, "float32"),
     "pow int": (lax.pow, F32, INT),
     "pow scalar int": (lax.pow, F32, INDEX),
-    "nextafter": (lax.nextafter, F32, F32),
     "complex": (lax.complex, F32, F32),
     "clamp": (lax.clamp, F32, F32, F32),
     "clamp by scalars": (lax.clamp, SCALAR, F32, SCALAR),
@@ -225,7 +224,7 @@ def test_a_product_has_its_formula():
     assert ours(*valid) == (2 * (2 * 6 * 7 * 8) * (4 * 3 * 3), 0)
 
 
-SPECIAL = "asin acos sinh cosh asinh acosh atanh erfc erf_inv lgamma digamma bessel_i0e bessel_i1e"
+SPECIAL = "asin acos sinh cosh asinh acosh atanh erfc erf_inv lgamma digamma"
 
 
 @pytest.mark.parametrize("name", SPECIAL.split())

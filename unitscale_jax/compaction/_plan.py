@@ -35,7 +35,6 @@ def plan(
     round_to: int = 1,
     tp: int = 1,
     exact_only: bool = True,
-    isomorphic: bool = False,
 ) -> CompactionPlan:
     """Plans which channels stay.
 
@@ -51,8 +50,6 @@ def plan(
         tp: Over how many shards channels will lie: the same number is kept of each consecutive
             part, so nothing moves between devices. A group that it does not divide stays whole.
         exact_only: False consents to groups that are not `exact`; see `plan_of`.
-        isomorphic: Under a budget, groups with members of other shapes lose the same share, and
-            only those of the same shapes compete (https://arxiv.org/abs/2407.04616).
 
     Returns:
         A plan. Of equal channels the earlier one stays.
@@ -80,15 +77,12 @@ def plan(
     check_type("graph", graph, Graph, "what us.compaction.groups returns")
     if (keep is None) == (budget is None):
         raise ValueError("say how much stays: either keep=.. or budget=.., and not both.")
-    if isomorphic and budget is None:
-        raise ValueError("isomorphic compares groups under a budget; with keep each has its own.")
     unit = _unit(round_to, tp)
     values = {name: _checked(graph, name, x) for name, x in scores.items()}
     mine = [g for g in graph.groups if g.name in values and _allowed(g, exact_only)]
     if not mine:
         raise ValueError(_nothing_to_remove(graph, values))
-    kind = lambda group: _shapes(graph, group) if isomorphic else None
-    removals = {g.name: removal_of(values[g.name], unit, tp, kind(g)) for g in mine}
+    removals = {g.name: removal_of(values[g.name], unit, tp) for g in mine}
     if budget is not None:
         cuts = _under_budget(graph, budget, removals)
     else:
@@ -126,11 +120,6 @@ def _checked(graph: Graph, name: str, scores: Any) -> np.ndarray:
 
 def _allowed(group: DimGroup, exact_only: bool) -> bool:
     return not exact_only or "exact" in group.flags
-
-
-def _shapes(graph: Graph, group: DimGroup) -> tuple[Any, ...]:
-    """What groups of one kind share: where in what shapes their members stand."""
-    return tuple(sorted((graph.shapes[m.path], *m[1:]) for m in group.members))
 
 
 def _nothing_to_remove(graph: Graph, scores: Mapping[str, Any]) -> str:

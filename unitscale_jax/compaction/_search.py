@@ -26,26 +26,24 @@ class Removal:
         order: All channels, the one to lose first at the front.
         ends: How many are lost after each cut, beginning with 0 for none.
         losses: What each cut loses of the score.
-        kind: Groups of one kind are compared with each other; see `plan`.
     """
 
     order: np.ndarray
     ends: tuple[int, ...]
     losses: tuple[float, ...]
-    kind: object = None
 
     def kept(self, cuts: int) -> list[int]:
         """The channels that are left after so many cuts, ascending."""
         return sorted(map(int, self.order[self.ends[cuts] :]))
 
 
-def removal_of(scores: np.ndarray, unit: int, tp: int, kind: object = None) -> Removal:
+def removal_of(scores: np.ndarray, unit: int, tp: int) -> Removal:
     """The cuts of a group, of `unit` channels each, the same number from each of `tp` shards.
 
     The first cut takes what leaves a multiple of the unit. A group that `tp` does not divide, or
     that has no more channels than a unit, has none. Of equal scores the later channel goes first.
     """
-    size, whole = len(scores), Removal(np.arange(len(scores)), (0,), (), kind)
+    size, whole = len(scores), Removal(np.arange(len(scores)), (0,), ())
     if size % tp or size <= unit:
         return whole
     shards = scores.reshape(tp, -1)
@@ -56,7 +54,7 @@ def removal_of(scores: np.ndarray, unit: int, tp: int, kind: object = None) -> R
     ends = (0, *range(first, size - unit + 1, unit))
     pairs = zip(ends[:-1], ends[1:], strict=True)
     losses = tuple(float(scores[order[a:b]].sum()) for a, b in pairs)
-    return Removal(order, ends, losses, kind)
+    return Removal(order, ends, losses)
 
 
 def within(budget: float, price: Polynomial, groups: Mapping[str, Removal]) -> dict[str, int]:
@@ -93,11 +91,6 @@ class _Search:
         for monomial, c in self.price.terms.items():
             for name in set(monomial):
                 self._terms[name].append((monomial, c))
-        self._of_kind = {
-            cuts.kind: sum(len(c.order) for c in self.groups.values() if c.kind == cuts.kind)
-            for cuts in self.groups.values()
-        }
-        self._lost = dict.fromkeys(self._of_kind, 0)
 
     def shrink(self, budget: float) -> None:
         """Removal where least is lost for what is saved, until the price fits."""
@@ -129,13 +122,12 @@ class _Search:
                 return
             self._move(max(back, key=lambda name: back[name]), -1)
 
-    def _key(self, name: str) -> tuple[float, float] | None:
-        """What decides when a group is cut next: within a kind, score lost by cost saved."""
+    def _key(self, name: str) -> float | None:
+        """What decides when a group is cut next: the score lost by the cost saved."""
         cuts, done = self.groups[name], self.done[name]
         if done == len(cuts.losses) or (saved := self._change(name, 1)) <= 0:
             return None
-        share = 0 if cuts.kind is None else self._lost[cuts.kind] / self._of_kind[cuts.kind]
-        return share, cuts.losses[done] / float(saved)
+        return cuts.losses[done] / float(saved)
 
     def _change(self, name: str, by: int) -> int | Fraction:
         """What the price falls by if a group has so many more cuts; negative if it rises."""
@@ -153,5 +145,4 @@ class _Search:
     def _move(self, name: str, by: int) -> None:
         self._cost -= self._change(name, by)
         self.done[name] += by
-        old, self._sizes[name] = self._sizes[name], self._size(name, self.done[name])
-        self._lost[self.groups[name].kind] += old - self._sizes[name]
+        self._sizes[name] = self._size(name, self.done[name])

@@ -18,12 +18,9 @@ from unitscale_jax.distill._distilled import (
     teacher,
 )
 from unitscale_jax.distill._features import (
-    attention_scores,
-    attention_transfer,
     cosine,
     hidden_mse,
     layer_map,
-    minilm,
 )
 from unitscale_jax.distill._losses import (
     jsd,
@@ -34,8 +31,6 @@ from unitscale_jax.distill._losses import (
 __all__ = [
     "Term",
     "TopK",
-    "attention_scores",
-    "attention_transfer",
     "cache_top_k",
     "chunked_kl",
     "cosine",
@@ -46,7 +41,6 @@ __all__ = [
     "kl",
     "kl_top_k",
     "layer_map",
-    "minilm",
     "reverse_kl",
     "teacher",
     "top_k",

@@ -39,7 +39,6 @@ def kl(
     temperature: Any = 1.0,
     *,
     where: jax.Array | None = None,
-    standardize: bool = False,
 ) -> jax.Array:
     """Divergence of the student from the teacher, `T^2 KL(softmax(t/T) || softmax(s/T))`.
 
@@ -49,8 +48,6 @@ def kl(
         temperature: T > 0, a scalar; may be traced.
         where: Boolean, broadcast against the logits: which entries exist. Logits of `-inf` say the
             same; where the teacher has one, the student may have any. A row without entries is 0.
-        standardize: Whether the entries of each row are brought to mean 0 and variance 1 first
-            (arXiv 2403.01427), which leaves the student free in scale.
 
     Returns:
         `(...,)`, float32 (float64 for float64).
@@ -67,7 +64,7 @@ def kl(
         >>> jax.grad(kl, argnums=1)(t, t + 5.0).tolist()
         [0.0, 0.0, 0.0]
     """
-    u, v, factor = _prepared(t, s, temperature, where, standardize)
+    u, v, factor = _prepared(t, s, temperature, where)
     return factor * divergence_of_logits(u, v)
 
 
@@ -77,7 +74,6 @@ def reverse_kl(
     temperature: Any = 1.0,
     *,
     where: jax.Array | None = None,
-    standardize: bool = False,
 ) -> jax.Array:
     """Divergence of the teacher from the student, `T^2 KL(softmax(s/T) || softmax(t/T))`.
 
@@ -89,7 +85,7 @@ def reverse_kl(
         >>> bool(jnp.isclose(reverse_kl(t, s), kl(s, t)))
         True
     """
-    u, v, factor = _prepared(t, s, temperature, where, standardize)
+    u, v, factor = _prepared(t, s, temperature, where)
     return factor * divergence_of_logits(v, u)
 
 
@@ -100,7 +96,6 @@ def jsd(
     *,
     beta: Any = 0.5,
     where: jax.Array | None = None,
-    standardize: bool = False,
 ) -> jax.Array:
     """Generalized Jensen-Shannon divergence, `T^2 (beta KL(p || m) + (1 - beta) KL(q || m))`.
 
@@ -113,8 +108,7 @@ def jsd(
         s: Student's logits.
         temperature: T.
         beta: Between 0 and 1, both excluded; a scalar, may be traced.
-        where: As `standardize`, those of `kl`.
-        standardize: See `kl`.
+        where: As of `kl`.
 
     Returns:
         `(...,)`, float32 (float64 for float64).
@@ -132,7 +126,7 @@ def jsd(
             f"beta is {beta}; expected a number between 0 and 1. The ends are `kl` and "
             "`reverse_kl`, by limit."
         )
-    u, v, factor = _prepared(t, s, temperature, where, standardize)
+    u, v, factor = _prepared(t, s, temperature, where)
     return factor * _mixed_divergence(jnp.asarray(beta, u.dtype), u, v)
 
 
@@ -301,7 +295,7 @@ def sum_dtype(*arrays: Any) -> np.dtype:
 
 
 def _prepared(
-    t: jax.Array, s: jax.Array, temperature: Any, where: jax.Array | None, standardize: bool
+    t: jax.Array, s: jax.Array, temperature: Any, where: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     t, s = jnp.asarray(t), jnp.asarray(s)
     check_vocabularies(t, s)
@@ -310,19 +304,6 @@ def _prepared(
     logits = [fixed(t, dtype), s.astype(dtype)]
     if where is not None:
         logits = [jnp.where(where, x, -jnp.inf) for x in logits]
-    if standardize:
-        logits = [_standardized(x) for x in logits]
     temperature = jnp.asarray(temperature).astype(dtype)
     u, v = (x / temperature for x in logits)
     return u, v, temperature**2
-
-
-def _standardized(x: jax.Array) -> jax.Array:
-    there = ~jnp.isneginf(x)
-    count = jnp.maximum(jnp.sum(there, axis=-1, keepdims=True), 1).astype(x.dtype)
-    mean = lambda y: jnp.sum(jnp.where(there, y, 0), axis=-1, keepdims=True) / count
-    x = jnp.where(there, x, 0)
-    centered = x - mean(x)
-    variance = mean(centered**2)
-    scale = jax.lax.rsqrt(jnp.where(variance > 0, variance, 1))  # a row of equals stays zeros
-    return jnp.where(there, centered * scale, -jnp.inf)

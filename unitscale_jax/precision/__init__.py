@@ -10,10 +10,6 @@ from unitscale_jax.precision._autocast import (
 from unitscale_jax.precision._cast import (
     cast,
 )
-from unitscale_jax.precision._float16 import (
-    Float16Report,
-    to_float16,
-)
 from unitscale_jax.precision._loss_scale import (
     current_scale,
     loss_scaled,
@@ -37,7 +33,6 @@ from unitscale_jax.precision._updated import (
 
 __all__ = [
     "DynamicScale",
-    "Float16Report",
     "LossScaleState",
     "LowPrecisionState",
     "Policy",
@@ -48,7 +43,6 @@ __all__ = [
     "loss_scaled",
     "low_precision_weights",
     "overflowing",
-    "to_float16",
     "unless_skipped",
     "unscaled",
     "updated",

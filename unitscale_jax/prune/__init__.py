@@ -13,20 +13,6 @@ from unitscale_jax.prune._masks import (
     apply_masks,
     masked,
 )
-from unitscale_jax.prune._movement import (
-    Scored,
-    add_scores,
-    movement_masked,
-    movement_masks,
-    movement_penalty,
-)
-from unitscale_jax.prune._packed import (
-    Bits,
-    Packed,
-    pack,
-    packed,
-    unpack,
-)
 from unitscale_jax.prune._patterns import (
     Balanced,
     Block,
@@ -96,7 +82,6 @@ from unitscale_jax.statistics import (
 
 __all__ = [
     "Balanced",
-    "Bits",
     "Block",
     "Channel",
     "Cubic",
@@ -105,15 +90,12 @@ __all__ = [
     "PrunedState",
     "NofM",
     "OneShot",
-    "Packed",
     "Score",
-    "Scored",
     "SparseGPTReport",
     "SparsityReport",
     "SparsitySpec",
     "Steps",
     "Unstructured",
-    "add_scores",
     "calibrate",
     "ERK",
     "exact_k",
@@ -126,14 +108,9 @@ __all__ = [
     "pruned",
     "masks_of",
     "movement",
-    "movement_masked",
-    "movement_masks",
-    "movement_penalty",
     "n_of_m",
     "OWL",
     "owl_ratios",
-    "pack",
-    "packed",
     "apply_masks",
     "random",
     "refit",
@@ -146,7 +123,6 @@ __all__ = [
     "sr_ste",
     "masked_straight_through",
     "uniform",
-    "unpack",
     "wanda",
     "wanda_masks",
     "masked",
