@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import linen_lm
 
 import unitscale_jax as us
-from unitscale_jax.trace.program import stage
+from unitscale_jax.trace.program import trace_call
 from unitscale_jax.trace.rewrite import Rewriter, rewritten
 
 
@@ -42,7 +42,7 @@ def every(fn):
 
     @functools.wraps(fn)
     def replayed_fn(*args):
-        staged = stage(fn, *args)
+        staged = trace_call(fn, *args)
         replay = Rewriter({}, default=lambda site, operands: site.bind(operands))
         return staged.finish(replay(staged.closed.jaxpr, staged.closed.consts, staged.operands))
 

@@ -408,7 +408,7 @@ def _dtype_name(dtype: DType) -> str:
 
 
 @functools.partial(jax.jit, inline=True)  # traced once for a shape, however often it is used
-def on_grid(x: Any) -> jax.Array:
+def round_to_dtype(x: Any) -> jax.Array:
     """The values of a 16 or 32-bit float array as float32, on the grid of their dtype."""
     info = jnp.finfo(jnp.result_type(x))
     wide = jnp.asarray(x).astype(jnp.float32)

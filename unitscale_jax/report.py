@@ -15,13 +15,13 @@ import numpy as np
 
 from unitscale_jax.errors import check_callable
 from unitscale_jax.trace.costs import Cost, OpRow, cost
-from unitscale_jax.trace.params import Origin, origins, provenance
+from unitscale_jax.trace.params import Origin, input_origins, provenance
 from unitscale_jax.trace.program import (
     PRODUCTS,
     Site,
     is_constant,
     producers,
-    stage,
+    trace_call,
 )
 from unitscale_jax.trace.rewrite import notes_at, scope_without_notes, taking_notes
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Operation:
+class ReportRow:
     """One operation of a function, as often as it runs.
 
     Attributes:
@@ -69,16 +69,16 @@ class Report:
         cost: Their totals; see `unitscale_jax.trace.cost`.
     """
 
-    rows: tuple[Operation, ...]
+    rows: tuple[ReportRow, ...]
     cost: Cost
 
     @property
-    def upcasts(self) -> tuple[Operation, ...]:
+    def upcasts(self) -> tuple[ReportRow, ...]:
         """Operations that a float32 operand made wider than their 16-bit one."""
         return tuple(row for row in self.rows if _UPCAST in row.warnings)
 
     @property
-    def left(self) -> tuple[Operation, ...]:
+    def left(self) -> tuple[ReportRow, ...]:
         """Operations that some transform left as they were; its note says "kept: ..." and why."""
         kept = lambda row: any(str(note).startswith("kept") for note in row.notes.values())
         return tuple(row for row in self.rows if kept(row))
@@ -94,7 +94,7 @@ class Report:
         return self.cost.by_dtype
 
     @property
-    def warnings(self) -> tuple[tuple[Operation, str], ...]:
+    def warnings(self) -> tuple[tuple[ReportRow, str], ...]:
         """Every warning with its operation."""
         return tuple((row, warning) for row in self.rows for warning in row.warnings)
 
@@ -157,9 +157,9 @@ def explain(fn: Callable[..., Any]) -> Callable[..., Report]:
 
     def explain_fn(*args: Any, **kwargs: Any) -> Report:
         with taking_notes() as notes:
-            staged = stage(fn, *args, **kwargs)
+            staged = trace_call(fn, *args, **kwargs)
         jaxpr = staged.closed.jaxpr
-        sources = provenance(jaxpr, origins(staged, args[0] if args else ()))
+        sources = provenance(jaxpr, input_origins(staged, args[0] if args else ()))
         bill, before = cost(staged.traced), producers(jaxpr)
         operations = []
         for row in bill.rows:
@@ -176,9 +176,9 @@ def _operation(
     notes: list[dict[str, Any]],
     sources: Sequence[Origin],
     before: Sequence[Site | None],
-) -> Operation:
+) -> ReportRow:
     site, said = row.site, notes_at(row.site, notes)
-    return Operation(
+    return ReportRow(
         place=site.place,
         module=scope_without_notes(site),
         name=site.name,

@@ -224,9 +224,9 @@ def test_names_and_ranges_that_do_not_fit_are_named(tmp_path):
     tree = us.quantize({"w": kernel(4, 3)}, rules)
     with pytest.raises(ValueError, match="renamed to 'w', which does not end in '.weight'"):
         export_compressed_tensors(tmp_path, tree)
-    ranged = {"w": replace(tree["w"], x_range=jnp.array([-1.0, 1.0]))}
+    ranged = {"w": replace(tree["w"], input_range=jnp.array([-1.0, 1.0]))}
     weight = lambda name: f"{name[0]}.weight"
-    with pytest.raises(ValueError, match="drop x_range"):
+    with pytest.raises(ValueError, match="drop input_range"):
         export_compressed_tensors(tmp_path, ranged, rename=weight)
     with pytest.raises(
         ValueError, match="w2 and another parameter are both renamed to 'w.weight'."

@@ -49,7 +49,7 @@ def quantized(spec, dtype="float32", axes=(-2,), kernel=KERNEL):
 
 def calibrated(tree):
     ranges = jnp.array([[-1.0, 2.0], [0.0, 0.5]])
-    change = lambda t: replace(t, x_range=ranges) if is_quantized(t) else t
+    change = lambda t: replace(t, input_range=ranges) if is_quantized(t) else t
     return jax.tree.map(change, tree, is_leaf=is_quantized)
 
 
@@ -159,7 +159,7 @@ def test_the_file_is_what_the_schema_says(file):
     codes = jnp.array([[-7, -1, 0, 1, 2, 4, 7, -3, 5]], jnp.int8).astype(jnp.int4)
     spec = DotSpec(w=QSpec(format="int4", group=Group(3, "integer")), x=ASYMMETRIC)
     tree = us.quantize({"head": {"w": jnp.ones((1, 9))}}, {"head/w": spec.with_axes((-1,))})
-    tree["head"]["w"] = replace(tree["head"]["w"], codes=codes, x_range=jnp.array([-1.0, 2.0]))
+    tree["head"]["w"] = replace(tree["head"]["w"], codes=codes, input_range=jnp.array([-1.0, 2.0]))
     save(file, tree | {"b": jnp.zeros(2, jnp.bfloat16)})
     with safe_open(file, "np") as f:
         metadata = f.metadata()
@@ -170,7 +170,7 @@ def test_the_file_is_what_the_schema_says(file):
         "head/w.codes": ("U8", [1, 5]),
         "head/w.scale": ("F32", [1, 1]),
         "head/w.multiplier": ("I8", [1, 3]),
-        "head/w.x_range": ("F32", [2]),
+        "head/w.input_range": ("F32", [2]),
     }
     assert metadata.keys() == {"format", "version", "spec:head/w", "outline", "sha256"}
     assert (metadata["format"], metadata["version"]) == ("unitscale_jax", "1")
@@ -201,9 +201,11 @@ def test_each_field_has_its_dtype(name, field, dtype, file):
 
 def test_sums_of_codes_are_not_stored_but_computed(file):
     tree = quantized(SPECS["asymmetric x"])
-    wrong = replace(tree["mlp"]["kernel"], colsum=jnp.zeros_like(tree["mlp"]["kernel"].colsum))
+    wrong = replace(
+        tree["mlp"]["kernel"], code_sums=jnp.zeros_like(tree["mlp"]["kernel"].code_sums)
+    )
     save(file, {"mlp": tree["mlp"] | {"kernel": wrong}})
-    assert not any("colsum" in name for name in opened(file)[0])
+    assert not any("code_sums" in name for name in opened(file)[0])
     assert_identical(load(file), tree)
 
 
@@ -268,7 +270,7 @@ def test_arrays_come_back_sharded_and_scales_as_their_codes(name, file):
     t = came["mlp"]["kernel"]
     assert t.codes.sharding == on(None, "data", "model")
     assert t.scale.sharding.is_equivalent_to(on(None, None, "model"), 3)
-    assert t.x_range.sharding.is_fully_replicated
+    assert t.input_range.sharding.is_fully_replicated
     again = load(file, came)
     for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(came), strict=True):
         assert a.sharding == b.sharding
@@ -355,7 +357,7 @@ VALUES = {
     "a zero point": ("asymmetric", "zero_point", np.int32(128), r"zero_point .* \[-128, 127\]"),
     "a multiplier of 0": ("integer groups", "multiplier", np.int8(0), r"multiplier .* \[1, 18\]"),
     "a large multiplier": ("integer groups", "multiplier", np.int8(19), r"multiplier .* \[1, 18\]"),
-    "an empty range": ("int8", "x_range", np.float32(9), "x_range has a lower end above"),
+    "an empty range": ("int8", "input_range", np.float32(9), "input_range has a lower end above"),
 }
 
 
@@ -528,7 +530,7 @@ REFUSED = {
         "codes is int4",
     ),
     "values": (ValueError, lambda: broken(scale=lambda t: 0 * t.scale), "kernel.scale has values"),
-    "latent": (ValueError, lambda: broken(latent=lambda t: t.scale), "inside of a trace"),
+    "master": (ValueError, lambda: broken(master=lambda t: t.scale), "inside of a trace"),
 }
 
 

@@ -15,7 +15,7 @@ from flax import linen, nnx
 
 import unitscale_jax as us
 from unitscale_jax import trace
-from unitscale_jax.trace.program import sites, stage
+from unitscale_jax.trace.program import sites, trace_call
 
 X = jax.random.normal(jax.random.key(1), (4, 6))
 KEY = jax.random.key(7)
@@ -136,7 +136,7 @@ def pruned(_, fn, params, *args, **kwargs):
 
 
 def met(_, fn, params, *args, **kwargs):
-    found = trace.meetings(stage(fn, params, *args, **kwargs), params)
+    found = trace.meetings(trace_call(fn, params, *args, **kwargs), params)
     return {name: [(m.kind, m.site.name) for m in those] for name, those in found.items()}
 
 

@@ -30,7 +30,7 @@ def learned():
 
 
 def latents(params):
-    return {"w": params["w"].latent, "b": params["b"]}
+    return {"w": params["w"].master, "b": params["b"]}
 
 
 def loss(params, x):
@@ -59,7 +59,7 @@ def test_training_leaves_zeros_and_clears_their_moments(score):
     def step(params, state, plain, plain_state):
         grads = jax.grad(loss)(params, X)
         updates, state = tx.update(grads, state, params)
-        own = {"w": grads["w"].latent, "b": grads["b"]}
+        own = {"w": grads["w"].master, "b": grads["b"]}
         plain_updates, plain_state = tx.update(own, plain_state, plain)
         moved = optax.apply_updates(params, updates), optax.apply_updates(plain, plain_updates)
         return moved[0], state, moved[1], plain_state
@@ -73,7 +73,7 @@ def test_training_leaves_zeros_and_clears_their_moments(score):
     assert_same_bits(prune.masks_of(state), prune.masks_of(plain_state))
     assert_same_bits(latents(params), plain)
     moments = state.inner[0].mu["w"]
-    assert not np.any(np.where(mask, 0, moments.latent)) and np.all(moments.scale != 0)
+    assert not np.any(np.where(mask, 0, moments.master)) and np.all(moments.scale != 0)
     assert not np.any(np.where(mask, 0, us.quantize(params)["w"].codes))  # zeros stay zeros
     assert np.all(params["w"].scale != learned()["w"].scale)
 
@@ -86,7 +86,7 @@ def test_masks_that_move_have_the_same_number_of_ones(make):
     params = optax.apply_updates(params, updates)
     mask = prune.masks_of(state)["w"]
     assert mask.sum() == W.size // 2
-    assert not np.any(np.where(mask, 0, params["w"].latent))
+    assert not np.any(np.where(mask, 0, params["w"].master))
 
 
 def test_dense_arrays_behind_a_sparse_pass_keep_their_scales():
@@ -99,8 +99,8 @@ def test_dense_arrays_behind_a_sparse_pass_keep_their_scales():
     tx = prune.sr_ste(optax.sgd(1.0), SPEC, decay=0.5)
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = tx.update(zeros, tx.init(params), params)
-    pulled = jnp.where(masks["w"], 0, -0.5 * params["w"].latent)
-    np.testing.assert_array_equal(updates["w"].latent, pulled)
+    pulled = jnp.where(masks["w"], 0, -0.5 * params["w"].master)
+    np.testing.assert_array_equal(updates["w"].master, pulled)
     assert not np.any(updates["w"].scale)
 
 

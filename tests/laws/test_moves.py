@@ -20,8 +20,8 @@ from tests.support import zoo
 from unitscale_jax import trace
 from unitscale_jax.fwd_bwd import scale, straight_through
 from unitscale_jax.quant import Group
-from unitscale_jax.trace.params import addresses, origins
-from unitscale_jax.trace.program import sites, stage
+from unitscale_jax.trace.params import input_origins, rule_names
+from unitscale_jax.trace.program import sites, trace_call
 from unitscale_jax.trace.program._primitives import MOVES
 
 W8 = us.DotSpec(w=us.QSpec(), x=us.QSpec())
@@ -143,8 +143,8 @@ def inserted(fn, *names):
 
 def account(fn, params, *inputs):
     """What each parameter meets, and by which names rules address these equations."""
-    staged = stage(fn, params, *inputs)
-    at = trace.provenance(staged.closed.jaxpr, origins(staged, params))
+    staged = trace_call(fn, params, *inputs)
+    at = trace.provenance(staged.closed.jaxpr, input_origins(staged, params))
     met = trace.meetings(staged, params)
     facts = lambda m: (
         m.site.name,
@@ -155,7 +155,7 @@ def account(fn, params, *inputs):
         sorted(m.contracted),
         sorted(m.channels),
         tuple(axis for _, axis in m.stacks),
-        addresses(m.site, at[m.site.place][:2]),
+        rule_names(m.site, at[m.site.place][:2]),
     )
     return {name: [facts(m) for m in found] for name, found in met.items()}
 
@@ -277,7 +277,7 @@ def test_a_frozen_learned_weight_gives_its_scale_no_gradient():
     fn = lambda p, x: x @ jax.lax.stop_gradient(p["w"])
     params = us.quant.learned(W, us.quant.resolve({"w": WEIGHTS}, fn, W, X))
     grads = jax.grad(lambda p: (us.quantized(fn)(p, X) ** 2).sum())(params)
-    assert not np.any(grads["w"].latent) and not np.any(grads["w"].scale)
+    assert not np.any(grads["w"].master) and not np.any(grads["w"].scale)
 
 
 def test_the_range_of_an_activation_is_learned_beside_a_frozen_weight():
@@ -412,7 +412,7 @@ def test_joined_kernels_are_named_and_ruled(fn):
 def test_what_joins_activations_is_no_kernel():
     fn = lambda p, x: jnp.concatenate([p["token"], x]) @ p["w"]
     params = W | {"token": jnp.ones((1, 4))}
-    met = trace.meetings(stage(fn, params, X), params)
+    met = trace.meetings(trace_call(fn, params, X), params)
     assert met.keys() == {"w"}
 
 
@@ -421,7 +421,7 @@ def test_what_joins_activations_is_no_kernel():
 
 def test_a_parameter_on_both_sides_of_a_product_meets_it_twice():
     params, fn = {"w": jnp.ones((4, 4))}, lambda p, x: x @ (p["w"] @ p["w"])
-    met = trace.meetings(stage(fn, params, X), params)["w"]
+    met = trace.meetings(trace_call(fn, params, X), params)["w"]
     assert [(m.side, sorted(m.contracted)) for m in met] == [(0, [-1]), (1, [-2])]
     with pytest.raises(ValueError, match=r"w is used over different axes \(.*-1.*-2"):
         us.quant.resolve({"w": W8}, fn, params, X)
@@ -438,7 +438,7 @@ def agreed(found):
 @pytest.mark.parametrize("name", zoo.COVER)
 def test_axes_are_resolved_if_and_only_if_all_meetings_agree(name):
     model = zoo.model(name)
-    staged = stage(model.apply, model.params, *model.inputs)
+    staged = trace_call(model.apply, model.params, *model.inputs)
     axes = {k: agreed(v) for k, v in trace.meetings(staged, model.params).items()}
     rules = {path: WEIGHTS for path, found in axes.items() if found is not None}
     given = us.quant.resolve(rules, model.apply, model.params, *model.inputs)
@@ -452,7 +452,7 @@ def test_products_of_float64_exist_and_have_no_codes():
     with jax.enable_x64(True):
         params, x = us.tree.astype(W, jnp.float64), X.astype(jnp.float64)
         fn = lambda p, x: x @ p["w"]
-        (met,) = trace.meetings(stage(fn, params, x), params)["w"]
+        (met,) = trace.meetings(trace_call(fn, params, x), params)["w"]
         assert met.kind == "product" and met.contracted == {-2}
         for attempt in (us.quant.resolve, lambda rules, fn, *args: us.quantized(fn, rules)(*args)):
             with pytest.raises(ValueError, match=r"w is float64, which has no codes.*float32"):

@@ -101,7 +101,7 @@ def test_ranges_of_stacked_layers_go_with_their_layers():
     layers = next(g.name for g in graph.groups if "layer" in g.flags)
     plan = us.compaction.plan_of(graph, {layers: [0, 2]}, exact_only=False)
     small = us.compaction.compact(codes, plan)["stack"]
-    np.testing.assert_array_equal(small.x_range, codes["stack"].x_range[jnp.array([0, 2])])
+    np.testing.assert_array_equal(small.input_range, codes["stack"].input_range[jnp.array([0, 2])])
     two = us.quantized(us.compaction.compacted(fn, plan))({"stack": small}, x)
     rows = {"stack": jax.tree.map(lambda a: a[jnp.array([0, 2])], codes["stack"])}
     np.testing.assert_array_equal(two, us.quantized(fn)(rows, x))

@@ -26,7 +26,7 @@ from tests.quant.test_quantized import (
 from tests.support import zoo
 from unitscale_jax import DotSpec, QSpec, trace
 from unitscale_jax.mesh_axes import varying
-from unitscale_jax.trace.program import stage
+from unitscale_jax.trace.program import trace_call
 from unitscale_jax.trace.rewrite import rewritten
 
 ROWS, WIDTH = 3, 4
@@ -404,7 +404,7 @@ def test_products_with_a_rule_are_those_in_integers_and_those_that_are_left(name
     model = zoo.model(name)
     rules = BOTH_WAYS.get(name) or named_by_use(name)
     ruled = [pattern for pattern, _ in rules]
-    met = trace.meetings(stage(model.apply, model.params, *model.inputs), model.params)
+    met = trace.meetings(trace_call(model.apply, model.params, *model.inputs), model.params)
     places = {m.site.place for leaf in ruled for m in met.get(leaf, ()) if m.kind == "product"}
     codes = us.quantize(model.params, rules)
     rows = us.explain(us.quantized(model.apply))(codes, *model.inputs).products.rows

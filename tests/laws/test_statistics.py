@@ -339,7 +339,7 @@ def test_one_pass_over_the_data_serves_quantization_and_pruning():
     for name in mine.keys() - {"gptq"}:
         same(mine[name], theirs[name])
     same(mine["gptq"]["w"].codes, theirs["gptq"]["w"].codes)
-    assert theirs["gptq"]["w"].x_range is None  # a pruning spec says nothing of activations
+    assert theirs["gptq"]["w"].input_range is None  # a pruning spec says nothing of activations
     rules = us.quant.resolve(INT4, dense, W, X)
     ranges = us.calibrate(dense, W, [(X[:2],), (X[2:],)], INT4)
     same(us.quantize(W, rules, stats), us.quantize(W, rules, ranges))

@@ -325,5 +325,5 @@ def test_a_learned_parameter_is_trained_where_its_array_is():
     found = layout(params, {"w": "column"}, ABSTRACT)
     tree = us.quant.learned(params, {"w": QUANTIZED["rows"]})
     specs = us.tree.named_leaves(found.specs_of(optax.adam(0.1).init(tree)))
-    assert specs["0/mu/w/latent"] == specs["0/nu/w/latent"] == P(None, "tp")
+    assert specs["0/mu/w/master"] == specs["0/nu/w/master"] == P(None, "tp")
     assert specs["0/mu/w/scale"] == specs["0/count"] == P()  # (8, 1)

@@ -58,7 +58,7 @@ def test_a_worked_example():
 def test_a_worked_example_with_a_zero_point_and_with_float_activations():
     w, x = coded(W, I8, (-2,), ASYMMETRIC), coded(X, ASYMMETRIC, (-1,))
     assert x.codes.tolist() == [[76, 127, -128]] and x.zero_point.tolist() == [[25]]
-    assert w.colsum.tolist() == [[223, 31]]
+    assert w.code_sums.tolist() == [[223, 31]]
     np.testing.assert_array_equal(x.scale[0], bits("3ca0a0a1"))
     y = value(dot, DotSpec(w=I8, x=ASYMMETRIC), W, X)
     np.testing.assert_array_equal(y[0], bits("bffefdfd", "40902041"))

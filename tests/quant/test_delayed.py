@@ -97,7 +97,7 @@ def test_training_with_a_history_is_serving_with_it(spec):
     served = jax.jit(us.quantized(dot))(codes, X)
     trained = jax.jit(lambda p, h, x: us.quantized(dot, rules, stats=h)(p, x))
     assert_same_bits(trained(PARAMS, history, X), served)
-    np.testing.assert_array_equal(codes["w"].x_range, history["w"].range)
+    np.testing.assert_array_equal(codes["w"].input_range, history["w"].range)
 
 
 def test_with_a_history_of_one_batch_it_is_calibrated_on_that_batch():

@@ -73,7 +73,7 @@ SPECS = {
 
 
 def alike(a, b):
-    for name in ("codes", "scale", "zero_point", "multiplier", "colsum"):
+    for name in ("codes", "scale", "zero_point", "multiplier", "code_sums"):
         x, y = getattr(a, name), getattr(b, name)
         assert (x is None) == (y is None), name
         if x is not None:
@@ -95,7 +95,7 @@ def test_unrelated_inputs_are_rounded_to_nearest(name, dtype):
     alike(served["w"], nearest["w"])
     assert report.errors["w"].gptq == report.errors["w"].nearest
     if x_spec is not None:
-        assert served["w"].x_range.tolist() == nearest["w"].x_range.tolist() == [0, 8]
+        assert served["w"].input_range.tolist() == nearest["w"].input_range.tolist() == [0, 8]
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_a_worked_example():
         one = lambda p, k=index: us.quantized(lambda q: q["v"])(p)[k]
         grads = jax.grad(one)(leaf)["v"]
         np.testing.assert_allclose(grads.scale[0], slope / np.sqrt(15), rtol=1e-5)
-        np.testing.assert_array_equal(grads.latent, mask * np.eye(5)[index])
+        np.testing.assert_array_equal(grads.master, mask * np.eye(5)[index])
 
 
 # ------------------------------------------------------------------ training is serving, bitwise
@@ -123,12 +123,14 @@ def test_training_is_serving_without_jit():
 def test_served_values_are_codes_by_the_scale():
     params = begun(SPECS["w4a4"])
     leaf, t = params["w"], us.quantize(params)["w"]
-    steps = np.asarray(leaf.latent) * (np.float32(1) / np.asarray(leaf.scale))
+    steps = np.asarray(leaf.master) * (np.float32(1) / np.asarray(leaf.scale))
     expected = np.clip(np.rint(steps), -7, 7)
     np.testing.assert_array_equal(t.codes.astype(jnp.int32), expected)
     np.testing.assert_array_equal(t.scale, leaf.scale)
-    np.testing.assert_allclose(t.x_range, np.float32(leaf.x_scale) * np.array([-7, 7]), rtol=1e-6)
-    assert t.spec == leaf.spec and t.dtype == leaf.dtype and t.latent is None
+    np.testing.assert_allclose(
+        t.input_range, np.float32(leaf.x_scale) * np.array([-7, 7]), rtol=1e-6
+    )
+    assert t.spec == leaf.spec and t.dtype == leaf.dtype and t.master is None
 
 
 # ------------------------------------------------------------------------ gradients, by numpy
@@ -156,7 +158,7 @@ def test_gradients_are_those_of_the_paper(kind):
 
     q, tiles = spec.w.max_code, leaf.scale.shape[0]
     s = np.repeat(np.asarray(leaf.scale), IN // tiles, axis=0)
-    w_steps, w_slope, w_inside = by_hand(leaf.latent, s, q)
+    w_steps, w_slope, w_inside = by_hand(leaf.master, s, q)
     values, x_inside = np.asarray(X), np.ones(X.shape, bool)
     if leaf.x_scale is not None:
         x_q, x_s = spec.x.max_code, np.asarray(leaf.x_scale)
@@ -167,7 +169,7 @@ def test_gradients_are_those_of_the_paper(kind):
         np.testing.assert_allclose(got.x_scale, expected, rtol=1e-4)
         assert got.x_scale.shape == ()
     dw = values.T @ np.asarray(g)
-    np.testing.assert_allclose(got.latent, np.where(w_inside, dw, 0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got.master, np.where(w_inside, dw, 0), rtol=1e-4, atol=1e-5)
     ds = (dw * w_slope).reshape(tiles, IN // tiles, OUT).sum(1) / np.sqrt(IN // tiles * q)
     np.testing.assert_allclose(got.scale, ds, rtol=1e-4, atol=1e-5)
     full = np.asarray(g) @ (w_steps * s).T
@@ -202,7 +204,7 @@ def test_a_scale_that_an_update_made_negative_is_the_least_one_and_comes_back():
     below = {**params, "w": replace(params["w"], scale=-params["w"].scale)}
     codes = us.quantize(below)["w"]
     assert (codes.scale == least(I4)).all() and least(I4) * 7 >= threshold(7)
-    x, target = jnp.eye(IN), params["w"].latent
+    x, target = jnp.eye(IN), params["w"].master
 
     def loss(p):
         return jnp.square(us.quantized(lambda p, x: x @ p["w"])(p, x) - target).sum()
@@ -213,7 +215,7 @@ def test_a_scale_that_an_update_made_negative_is_the_least_one_and_comes_back():
 
 def test_an_array_that_is_not_finite_is_served_as_nan_in_its_channel():
     params = begun(SPECS["w8a8"])
-    broken = {**params, "w": replace(params["w"], latent=params["w"].latent.at[3, 2].set(jnp.nan))}
+    broken = {**params, "w": replace(params["w"], master=params["w"].master.at[3, 2].set(jnp.nan))}
     y = us.quantized(lambda p, x: x @ p["w"])(broken, X)
     assert np.isnan(y[:, 2]).all() and np.isfinite(np.delete(y, 2, axis=1)).all()
     with pytest.raises(ValueError, match="w has NaN"):
@@ -326,7 +328,7 @@ def test_learned_parameters_go_through_checkpoints(tmp_path):
 
 def test_names_and_casts_see_one_array_of_a_shape():
     params = begun(SPECS["w8a8"])
-    assert us.tree.names(params) == ["b", "w/latent", "w/scale", "w/x_scale"]
+    assert us.tree.names(params) == ["b", "w/master", "w/scale", "w/x_scale"]
     half = us.tree.astype(params, jnp.bfloat16)["w"]
     assert half.dtype == jnp.bfloat16 and half.scale.dtype == half.x_scale.dtype == F32
     assert half.shape == (IN, OUT) and "Learned((12, 6), int8 x int8" in repr(half)
@@ -355,8 +357,8 @@ def test_wherever_it_stands_scales_receive_the_gradient_of_its_value(fn):
     got = jax.jit(lambda p: jax.vjp(lambda p: us.quantized(fn)(p, X), p)[1](g)[0])({"w": leaf})["w"]
     value = us.quant.dequantize(us.quantize({"w": leaf}))
     dw = np.asarray(jax.vjp(lambda p: fn(p, X), value)[1](g)[0]["w"])
-    _, slope, inside = by_hand(leaf.latent, leaf.scale, 7)
-    np.testing.assert_allclose(got.latent, np.where(inside, dw, 0), rtol=1e-3, atol=1e-4)
+    _, slope, inside = by_hand(leaf.master, leaf.scale, 7)
+    np.testing.assert_allclose(got.master, np.where(inside, dw, 0), rtol=1e-3, atol=1e-4)
     expected = (dw * slope).sum(0, keepdims=True) / np.sqrt(IN * 7)
     np.testing.assert_allclose(got.scale, expected, rtol=1e-3, atol=1e-4)
 
@@ -419,4 +421,4 @@ def test_a_second_range_and_draws_that_are_missing_are_errors():
 def test_deleting_frees_the_latent():
     params = us.quant.learned({"w": PARAMS["w"] + 1}, {"w": DotSpec(w=I8)})
     us.quantize(params, delete=True)
-    assert params["w"].latent.is_deleted()
+    assert params["w"].master.is_deleted()

@@ -18,9 +18,9 @@ from unitscale_jax.quant import Fixed, Group
 from unitscale_jax.quant._ops import (
     bounds_of,
     codes_of,
-    emit,
-    fence,
-    spread,
+    no_fma,
+    repeat_groups,
+    round_and_cast,
     symmetric,
     threshold,
     tiled,
@@ -340,14 +340,14 @@ def affine(product):
 def test_a_fenced_product_is_not_fused_with_the_sum_after_it():
     x, s, b = (jnp.asarray(seeded(64, 64, seed=k)) for k in range(3))
     differing = lambda fn: int((jax.jit(fn)(x, s, b) != fn(x, s, b)).sum())
-    assert differing(affine(fence)) == 0
+    assert differing(affine(no_fma)) == 0
     assert differing(affine(same)) > 100  # or this proves nothing on this machine
 
 
 def test_the_fence_is_the_identity():
     x = np.array([0.0, -0.0, 1.5, -np.inf, np.inf, TINY, HUGE], F32)
-    assert jax.jit(fence)(x).tobytes() == x.tobytes()
-    assert np.isnan(jax.jit(fence)(np.array(np.nan, F32)))
+    assert jax.jit(no_fma)(x).tobytes() == x.tobytes()
+    assert np.isnan(jax.jit(no_fma)(np.array(np.nan, F32)))
 
 
 def summed(read, dtype):
@@ -359,7 +359,7 @@ def summed(read, dtype):
 def test_what_enters_is_rounded_to_16_bits_however_it_is_compiled(dtype):
     x, y = (jnp.asarray(seeded(64, 64, seed=k)) for k in range(2))
     differing = lambda fn: int((jax.jit(fn)(x, y) != fn(x, y)).sum())
-    assert differing(summed(formats.on_grid, dtype)) == 0
+    assert differing(summed(formats.round_to_dtype, dtype)) == 0
     if dtype == "bfloat16":  # or this proves nothing on this machine
         assert differing(summed(lambda x: x.astype(jnp.float32), dtype)) > 100
 
@@ -368,7 +368,7 @@ def test_what_enters_is_rounded_to_16_bits_however_it_is_compiled(dtype):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_what_leaves_is_rounded_as_numpy_rounds_it(dtype, how):
     x, s = seeded(64, 64), F32(1.7)
-    got = how(lambda x: emit(x * s, dtype))(jnp.asarray(x))
+    got = how(lambda x: round_and_cast(x * s, dtype))(jnp.asarray(x))
     assert got.dtype == dtype
     assert np.asarray(got).tobytes() == (x * s).astype(got.dtype).tobytes()
 
@@ -573,7 +573,7 @@ def test_what_belongs_to_groups_is_repeated_for_their_elements(sizes):
     want = s
     for axis, (n, full) in enumerate(zip(sizes, (4, 6), strict=True)):
         want = want if n == 1 else np.repeat(want, full // n, axis=axis)
-    np.testing.assert_array_equal(spread(jnp.asarray(s), (4, 6)), want)
+    np.testing.assert_array_equal(repeat_groups(jnp.asarray(s), (4, 6)), want)
 
 
 def test_tiles_are_consecutive():

@@ -94,7 +94,7 @@ def test_codes_made_of_shards_are_those_of_the_whole_and_serve_the_same(kind, si
 @pytest.mark.parametrize("kind", ["dynamic", "asymmetric", "integer groups"])
 def test_static_ranges_of_the_parameter_are_the_same_on_all_devices(kind):
     _, codes, _ = unsharded(kind)
-    codes = codes | {"up": replace(codes["up"], x_range=jnp.array([-1.5, 2.0]))}
+    codes = codes | {"up": replace(codes["up"], input_range=jnp.array([-1.5, 2.0]))}
     run = jax.jit(us.quantized(layer))
     expected = run(codes, X)
     mesh = mesh_of((2, 4))

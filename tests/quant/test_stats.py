@@ -271,7 +271,7 @@ def test_training_is_serving_with_static_ranges(name, spec):
     rules = {"w": DotSpec(w=QSpec(), x=spec)}
     stats = calibrate(fn, params, [x, -x], rules)
     served = us.quantize(params, us.quant.resolve(rules, fn, params, x), stats)
-    assert served["w"].x_range.dtype == np.float32
+    assert served["w"].input_range.dtype == np.float32
     train = jax.jit(us.quantized(fn, rules, stats=stats))(params, x)
     chex.assert_trees_all_equal(jax.jit(us.quantized(fn))(served, x), train)
     off = jnp.linalg.norm(train - fn(params, x)) / jnp.linalg.norm(fn(params, x))

@@ -20,7 +20,7 @@ SPECS = {
     "int8": DotSpec(w=QSpec(axes=(-2,)), x=QSpec()),
     "int4": DotSpec(w=QSpec(format="int4", axes=(-2,))),
     "asymmetric": DotSpec(w=QSpec(symmetric=False, axes=(-2,))),
-    "colsum": DotSpec(w=QSpec(axes=(-2,)), x=QSpec(symmetric=False)),
+    "code_sums": DotSpec(w=QSpec(axes=(-2,)), x=QSpec(symmetric=False)),
     "groups": DotSpec(w=QSpec(axes=(-2,), group=Group(4))),
     "integer groups": DotSpec(w=QSpec(format="int4", axes=(-2,), group=Group(4, "integer"))),
     "fp8": DotSpec(w=QSpec(format="e4m3fn", axes=(-2,))),
@@ -80,7 +80,7 @@ def test_a_view_of_codes_is_the_code_of_the_view(kind, move):
     assert_same_bits(us.quant.dequantize(out), expected)
     again = us.quantize({"w": fn(W)}, {"w": t.spec.with_axes(out.axes)})["w"]
     if move != "cast":  # to the dtype of use; codes are those of the leaf
-        for name in ("codes", "scale", "zero_point", "multiplier", "colsum"):
+        for name in ("codes", "scale", "zero_point", "multiplier", "code_sums"):
             made, field = getattr(again, name), getattr(out, name)
             assert (made is None) == (field is None), name
             if made is not None:
@@ -192,10 +192,10 @@ def test_gradients_move_along(move):
 
 @pytest.mark.parametrize("length", [1, 3])
 def test_a_static_range_goes_with_its_layer(length):
-    """`x_range` has the leading axes of a stack, and is sliced with it."""
-    t = replace(coded("int8"), x_range=jnp.array([[-1.0, 1.0], [-2.0, 2.0], [-4.0, 4.0]]))
-    assert viewed(lambda w: w[1], t).x_range.tolist() == [-2.0, 2.0]
-    assert viewed(lambda w: w[-length:], t).x_range.shape == (length, 2)
+    """`input_range` has the leading axes of a stack, and is sliced with it."""
+    t = replace(coded("int8"), input_range=jnp.array([[-1.0, 1.0], [-2.0, 2.0], [-4.0, 4.0]]))
+    assert viewed(lambda w: w[1], t).input_range.tolist() == [-2.0, 2.0]
+    assert viewed(lambda w: w[-length:], t).input_range.shape == (length, 2)
     x = normal(5, IN, seed=6) * 9
     scan = lambda w, x: lax.scan(lambda c, layer: (c, x @ layer), 0, w)[1]
     y = us.quantized(scan)(t, x)

@@ -12,10 +12,10 @@ from unitscale_jax.trace.dimensions._factors import (
     UNIT,
     expanded,
     factors,
-    mark,
     new_axes,
     new_axis,
     pieces,
+    pin,
     reshaped,
     size,
     unify,
@@ -161,7 +161,7 @@ def test_products_that_do_not_line_up_are_marked():
 def test_marks_reach_whatever_a_factor_becomes(first):
     x, y = new_axis(12), new_axis(12)
     steps = {
-        "mark": lambda: mark([x], "why"),
+        "mark": lambda: pin([x], "why"),
         "refine": lambda: reshaped((y,), (3, 4)),
         "merge": lambda: unify(x, y),
     }
@@ -177,7 +177,7 @@ def test_a_refined_factor_merged_into_a_marked_one_is_marked_in_all_its_parts():
     expanded(flat)  # now dim stays one factor of the product, though it is a sum elsewhere
     other = new_axis(12)
     inner = reshaped((other,), (2, 6))[1]
-    mark([inner], "why")
+    pin([inner], "why")
     unify(flat, other)
     assert all("why" in factor.marks for factor in factors(dim))
 

@@ -8,15 +8,15 @@ from hypothesis import given, strategies as st
 from jax import lax
 
 from unitscale_jax.trace.params import (
-    canonical,
+    from_matrices,
     input_rows,
     inverse_factor,
     matrix_form,
     meetings,
     second_moments,
-    uncanonical,
+    to_matrices,
 )
-from unitscale_jax.trace.program import segments, stage
+from unitscale_jax.trace.program import segments, trace_call
 from unitscale_jax.trace.rewrite import captured
 
 
@@ -47,7 +47,7 @@ PRODUCTS = {
 
 
 def rows_and_layout(fn, params, *inputs):
-    (met,) = meetings(stage(fn, params, *inputs), params)["w"]
+    (met,) = meetings(trace_call(fn, params, *inputs), params)["w"]
     layout = matrix_form("w", params["w"].shape, [met])
 
     def pick(site, operands, results):
@@ -63,7 +63,7 @@ def test_rows_times_columns_are_the_product(name):
     fn, of_w, of_x = PRODUCTS[name]
     params, x = {"w": normal(0, *of_w)}, normal(1, *of_x)
     y, rows, layout = rows_and_layout(lambda p, x: fn(p["w"], x), params, x)
-    columns = canonical(params["w"], layout)
+    columns = to_matrices(params["w"], layout)
     out = jnp.matmul(rows.reshape(columns.shape[0], -1, columns.shape[1]), columns)
     np.testing.assert_allclose(np.sort(out, axis=None), np.sort(y, axis=None), atol=1e-5)
 
@@ -73,7 +73,7 @@ def test_columns_have_an_inverse(name):
     fn, of_w, of_x = PRODUCTS[name]
     params = {"w": normal(0, *of_w)}
     layout = rows_and_layout(lambda p, x: fn(p["w"], x), params, normal(1, *of_x))[2]
-    again = uncanonical(canonical(params["w"], layout), layout, of_w)
+    again = from_matrices(to_matrices(params["w"], layout), layout, of_w)
     np.testing.assert_array_equal(again, params["w"])
 
 

@@ -13,9 +13,9 @@ from unitscale_jax import tree
 from unitscale_jax.trace.params import (
     ACTIVATION,
     Origin,
-    addresses,
     parameter,
     provenance,
+    rule_names,
 )
 from unitscale_jax.trace.params._provenance import kind
 from unitscale_jax.trace.program import (
@@ -182,7 +182,7 @@ def products_of(name):
     """Addresses of every product, sorted."""
     closed, _, found = origins_of(zoo.model(name))
     low = [s for s in sites(closed.jaxpr) if s.name in ("dot_general", "conv_general_dilated")]
-    return sorted(addresses(site, found[site.place])[-1].replace("_", "/") for site in low)
+    return sorted(rule_names(site, found[site.place])[-1].replace("_", "/") for site in low)
 
 
 @pytest.mark.parametrize("what", ["mlp", "transformer", "post_norm"])
@@ -197,8 +197,8 @@ def test_every_product_is_of_a_parameter_of_the_model_or_of_activations(name):
     called = set()
     for site in sites(closed.jaxpr):
         if site.name in ("dot_general", "conv_general_dilated"):
-            called |= set(addresses(site, found[site.place]))
-            assert addresses(site, found[site.place])
+            called |= set(rule_names(site, found[site.place]))
+            assert rule_names(site, found[site.place])
     assert called & set(names)
 
 
@@ -210,11 +210,11 @@ def test_an_address_is_the_parameters_else_the_scope_and_the_kind():
 
     closed = trace(fn, W, X).closed
     found = provenance(closed.jaxpr, [parameter("w"), ACTIVATION])
-    called = [addresses(s, found[s.place]) for s in sites(closed.jaxpr) if "dot" in s.name]
+    called = [rule_names(s, found[s.place]) for s in sites(closed.jaxpr) if "dot" in s.name]
     assert ["w"] in called and ["dot"] in called
     assert [name for name in called if name[0].startswith("encoder")]
     sine = next(s for s in sites(closed.jaxpr) if s.name == "sin")
-    assert addresses(sine, found[sine.place]) == ["sin"]
+    assert rule_names(sine, found[sine.place]) == ["sin"]
 
 
 def test_the_kinds_of_products():

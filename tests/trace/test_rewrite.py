@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from tests.support import zoo
 from tests.support.programs import programs
-from unitscale_jax.trace.program import sites, stage
+from unitscale_jax.trace.program import sites, trace_call
 from unitscale_jax.trace.rewrite import Rewriter, rewritten
 
 W = jnp.asarray(np.random.default_rng(0).normal(size=(4, 4)), jnp.float32)
@@ -28,7 +28,7 @@ def replayed(fn):
 
     @functools.wraps(fn)
     def replayed_fn(*args, **kwargs):
-        staged = stage(fn, *args, **kwargs)
+        staged = trace_call(fn, *args, **kwargs)
         replay = Rewriter({}, default=lambda site, operands: site.bind(operands))
         return staged.finish(replay(staged.closed.jaxpr, staged.closed.consts, staged.operands))
 

@@ -28,7 +28,7 @@ from unitscale_jax.quant import (
     QTensor,
 )
 
-FIELDS = ("codes", "scale", "zero_point", "multiplier", "x_range")
+FIELDS = ("codes", "scale", "zero_point", "multiplier", "input_range")
 """What is stored; sums of codes are computed again."""
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
@@ -47,7 +47,7 @@ def check_arrays(where: str, t: QTensor) -> None:
     """
     held = {field: getattr(t, field) for field in FIELDS if getattr(t, field) is not None}
     came = {field: jax.ShapeDtypeStruct(x.shape, x.dtype) for field, x in held.items()}
-    _compare(where, t, came, _layout(where, t, came.get("x_range")))
+    _compare(where, t, came, _layout(where, t, came.get("input_range")))
 
 
 def on_disk(x: Any) -> jax.ShapeDtypeStruct:
@@ -122,11 +122,11 @@ def described(where: str, text: str, stored: Shapes) -> QTensor:
         raise ValueError(f"{where} has a spec that this version cannot read: {error}.") from None
     static = {"spec": spec, "axes": axes, "dtype": dtype}
     t = QTensor(jax.ShapeDtypeStruct(shape, spec.w.code_dtype), None, **static)
-    arrays = _layout(where, t, stored.get("x_range"))
+    arrays = _layout(where, t, stored.get("input_range"))
     _compare(where, t, stored, {field: on_disk(x) for field, x in arrays.items()})
     sums = spec.x is not None and not spec.x.symmetric
-    colsum = jax.ShapeDtypeStruct(arrays["scale"].shape, _I32) if sums else None
-    return QTensor(**arrays, colsum=colsum, **static)
+    code_sums = jax.ShapeDtypeStruct(arrays["scale"].shape, _I32) if sums else None
+    return QTensor(**arrays, code_sums=code_sums, **static)
 
 
 def to_json(x: Any) -> Any:
@@ -178,8 +178,8 @@ def _fields(kind: Any) -> set[str]:
     return {f.name for f in fields(kind)}
 
 
-def _layout(where: str, t: QTensor, x_range: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """The arrays a QTensor has by its shape, spec and axes, and by `x_range` if it has one."""
+def _layout(where: str, t: QTensor, input_range: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays a QTensor has by its shape, spec and axes, and by `input_range` if it has one."""
     w, shape, axes, group = t.spec.w, t.shape, t.axes, t.spec.w.group
     if not axes or not all(-t.ndim <= axis < 0 for axis in axes):
         raise ValueError(f"{where} has shape {shape} and no axes {axes}; see QSpec(axes=...).")
@@ -201,8 +201,8 @@ def _layout(where: str, t: QTensor, x_range: Any) -> dict[str, jax.ShapeDtypeStr
         arrays["zero_point"] = (one, _I32)
     if integer:
         arrays["multiplier"] = (tiles, _I8)
-    if x_range is not None:
-        arrays["x_range"] = ((*shape[: max(len(x_range.shape) - 1, 0)], 2), _F32)
+    if input_range is not None:
+        arrays["input_range"] = ((*shape[: max(len(input_range.shape) - 1, 0)], 2), _F32)
     return {field: jax.ShapeDtypeStruct(s, d) for field, (s, d) in arrays.items()}
 
 
@@ -231,7 +231,7 @@ def _flaw(field: str, x: np.ndarray, w: QSpec) -> str | None:
         return "has NaN or infinite values"
     if field == "scale" and (wide <= 0).any():
         return "has values that are not positive"
-    if field == "x_range" and (wide[..., 0] > wide[..., 1]).any():
+    if field == "input_range" and (wide[..., 0] > wide[..., 1]).any():
         return "has a lower end above the upper one"
     return None
 

@@ -171,8 +171,8 @@ def _reasons(new: str, t: QTensor) -> Iterator[str]:
         yield "its codes are asymmetric; use QSpec(symmetric=True)."
     if any(not spec.is_integer and spec.code_dtype.name != _FLOAT for spec in (w, x) if spec):
         yield "of the 8-bit floats it has e4m3fn."
-    if t.x_range is not None:
-        yield "activations are quantized by each token; drop x_range, as `quantize` without stats."
+    if t.input_range is not None:
+        yield "activations are quantized by each token; drop input_range: quantize without stats."
     if x is None:
         return
     if x.scale == "po2" or not x.calibrator.takes_the_maximum:

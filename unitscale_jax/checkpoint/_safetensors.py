@@ -4,7 +4,7 @@
     kernel.scale         F32
     kernel.zero_point    I32    where codes are asymmetric
     kernel.multiplier    I8     where groups have integers
-    kernel.x_range       F32    where the range of what meets it was calibrated
+    kernel.input_range       F32    where the range of what meets it was calibrated
     bias                 what is not quantized, in its own dtype
     __metadata__         format, version, and "spec:kernel", JSON of its spec, axes, dtype, shape;
                          outline, the containers (`_outline`); sha256, of the file (`_tensors`)
@@ -129,7 +129,7 @@ def load(path: str | os.PathLike[str], like: Any = None, *, abstract: bool = Fal
 
 
 def _stored_codes(name: str, t: QTensor) -> dict[str, Stored]:
-    if t.latent is not None:
+    if t.master is not None:
         raise ValueError(f"{name} is a QTensor inside of a trace; save outside of `quantized`.")
     _codes.check_arrays(name, t)
     held = {field: getattr(t, field) for field in _codes.FIELDS}
@@ -177,15 +177,17 @@ def _read(file: File, name: str, leaf: Any, like: Any = None) -> Any:
     where, spec = f"{file.path}: {name}", leaf.spec.w
 
     def values(field: str, x: Any) -> np.ndarray | None:
-        if field == "colsum":
+        if field == "code_sums":
             return None
         return _codes.decode(where, field, file.array(f"{name}.{field}"), x, spec)
 
     placed = _placed(leaf.over(values), like)
-    if leaf.colsum is None:
+    if leaf.code_sums is None:
         return placed
-    sums = jax.jit(lambda t: t.with_sums().colsum)(placed)  # jitted alone: the codes stay in place
-    return replace(placed, colsum=sums)
+    sums = jax.jit(lambda t: t.with_sums().code_sums)(
+        placed
+    )  # jitted alone: the codes stay in place
+    return replace(placed, code_sums=sums)
 
 
 def _placed(t: QTensor, like: Any) -> QTensor:

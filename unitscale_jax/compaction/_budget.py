@@ -25,7 +25,7 @@ from unitscale_jax.trace.params import above, meetings, stacks_of
 from unitscale_jax.trace.program import (
     Place,
     Site,
-    Staged,
+    TracedCall,
     bodies,
     producers,
     sites,
@@ -202,7 +202,7 @@ def _held_stacks(graph: Graph) -> dict[Place, str]:
     """The first dimension of the axis of a parameter that a scan runs along."""
     closed = graph.traced.closed
     params, *_ = graph.traced.arguments
-    call = Staged(closed, list(closed.in_avals), range(len(closed.in_avals)), list)
+    call = TracedCall(closed, list(closed.in_avals), range(len(closed.in_avals)), list)
     return {
         place: str(graph.axes[path][axis][0][0])
         for path, met in meetings(call, params).items()

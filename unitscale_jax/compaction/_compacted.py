@@ -24,16 +24,15 @@ from unitscale_jax.loss import around
 from unitscale_jax.trace.dimensions import (
     Axes,
     coupled,
-    mark,
     new_axes,
+    pin,
 )
 from unitscale_jax.trace.program import (
-    ClosedJaxpr,
     Site,
     shape_of,
-    stage,
+    trace_call,
 )
-from unitscale_jax.trace.rewrite import Moving, Rewriter
+from unitscale_jax.trace.rewrite import Derivative, Rewriter
 
 
 def compacted(fn: Callable[..., Any], plan: CompactionPlan) -> Callable[..., Any]:
@@ -71,7 +70,7 @@ def compacted(fn: Callable[..., Any], plan: CompactionPlan) -> Callable[..., Any
     @around(fn, "compacted")
     def compacted_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
         dense = _dense(params, plan)
-        staged = stage(fn, dense, *args, **kwargs)
+        staged = trace_call(fn, dense, *args, **kwargs)
         leaves = jax.tree.leaves(((params, *args), kwargs))
         paths = dict(enumerate(trees.names(params)))
         cuts, closed = Cuts(plan), staged.closed
@@ -81,7 +80,7 @@ def compacted(fn: Callable[..., Any], plan: CompactionPlan) -> Callable[..., Any
         ]
         found = coupled(closed.jaxpr, axes, closed.consts)
         for out in found.results:
-            mark(out, "output")
+            pin(out, "output")
         _check_groups(cuts.include(found), "the function")
         operands = [leaves[k] for k in staged.positions]
         return staged.finish(_Compactor(cuts)(closed.jaxpr, closed.consts, operands))
@@ -148,24 +147,18 @@ class _Compactor(Rewriter):
         shapes = zip(operands, site.shapes, strict=True)
         return site.place in self._cuts.changed or any(np.shape(x) != shape for x, shape in shapes)
 
-    def derived(
-        self,
-        site: Site,
-        number: int,
-        closed: ClosedJaxpr,
-        operands: list[Any],
-        moving: Moving = Moving(),  # noqa: B008, frozen
-    ) -> list[Any]:
+    def derived(self, derivative: Derivative, operands: list[Any]) -> list[Any]:
         """A custom derivative has equations of its own, which the plan is laid over as well."""
+        site, number, closed = derivative.site, derivative.number, derivative.closed
         ins, outs = self._cuts.calls[site.place]
         own, of = (ins, ins) if number == 1 else (self._residuals[site.place], outs)
-        axes = [*own, *(of[k] for k in moving.before)]
+        axes = [*own, *(of[k] for k in derivative.moving.before)]
         found = coupled(closed.jaxpr, axes, closed.consts, site, number)
         if number == 1:
             self._residuals[site.place] = found.results[len(outs) :]
         _check_groups(self._cuts.include(found), f"the derivative of {site.name}")
         fitted = [self._fitted(x, a) for x, a in zip(operands, axes, strict=True)]
-        return super().derived(site, number, closed, fitted)
+        return super().derived(derivative, fitted)
 
     def _fitted(self, x: Any, axes: Axes) -> Any:
         """A residual loses channels that it had before the backward pass said they were such."""

@@ -15,12 +15,12 @@ from unitscale_jax.compaction._groups import CompactionPlan, positions
 from unitscale_jax.trace.dimensions import (
     Axes,
     Coupled,
-    Factor,
+    SymbolicDim,
     expanded,
 )
 from unitscale_jax.trace.program import Place
 
-Pair = tuple[list[Axes], list[Axes]]
+AxesPair = tuple[list[Axes], list[Axes]]
 
 
 class Cuts:
@@ -42,13 +42,13 @@ class Cuts:
                 fewer of them; which arrays lie along the dimension it does not touch.
         """
         self._plan, self._heed_marks = plan, heed_marks
-        self._groups = {name: Factor(n) for name, n in plan.sizes.items()}
-        self._others: list[Factor] = []
-        self._kept: dict[Factor, np.ndarray] = {}
+        self._groups = {name: SymbolicDim(n) for name, n in plan.sizes.items()}
+        self._others: list[SymbolicDim] = []
+        self._kept: dict[SymbolicDim, np.ndarray] = {}
         self._broken: dict[str, str] = {}
-        self._known: set[Factor] = set()
-        self.record: dict[Place, Pair] = {}
-        self.calls: dict[Place, Pair] = {}
+        self._known: set[SymbolicDim] = set()
+        self.record: dict[Place, AxesPair] = {}
+        self.calls: dict[Place, AxesPair] = {}
         self.changed: set[Place] = set()
 
     def axes(self, path: str) -> Axes:
@@ -56,10 +56,10 @@ class Cuts:
         term = lambda entries: tuple(map(self._factor, entries))
         return tuple(tuple(map(term, axis)) for axis in self._plan.axes[path])
 
-    def _factor(self, entry: str | int) -> Factor:
+    def _factor(self, entry: str | int) -> SymbolicDim:
         if isinstance(entry, str):
             return self._groups[entry]
-        self._others.append(Factor(entry))
+        self._others.append(SymbolicDim(entry))
         return self._others[-1]
 
     def include(self, found: Coupled) -> dict[str, str]:
@@ -75,7 +75,7 @@ class Cuts:
     def settle(self) -> dict[str, str]:
         """Finds what stands for the groups by now; returns those that nothing does, and why."""
         whole = set(itertools.chain.from_iterable(map(_standing, self._others)))
-        owners: dict[Factor, str] = {}
+        owners: dict[SymbolicDim, str] = {}
         self._kept, self._broken = {}, {}
         for name, channels in self._plan.kept.items():
             those = _standing(self._groups[name])
@@ -103,19 +103,19 @@ class Cuts:
     def _alike(self, a: str, b: str) -> bool:
         return np.array_equal(self._plan.channels(a), self._plan.channels(b))
 
-    def loses(self, axis: Sequence[Sequence[Factor]]) -> bool:
+    def loses(self, axis: Sequence[Sequence[SymbolicDim]]) -> bool:
         """Whether an axis has channels that are not kept."""
         return any(f in self._kept for term in expanded(tuple(map(tuple, axis))) for f in term)
 
-    def follows(self, axis: Sequence[Sequence[Factor]]) -> bool:
+    def follows(self, axis: Sequence[Sequence[SymbolicDim]]) -> bool:
         """Whether all of an axis is made of dimensions of parameters."""
         return all(f in self._known for term in expanded(tuple(map(tuple, axis))) for f in term)
 
-    def positions(self, axis: Sequence[Sequence[Factor]]) -> np.ndarray:
+    def positions(self, axis: Sequence[Sequence[SymbolicDim]]) -> np.ndarray:
         """Where the kept channels are in a dense axis."""
         return positions(expanded(tuple(map(tuple, axis))), self._channels)
 
-    def size(self, axis: Sequence[Sequence[Factor]]) -> int:
+    def size(self, axis: Sequence[Sequence[SymbolicDim]]) -> int:
         """How many channels of an axis are kept."""
         return len(self.positions(axis))
 
@@ -123,11 +123,11 @@ class Cuts:
         """Of a value."""
         return tuple(map(self.size, axes))
 
-    def _channels(self, factor: Factor) -> tuple[np.ndarray, int]:
+    def _channels(self, factor: SymbolicDim) -> tuple[np.ndarray, int]:
         kept = self._kept.get(factor)
         return np.arange(factor.size) if kept is None else kept, factor.size
 
 
-def _standing(factor: Factor) -> list[Factor]:
+def _standing(factor: SymbolicDim) -> list[SymbolicDim]:
     """What stands for a factor by now: itself, what it was merged into, or its parts."""
     return [f for term in expanded(((factor,),)) for f in term]

@@ -24,9 +24,9 @@ from unitscale_jax.trace.program import (
     PRODUCTS,
     Place,
     Site,
-    Staged,
+    TracedCall,
     sites,
-    stage,
+    trace_call,
 )
 from unitscale_jax.trace.rewrite import captured
 
@@ -76,7 +76,7 @@ def activation(
     def measured(params: Any, *inputs: Any, **kwargs: Any) -> tuple[Any, dict[str, jax.Array]]:
         mask = None if valid is None else jnp.asarray(valid(*inputs, **kwargs))
         here = groups(fn, params, *inputs, **kwargs)
-        seen = _met(here, stage(fn, params, *inputs, **kwargs), params)
+        seen = _met(here, trace_call(fn, params, *inputs, **kwargs), params)
         pick = lambda site, operands, _: _squares(here, names, seen, mask, site, operands)
         result, captures = captured(fn, pick)(params, *inputs, **kwargs)
         return result, _added(c.value for c in captures)
@@ -91,7 +91,7 @@ def activation(
     return {name: _unit_mean(np.sqrt(squares[name])) for name in names}
 
 
-def _met(graph: Graph, staged: Staged, params: Any) -> dict[Place, list[int]]:
+def _met(graph: Graph, staged: TracedCall, params: Any) -> dict[Place, list[int]]:
     """Which sides of each product are no parameters."""
     found = meetings(staged, params)
     held = {(m.site.place, m.side) for met in found.values() for m in observable(met)}

@@ -28,10 +28,10 @@ from unitscale_jax.trace.dimensions import (
 )
 from unitscale_jax.trace.program import Traced, trace
 
-Term: TypeAlias = tuple[str | int, ...]
+DimTerm: TypeAlias = tuple[str | int, ...]
 """A product of dimensions: the name of a group, or the size of what is no group."""
 
-Axis: TypeAlias = tuple[Term, ...]
+Axis: TypeAlias = tuple[DimTerm, ...]
 """A sum of products, one term after the other; an axis of size 1 is one empty product."""
 
 

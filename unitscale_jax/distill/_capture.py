@@ -27,7 +27,7 @@ from unitscale_jax.trace.params import (
     meetings,
     product_of,
 )
-from unitscale_jax.trace.program import Place, Site, stage
+from unitscale_jax.trace.program import Place, Site, trace_call
 from unitscale_jax.trace.rewrite import captured
 from unitscale_jax.typing import Apply
 
@@ -68,7 +68,7 @@ def features(
 
     @around(apply, "features")
     def features_fn(params: Any, *inputs: Any, **options: Any) -> tuple[Any, dict[str, jax.Array]]:
-        met = meetings(stage(apply, params, *inputs, **options), params)
+        met = meetings(trace_call(apply, params, *inputs, **options), params)
         names = trees.names(params)
         found = {feature: _found(feature, wish, names, met) for feature, wish in wanted.items()}
         at: dict[Place, list[str]] = {}

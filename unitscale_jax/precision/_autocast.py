@@ -22,21 +22,20 @@ from unitscale_jax import rules as named_rules
 from unitscale_jax.errors import closest, expected, unknown
 from unitscale_jax.loss import around
 from unitscale_jax.precision._classes import CLASSES, OPS, OpClass
-from unitscale_jax.precision._plan import FLOAT32, Decision, Known, Plan, is_float
-from unitscale_jax.trace.params import ACTIVATION, Origin, origins
+from unitscale_jax.precision._plan import FLOAT32, Decision, DtypePlan, KnownDtype, is_float
+from unitscale_jax.trace.params import ACTIVATION, Origin, input_origins
 from unitscale_jax.trace.program import (
-    ClosedJaxpr,
     Site,
-    Staged,
+    TracedCall,
     converted,
     dtype_of,
     known_primitives,
     sites,
-    stage,
+    trace_call,
     walk,
 )
 from unitscale_jax.trace.rewrite import (
-    Moving,
+    Derivative,
     Rewriter,
     noted,
     taking,
@@ -101,10 +100,10 @@ def autocast(
 
     @around(fn, "autocast")
     def autocast_fn(*args: Any, **kwargs: Any) -> Any:
-        staged = stage(fn, *args, **kwargs)
+        staged = trace_call(fn, *args, **kwargs)
         _check_names(ops or {}, staged)
-        caster = _Autocast(Plan(low, decided, table))
-        results = caster.program(staged, origins(staged, args[0] if args else ()))
+        caster = _Autocast(DtypePlan(low, decided, table))
+        results = caster.program(staged, input_origins(staged, args[0] if args else ()))
         named_rules.decided(decided, caster.plan.products, noun="product")
         _check_lowered(caster.plan)
         return staged.finish(results)
@@ -115,15 +114,17 @@ def autocast(
 class _Autocast(Rewriter):
     """Replays a program in the dtypes of a plan."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: DtypePlan) -> None:
         super().__init__({}, self.evaluate)
         self.plan = plan
         self.casts: dict[tuple[int, Any], tuple[Any, Any]] = {}  # a body casts a value once
 
-    def program(self, staged: Staged, inputs: list[Origin]) -> list[Any]:
+    def program(self, staged: TracedCall, inputs: list[Origin]) -> list[Any]:
         jaxpr, consts = staged.closed.jaxpr, staged.closed.consts
         self.plan.prepare(jaxpr, inputs)
-        known = [Known(dtype_of(v), o.active) for v, o in zip(jaxpr.invars, inputs, strict=True)]
+        known = [
+            KnownDtype(dtype_of(v), o.active) for v, o in zip(jaxpr.invars, inputs, strict=True)
+        ]
         walk(self.plan, jaxpr, known, consts)
         out = self(jaxpr, consts, staged.operands)
         return [self.cast(x, dtype_of(v)) for x, v in zip(out, jaxpr.outvars, strict=True)]
@@ -184,27 +185,21 @@ class _Autocast(Rewriter):
             return values
         return [self.cast(x, k.dtype) for x, k in zip(values, known, strict=False)]
 
-    def derived(
-        self,
-        site: Site,
-        number: int,
-        closed: ClosedJaxpr,
-        operands: list[Any],
-        moving: Moving = Moving(),  # noqa: B008, frozen
-    ) -> list[Any]:
+    def derived(self, derivative: Derivative, operands: list[Any]) -> list[Any]:
         """A custom derivative is planned for the dtypes that its call received.
 
         Results and tangents have the dtypes of the call's results, gradients those of its operands.
         """
+        site, number, closed = derivative.site, derivative.number, derivative.closed
         own = list(self.plan.origins_at(site)) if number == 1 else []
         sources = [*own, *[ACTIVATION] * (len(operands) - len(own))]
         self.plan.prepare(closed.jaxpr, sources, site, number)
         pairs = zip(operands, sources, strict=True)
-        known = [Known(jnp.result_type(x), origin.active) for x, origin in pairs]
+        known = [KnownDtype(jnp.result_type(x), origin.active) for x, origin in pairs]
         walk(self.plan, closed.jaxpr, known, closed.consts, site, number)
         out = self(closed.jaxpr, closed.consts, operands, site, number)
         called = self.plan.operands[site.place] if number == 2 else self.plan.results[site.place]
-        like = [*([] if number == 2 else called), *(called[k] for k in moving.after)]
+        like = [*([] if number == 2 else called), *(called[k] for k in derivative.moving.after)]
         cast = [self.cast(x, k.dtype) for x, k in zip(out, like, strict=False)]
         return [*cast, *out[len(cast) :]]
 
@@ -292,7 +287,7 @@ def _products(to: Products) -> tuple[np.dtype, np.dtype]:
     return given, result
 
 
-def _check_names(ops: Mapping[str, OpClass], staged: Staged) -> None:
+def _check_names(ops: Mapping[str, OpClass], staged: TracedCall) -> None:
     """Each names a primitive of JAX or of the function; this one may lack what others have."""
     known = OPS.keys() | known_primitives()
     if ops.keys() <= known:
@@ -311,7 +306,7 @@ def _checked(ops: Mapping[str, OpClass]) -> Mapping[str, OpClass]:
     return ops
 
 
-def _check_lowered(plan: Plan) -> None:
+def _check_lowered(plan: DtypePlan) -> None:
     """Warns where there are products, and the reason is the same for most that none is narrower."""
     products = list(plan.reasons.values())
     if not products or not all(why in _REASONS for why in products):

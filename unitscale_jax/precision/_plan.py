@@ -16,7 +16,7 @@ import numpy as np
 
 from unitscale_jax import rules as named_rules
 from unitscale_jax.precision._classes import OpClass
-from unitscale_jax.trace.params import Origin, addresses, provenance
+from unitscale_jax.trace.params import Origin, provenance, rule_names
 from unitscale_jax.trace.program import (
     Flow,
     Jaxpr,
@@ -34,7 +34,7 @@ _LOOKUPS = frozenset({"gather", "dynamic_slice"})
 DTypes: TypeAlias = tuple[np.dtype | None, ...]
 
 
-class Known(NamedTuple):
+class KnownDtype(NamedTuple):
     """The dtype of a value, and whether it is an activation or adapts to those it meets."""
 
     dtype: Any
@@ -69,12 +69,12 @@ class Outcome(NamedTuple):
     """What the plan makes of an equation: one of the same kind has the same."""
 
     decision: Decision
-    results: list[Known]
+    results: list[KnownDtype]
     changes: bool  # whether it is evaluated otherwise than it was traced
 
 
 @dataclass
-class Plan(Flow[Known]):
+class DtypePlan(Flow[KnownDtype]):
     """Decisions by place, as the forward walk makes them."""
 
     low: tuple[np.dtype, np.dtype]  # of the operands of a product, and of its result
@@ -83,12 +83,12 @@ class Plan(Flow[Known]):
     origins: dict[Place, tuple[Origin, ...]] = field(default_factory=dict)
     unfollowed: list[tuple[Any, ...]] = field(default_factory=list)  # bodies of no origins yet
     outcomes: dict[Any, Outcome] = field(default_factory=dict)  # by kind of equation
-    constants: dict[Any, Known] = field(default_factory=dict)  # by dtype
+    constants: dict[Any, KnownDtype] = field(default_factory=dict)  # by dtype
     demanded: set[Place] = field(default_factory=set)
     decisions: dict[Place, Decision] = field(default_factory=dict)
-    operands: dict[Place, list[Known]] = field(default_factory=dict)  # of calls and loops
-    results: dict[Place, list[Known]] = field(default_factory=dict)  # likewise
-    carries: dict[Place, list[Known]] = field(default_factory=dict)  # of loops and branches
+    operands: dict[Place, list[KnownDtype]] = field(default_factory=dict)  # of calls and loops
+    results: dict[Place, list[KnownDtype]] = field(default_factory=dict)  # likewise
+    carries: dict[Place, list[KnownDtype]] = field(default_factory=dict)  # of loops and branches
     changed: set[Place] = field(default_factory=set)  # equations with another dtype, or one inside
     products: dict[Place, Sequence[str]] = field(default_factory=dict)  # by what rules name them
     reasons: dict[Place, str] = field(default_factory=dict)  # what decided on each product
@@ -139,39 +139,39 @@ class Plan(Flow[Known]):
             return "prefix"
         return self.ops.get(name, "keep")
 
-    def constant(self, value: Any) -> Known:
+    def constant(self, value: Any) -> KnownDtype:
         """Constants adapt."""
         given = getattr(value, "dtype", None)
         if given is None:
-            return Known(jnp.result_type(value))
+            return KnownDtype(jnp.result_type(value))
         if given not in self.constants:
-            self.constants[given] = Known(jnp.result_type(value))
+            self.constants[given] = KnownDtype(jnp.result_type(value))
         return self.constants[given]
 
-    def join(self, a: Known, b: Known) -> Known:
+    def join(self, a: KnownDtype, b: KnownDtype) -> KnownDtype:
         """The widest of two activations; a value that adapts takes the other's dtype."""
         if a.active != b.active and is_float(a.dtype):
             return a if a.active else b
         same = a.dtype == b.dtype
-        return Known(a.dtype if same else _widest(a.dtype, b.dtype), a.active or b.active)
+        return KnownDtype(a.dtype if same else _widest(a.dtype, b.dtype), a.active or b.active)
 
-    def met(self, site: Site, inputs: list[Known]) -> None:
+    def on_inputs(self, site: Site, inputs: list[KnownDtype]) -> None:
         """Keeps what calls and loops are called with."""
         if bodies(site.eqn):
             self.operands[site.place] = inputs
             if _arrive_changed(site, inputs):
                 self._change(site)
 
-    def made(self, site: Site, outputs: list[Known]) -> None:
+    def on_outputs(self, site: Site, outputs: list[KnownDtype]) -> None:
         """Keeps what calls and loops return."""
         if bodies(site.eqn):
             self.results[site.place] = outputs
 
-    def settled(self, site: Site, values: list[Known]) -> None:
+    def on_fixpoint(self, site: Site, values: list[KnownDtype]) -> None:
         """Keeps the dtypes of carries and branches."""
         self.carries[site.place] = values
 
-    def visit(self, site: Site, inputs: list[Known]) -> list[Known]:
+    def visit(self, site: Site, inputs: list[KnownDtype]) -> list[KnownDtype]:
         """Decides on an equation."""
         outcome = self._outcome(site, inputs)
         self.decisions[site.place] = outcome.decision
@@ -181,7 +181,7 @@ class Plan(Flow[Known]):
             self._change(site)
         return outcome.results
 
-    def _outcome(self, site: Site, inputs: list[Known]) -> Outcome:
+    def _outcome(self, site: Site, inputs: list[KnownDtype]) -> Outcome:
         """The layers of a model are alike: most equations are of a kind that was decided on."""
         meant, chosen = dtypes_meant(site), self._class(site)
         if meant or (chosen == "low" and self.rules):
@@ -194,16 +194,16 @@ class Plan(Flow[Known]):
             self.outcomes[key] = self._decided(site, self._decide(site, meant, inputs), inputs)
         return self.outcomes[key]
 
-    def _decided(self, site: Site, decision: Decision, inputs: list[Known]) -> Outcome:
+    def _decided(self, site: Site, decision: Decision, inputs: list[KnownDtype]) -> Outcome:
         if any(map(_is_widened, inputs, site.operands, decision.operands)):
             decision = replace(decision, widens=True)
         casts = zip(decision.operands, site.operands, strict=True)
         casted = any(to not in (None, of) for to, of in casts)
         changes = decision.results != site.results or casted or _arrive_changed(site, inputs)
         active = any(known.active for known in self._shaping(site, inputs))
-        return Outcome(decision, [Known(dtype, active) for dtype in decision.results], changes)
+        return Outcome(decision, [KnownDtype(dtype, active) for dtype in decision.results], changes)
 
-    def _shaping(self, site: Site, inputs: list[Known]) -> list[Known]:
+    def _shaping(self, site: Site, inputs: list[KnownDtype]) -> list[KnownDtype]:
         """The operands whose dtype the results follow.
 
         What only chooses among constants (a mask between 0 and -1e9) does not make them an
@@ -218,7 +218,7 @@ class Plan(Flow[Known]):
             self.changed.add(site.place)
             site = site.parent
 
-    def _decide(self, site: Site, meant: str, inputs: list[Known]) -> Decision:
+    def _decide(self, site: Site, meant: str, inputs: list[KnownDtype]) -> Decision:
         if meant:
             return self._meant(site, meant, inputs)
         traced = [*site.operands, *site.results]
@@ -229,7 +229,7 @@ class Plan(Flow[Known]):
             return _back(_kept(site, "kept: not a float of 16 or 32 bits"), site, inputs)
         return getattr(self, f"_{self._class(site)}")(site, inputs)
 
-    def _low(self, site: Site, inputs: list[Known]) -> Decision:
+    def _low(self, site: Site, inputs: list[KnownDtype]) -> Decision:
         """A product, by the first rule that addresses it, else in the compute dtype."""
         operands = site.operands
         if not all(map(is_float, operands[:2])):
@@ -246,7 +246,7 @@ class Plan(Flow[Known]):
         """Of the operands and the result of a product, and what decided on them."""
         rule = None
         if self.rules:
-            names = self.products[site.place] = addresses(site, self.origins_at(site))
+            names = self.products[site.place] = rule_names(site, self.origins_at(site))
             rule = named_rules.first_match([pattern for pattern, _ in self.rules], names)
         if rule is not None:
             pattern, (given, result) = self.rules[rule]
@@ -254,7 +254,7 @@ class Plan(Flow[Known]):
         precise = _is_precise(site.eqn.params.get("precision"))
         return *self.low, "kept: precision" if precise else "low"
 
-    def _meant(self, site: Site, meant: str, inputs: list[Known]) -> Decision:
+    def _meant(self, site: Site, meant: str, inputs: list[KnownDtype]) -> Decision:
         """An equation of a product on codes, which computes as traced, or its result.
 
         The result has the dtype that the product of the arrays would have, so that it does not
@@ -279,16 +279,16 @@ class Plan(Flow[Known]):
             return Decision((dtype,), (dtype,), "low")
         return kept
 
-    def _float32(self, site: Site, inputs: list[Known], why: str = "float32") -> Decision:
+    def _float32(self, site: Site, inputs: list[KnownDtype], why: str = "float32") -> Decision:
         del inputs
         return _uniform(site, FLOAT32, why)
 
-    def _prefix(self, site: Site, inputs: list[Known]) -> Decision:
+    def _prefix(self, site: Site, inputs: list[KnownDtype]) -> Decision:
         if site.place in self.demanded:
             return self._float32(site, inputs, "prefix of float32")
         return self._follow(site, inputs)
 
-    def _follow(self, site: Site, inputs: list[Known]) -> Decision:
+    def _follow(self, site: Site, inputs: list[KnownDtype]) -> Decision:
         if site.name == "convert_element_type":
             return self._convert(site, inputs[0])
         active = [k.dtype for k in inputs if k.active and is_float(k.dtype)]
@@ -300,7 +300,7 @@ class Plan(Flow[Known]):
             return Decision((None,) * len(inputs), results, "lookup")
         return _kept(site, "follow")
 
-    def _convert(self, site: Site, known: Known) -> Decision:
+    def _convert(self, site: Site, known: KnownDtype) -> Decision:
         """A user's cast wins; a truth value is exact in any dtype, so it takes the narrow one."""
         before, after = site.operands[0], site.results[0]
         if before == np.bool_ and after == FLOAT32 and known.active:
@@ -309,15 +309,15 @@ class Plan(Flow[Known]):
             return Decision((None,), (known.dtype,), "follow")
         return Decision((None,), (after,), "cast by the user")
 
-    def _each(self, site: Site, inputs: list[Known]) -> Decision:
+    def _each(self, site: Site, inputs: list[KnownDtype]) -> Decision:
         del site
         return Decision((None,) * len(inputs), tuple(k.dtype for k in inputs), "each")
 
-    def _keep(self, site: Site, inputs: list[Known]) -> Decision:
+    def _keep(self, site: Site, inputs: list[KnownDtype]) -> Decision:
         return _back(_kept(site, "kept: unknown"), site, inputs)
 
 
-def _arrive_changed(site: Site, inputs: list[Known]) -> bool:
+def _arrive_changed(site: Site, inputs: list[KnownDtype]) -> bool:
     """Whether an operand has another dtype than it was traced with."""
     return any(k.dtype != traced for k, traced in zip(inputs, site.operands, strict=True))
 
@@ -327,7 +327,7 @@ def _kept(site: Site, why: str) -> Decision:
     return Decision(operands, site.results, why)
 
 
-def _back(decision: Decision, site: Site, inputs: list[Known]) -> Decision:
+def _back(decision: Decision, site: Site, inputs: list[KnownDtype]) -> Decision:
     """The same, with results back in the dtype that the activations came in."""
     pairs = zip(inputs, site.operands, strict=True)
     narrow = [
@@ -346,7 +346,7 @@ def _uniform(site: Site, dtype: Any, why: str) -> Decision:
     return Decision(tuple(cast(d) for d in site.operands), results, why)
 
 
-def _is_widened(known: Known, traced: Any, to: Any) -> bool:
+def _is_widened(known: KnownDtype, traced: Any, to: Any) -> bool:
     """Whether autocast made a value narrow, and casts it back to what it was."""
     return to == traced and known.dtype != traced and is_float(traced)
 

@@ -17,7 +17,7 @@ import numpy as np
 from unitscale_jax import tree as trees
 from unitscale_jax.prune._surgeon import least_squares
 from unitscale_jax.statistics import Stat, required, warn_unseen
-from unitscale_jax.trace.params import MatrixForm, canonical, uncanonical
+from unitscale_jax.trace.params import MatrixForm, from_matrices, to_matrices
 
 
 def refit(params: Any, stats: Mapping[str, Stat], masks: Any, damp: float = 0.01) -> Any:
@@ -80,5 +80,5 @@ def _refitted(
     w: jax.Array, mask: jax.Array, h: jax.Array, damp: float, layout: MatrixForm
 ) -> jax.Array:
     one = lambda w, h, mask: least_squares(w, h, mask, damp)
-    new = jax.vmap(one)(canonical(w.astype(jnp.float32), layout), h, canonical(mask, layout))
-    return uncanonical(new, layout, w.shape).astype(w.dtype)
+    new = jax.vmap(one)(to_matrices(w.astype(jnp.float32), layout), h, to_matrices(mask, layout))
+    return from_matrices(new, layout, w.shape).astype(w.dtype)

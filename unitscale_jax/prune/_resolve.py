@@ -12,7 +12,7 @@ from unitscale_jax.errors import check_type
 from unitscale_jax.prune._patterns import NofM
 from unitscale_jax.prune._spec import SparsitySpec, selected
 from unitscale_jax.trace.params import Meeting, meetings
-from unitscale_jax.trace.program import stage
+from unitscale_jax.trace.program import trace_call
 
 
 def resolve_axes(
@@ -49,7 +49,7 @@ def resolve_axes(
     chosen = selected(spec, params)
     if not any(is_open(pattern) for pattern in chosen.values()):
         return spec
-    staged = stage(fn, params, *inputs, **kwargs)
+    staged = trace_call(fn, params, *inputs, **kwargs)
     met = meetings(staged, params)
     fill = lambda name, pattern: (
         replace(pattern, axis=_axis(name, met.get(name, []))) if is_open(pattern) else pattern

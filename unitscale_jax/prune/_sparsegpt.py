@@ -28,9 +28,9 @@ from unitscale_jax.prune._surgeon import obs_sweep, squared_error
 from unitscale_jax.statistics import Stat, required, warn_unseen
 from unitscale_jax.trace.params import (
     MatrixForm,
-    canonical,
+    from_matrices,
     inverse_factor,
-    uncanonical,
+    to_matrices,
 )
 
 RETRIES = 3
@@ -159,7 +159,7 @@ def sparsegpt(
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _UpdatePlan:
     """How one parameter is pruned; `axis` is the place among its input axes that groups run along.
 
     Attributes:
@@ -187,7 +187,7 @@ class _Plan:
 
 def _plan(
     name: str, pattern: Any, shape: tuple[int, ...], stacked: int, layout: MatrixForm, block: int
-) -> _Plan:
+) -> _UpdatePlan:
     sizes = tuple(shape[axis] for axis in layout.contracted)
     k, last, ratio = math.prod(sizes), len(sizes) - 1, None
     if isinstance(pattern, NofM):
@@ -203,7 +203,7 @@ def _plan(
     block = min(block, k)
     outputs = math.prod(shape) // (k * math.prod(shape[axis] for axis in layout.batch))
     cuts = tuple(outputs * min(block, k - start) for start in range(0, k, block))
-    return _Plan(layout, sizes, last, block, cuts, ratio)
+    return _UpdatePlan(layout, sizes, last, block, cuts, ratio)
 
 
 def _place(
@@ -223,14 +223,16 @@ def _place(
 _Found = tuple[Any, Any, Pruned, tuple[float, ...]]
 
 
-def _pruned(name: str, w: Any, of: Stat, plan: _Plan, counts: np.ndarray, damp: float) -> _Found:
+def _pruned(
+    name: str, w: Any, of: Stat, plan: _UpdatePlan, counts: np.ndarray, damp: float
+) -> _Found:
     if not bool(jnp.isfinite(w).all()):
         raise ValueError(f"{name} has NaN or infinite values; mend it first.")
     h = of.matrices
     u, dead, damps, tried = _factored(name, h[:, plan.order][:, :, plan.order], damp)
     new, mask = _swept(jnp.asarray(w), u, dead, jnp.asarray(counts, jnp.int32), plan)
-    wide = canonical(jnp.asarray(w, jnp.float32), plan.layout)
-    off = lambda x: canonical(x.astype(jnp.float32), plan.layout) - wide
+    wide = to_matrices(jnp.asarray(w, jnp.float32), plan.layout)
+    off = lambda x: to_matrices(x.astype(jnp.float32), plan.layout) - wide
     power = lambda x: float(squared_error(x, h))
     alone = jnp.where(mask, w, jnp.zeros_like(w))
     unseen = int(of.unseen.sum())
@@ -260,11 +262,11 @@ _factors = jax.jit(jax.vmap(inverse_factor))
 
 @functools.partial(jax.jit, static_argnums=4)
 def _swept(
-    w: jax.Array, u: jax.Array, dead: jax.Array, counts: jax.Array, plan: _Plan
+    w: jax.Array, u: jax.Array, dead: jax.Array, counts: jax.Array, plan: _UpdatePlan
 ) -> tuple[jax.Array, jax.Array]:
-    columns = canonical(w.astype(jnp.float32), plan.layout)[:, plan.order]
+    columns = to_matrices(w.astype(jnp.float32), plan.layout)[:, plan.order]
     one = lambda *x: obs_sweep(*x, block=plan.block, ratio=plan.ratio)
     new, mask = jax.vmap(one)(columns, u, dead, counts)
     back = np.argsort(plan.order)
-    laid = lambda x: uncanonical(x[:, back], plan.layout, w.shape)
+    laid = lambda x: from_matrices(x[:, back], plan.layout, w.shape)
     return laid(new).astype(w.dtype), laid(mask)

@@ -21,7 +21,7 @@ from unitscale_jax.prune._select import exact_k
 from unitscale_jax.prune._shares import counts_of_parts
 from unitscale_jax.prune._spec import SparsitySpec, make_masks, selected
 from unitscale_jax.statistics import Stat, required, warn_unseen
-from unitscale_jax.trace.params import MatrixForm, canonical, uncanonical
+from unitscale_jax.trace.params import MatrixForm, from_matrices, to_matrices
 
 
 def wanda(params: Any, stats: Mapping[str, Stat]) -> Any:
@@ -68,8 +68,8 @@ def _scores(params: Any, stats: Mapping[str, Stat]) -> Any:
 
 def _score(w: Any, of: Stat) -> jax.Array:
     norms = _norms(of)[..., None]
-    columns = canonical(jnp.asarray(w, jnp.float32), of.layout)
-    return uncanonical(jnp.abs(columns) * norms, of.layout, np.shape(w))
+    columns = to_matrices(jnp.asarray(w, jnp.float32), of.layout)
+    return from_matrices(jnp.abs(columns) * norms, of.layout, np.shape(w))
 
 
 def _norms(of: Stat) -> jax.Array:
@@ -132,11 +132,11 @@ def wanda_masks(params: Any, stats: Mapping[str, Stat], spec: SparsitySpec) -> A
 
 def _per_output(name: str, w: Any, of: Stat, spec: SparsitySpec, params: Any) -> jax.Array:
     shape, layout = np.shape(w), of.layout
-    columns = canonical(_score(w, of), layout).swapaxes(-1, -2)  # (batch, outputs, K)
+    columns = to_matrices(_score(w, of), layout).swapaxes(-1, -2)  # (batch, outputs, K)
     parts = [columns.shape[-1]] * columns.shape[-2]
     counts = counts_of_parts(name, layout, spec, params, parts)
     best = _best(columns, jnp.asarray(counts, jnp.int32))
-    return uncanonical(best.swapaxes(-1, -2), layout, shape)
+    return from_matrices(best.swapaxes(-1, -2), layout, shape)
 
 
 _best = jax.jit(jax.vmap(jax.vmap(exact_k)))

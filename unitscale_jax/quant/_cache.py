@@ -102,7 +102,7 @@ def _where_it_fits(cache: Any, x: Any, index: Any, axis: int, checked: bool) -> 
 def appended(operands: list[Any]) -> list[QTensor] | None:
     """`dynamic_update_slice` on codes and scales; None where a scale would have to change."""
     t, x, *starts = operands
-    if not is_quantized(t) or t.latent is not None or t.x_range is not None:
+    if not is_quantized(t) or t.master is not None or t.input_range is not None:
         return None
     shared = [axis % t.ndim for axis in t.axes]
     if any(x.shape[d] != t.shape[d] for d in shared) or is_quantized(x):

@@ -24,7 +24,7 @@ import numpy as np
 
 from unitscale_jax.statistics import Measure
 
-Axes = tuple[int, ...]
+AxisNumbers = tuple[int, ...]
 Error = Callable[[jax.Array, jax.Array], jax.Array]
 """Maps an array and a bound to the squared quantization error, summed."""
 
@@ -57,7 +57,7 @@ class Calibrator(abc.ABC):
     two_sided: bool = False
 
     @abc.abstractmethod
-    def bound(self, x: jax.Array, axes: Axes, error: Any) -> jax.Array:
+    def bound(self, x: jax.Array, axes: AxisNumbers, error: Any) -> jax.Array:
         """The bound of |x| over `axes`, kept with size 1.
 
         Args:
@@ -66,7 +66,7 @@ class Calibrator(abc.ABC):
             error: Maps a bound to the squared quantization error summed over `axes`.
         """
 
-    def bounds(self, x: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
+    def bounds(self, x: jax.Array, axes: AxisNumbers) -> tuple[jax.Array, jax.Array]:
         """The least and the largest value over `axes`, zero included."""
         low = jnp.minimum(jnp.min(x, axis=axes, keepdims=True, initial=0.0), 0.0)
         high = jnp.maximum(jnp.max(x, axis=axes, keepdims=True, initial=0.0), 0.0)
@@ -77,7 +77,7 @@ class Calibrator(abc.ABC):
         """Whether the bound of an array is its largest magnitude, as that of `Absmax` is."""
         return _tried(self)[1]
 
-    def measure(self, axes: Axes) -> Measure:
+    def measure(self, axes: AxisNumbers) -> Measure:
         """What the range of a stream of arrays is read from.
 
         Unless a subclass says otherwise, the ends over all of the stream passed through `bound`, or
@@ -109,7 +109,7 @@ class Calibrator(abc.ABC):
 
         return extremes(axes)._replace(range=bound, ends=ends)
 
-    def refine(self, axes: Axes, found: Any, error: Error) -> Measure | None:
+    def refine(self, axes: AxisNumbers, found: Any, error: Error) -> Measure | None:
         """The measure of a second pass over the batches; None: one is enough.
 
         Args:
@@ -121,7 +121,7 @@ class Calibrator(abc.ABC):
         return None
 
 
-def extremes(axes: Axes) -> Measure:
+def extremes(axes: AxisNumbers) -> Measure:
     """The least and the largest value of a stream, zero included."""
 
     def measure(x: jax.Array, where: jax.Array | None = None) -> dict[str, jax.Array]:
@@ -196,12 +196,12 @@ class Absmax(Calibrator):
     clips = False
     two_sided = True
 
-    def bound(self, x: jax.Array, axes: Axes, error: Any) -> jax.Array:
+    def bound(self, x: jax.Array, axes: AxisNumbers, error: Any) -> jax.Array:
         """Max |x|; of no elements 0."""
         del error
         return jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0.0)
 
-    def measure(self, axes: Axes) -> Measure:
+    def measure(self, axes: AxisNumbers) -> Measure:
         """The ends themselves."""
         return extremes(axes)
 
@@ -225,11 +225,11 @@ class EMA(Calibrator):
         if not 0 <= self.decay < 1:
             raise ValueError(f"{self!r}: decay is in [0, 1).")
 
-    def bound(self, x: jax.Array, axes: Axes, error: Any) -> jax.Array:
+    def bound(self, x: jax.Array, axes: AxisNumbers, error: Any) -> jax.Array:
         """Of one array its max."""
         return Absmax().bound(x, axes, error)
 
-    def measure(self, axes: Axes) -> Measure:
+    def measure(self, axes: AxisNumbers) -> Measure:
         """The ends and the largest magnitude; between batches the average of each."""
         whole = extremes(axes)
 
@@ -271,7 +271,7 @@ class Percentile(Calibrator):
         """K for n elements; the ceiling is of p n / 100 to nine digits, since 99.9 is not exact."""
         return max(1, math.ceil(round(self.p * n / 100, 9)))
 
-    def measure(self, axes: Axes) -> Measure:
+    def measure(self, axes: AxisNumbers) -> Measure:
         """The ends, and how many magnitudes lie in each logarithmic bin."""
         whole = extremes(axes)
 
@@ -311,7 +311,7 @@ class Percentile(Calibrator):
             return jnp.maximum(share.astype(jnp.int32), 1)
         return jnp.maximum((n // b) * a + (n % b * a + (b - 1)) // b, 1)
 
-    def bound(self, x: jax.Array, axes: Axes, error: Any) -> jax.Array:
+    def bound(self, x: jax.Array, axes: AxisNumbers, error: Any) -> jax.Array:
         """The k-th smallest of each group; NaN sorts last, and a group that has one is NaN."""
         del error
         kept = [axis for axis in range(x.ndim) if axis not in axes]
@@ -347,7 +347,7 @@ class MSE(Calibrator):
         """The fractions, from 1 down."""
         return np.linspace(1.0, self.least, self.steps, dtype=np.float32)
 
-    def bound(self, x: jax.Array, axes: Axes, error: Any) -> jax.Array:
+    def bound(self, x: jax.Array, axes: AxisNumbers, error: Any) -> jax.Array:
         """R max |x|, for each group its own r."""
         whole = Absmax().bound(x, axes, error)
 
@@ -360,11 +360,11 @@ class MSE(Calibrator):
         ratios = jnp.asarray(self.ratios[1:])
         return jax.lax.scan(better, (whole, error(whole)), ratios)[0][0]
 
-    def measure(self, axes: Axes) -> Measure:
+    def measure(self, axes: AxisNumbers) -> Measure:
         """The ends, of which the second pass tries fractions."""
         return extremes(axes)
 
-    def refine(self, axes: Axes, found: Any, error: Error) -> Measure:
+    def refine(self, axes: AxisNumbers, found: Any, error: Error) -> Measure:
         """The error of each fraction of the largest magnitude."""
         del axes
         whole = _largest(found)
@@ -414,24 +414,24 @@ class Fixed(Calibrator):
         """The upper end."""
         return self.first if self.second is None else self.second
 
-    def bound(self, x: jax.Array, axes: Axes, error: Any) -> jax.Array:
+    def bound(self, x: jax.Array, axes: AxisNumbers, error: Any) -> jax.Array:
         """The larger end, for every group."""
         del error
         m = np.float32(max(-self.low, self.high))
         return jnp.full([1 if axis in axes else n for axis, n in enumerate(x.shape)], m)
 
-    def bounds(self, x: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
+    def bounds(self, x: jax.Array, axes: AxisNumbers) -> tuple[jax.Array, jax.Array]:
         """The given ends."""
         shape = [1 if axis in axes else n for axis, n in enumerate(x.shape)]
         return jnp.full(shape, np.float32(self.low)), jnp.full(shape, np.float32(self.high))
 
-    def measure(self, axes: Axes) -> Measure:
+    def measure(self, axes: AxisNumbers) -> Measure:
         """The ends that were met, which the range does not look at."""
         given = np.float32(self.low), np.float32(self.high)
         return extremes(axes)._replace(range=lambda _: given)
 
 
-def _histogram(x: jax.Array, ones: jax.Array, axes: Axes) -> jax.Array:
+def _histogram(x: jax.Array, ones: jax.Array, axes: AxisNumbers) -> jax.Array:
     """int32 (.., BINS): how many magnitudes lie in each bin, over some axes."""
     kept = [axis for axis in range(x.ndim) if axis not in axes]
     bits = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.uint32) >> np.uint32(SHIFT)

@@ -9,17 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unitscale_jax.formats import on_grid
+from unitscale_jax.formats import round_to_dtype
 from unitscale_jax.mesh_axes import varying_axes
 from unitscale_jax.quant._gradient import refusals, straight_through
 from unitscale_jax.quant._lsq import Trained, carrier
 from unitscale_jax.quant._ops import (
     asymmetric,
     bounds_of,
-    emit,
     ends_of,
+    repeat_groups,
+    round_and_cast,
     shared,
-    spread,
     symmetric,
 )
 from unitscale_jax.quant._qtensor import QTensor, is_quantized, value_of
@@ -38,7 +38,7 @@ INT32 = 2**31
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ProductReport:
     """How a product is computed, for `explain`; `kept` says why it is in floating point."""
 
     compute: str
@@ -57,7 +57,7 @@ def multiply(
     key: Key | None = None,
     draws: Key | None = None,
     across: DeviceSum | None = None,
-) -> tuple[jax.Array, Verdict]:
+) -> tuple[jax.Array, ProductReport]:
     """The product of two operands, at least one of them quantized, by a spec.
 
     Args:
@@ -81,7 +81,7 @@ def multiply(
         values = [value.astype(t) for value, t in zip(sides, product.site.operands, strict=False)]
         kept = "kept: scales cross the sum"
         with noted(quantize=kept):
-            return product.as_traced(*values), Verdict("float", kept=kept)
+            return product.as_traced(*values), ProductReport("float", kept=kept)
     if spec.x is not None and not all(map(is_quantized, sides)):
         open_side = 1 if is_quantized(sides[0]) else 0
         held = sides[1 - open_side]
@@ -89,11 +89,18 @@ def multiply(
         how = spec.x if draws is None else replace(spec.x, rounding="stochastic")
         learned = isinstance(held, Trained)
         sides[open_side] = activation(
-            product, open_side, x, how, held.x_range, draws, learned=learned, over=axes_of(across)
+            product,
+            open_side,
+            x,
+            how,
+            held.input_range,
+            draws,
+            learned=learned,
+            over=axes_of(across),
         )
     if across is not None and _sums_codes(product, sides, spec, across):
         # Sums of codes that are kept with a parameter are of all devices.
-        sides = [replace(t, colsum=None) for t in sides]
+        sides = [replace(t, code_sums=None) for t in sides]
         product = replace(product, across=across)
     verdict = _verdict(product, sides, spec)
     product = replace(product, note=_note(verdict, spec))
@@ -107,7 +114,7 @@ def activation(
     side: int,
     x: jax.Array,
     spec: QSpec,
-    x_range: jax.Array | None = None,
+    input_range: jax.Array | None = None,
     key: Key | None = None,
     *,
     learned: bool = False,
@@ -120,12 +127,12 @@ def activation(
     axes = product.contracted(side)
     with operand_enters():
         v = jax.lax.stop_gradient(x)
-    v, latent = on_grid(v), x
-    if x_range is not None:
+    v, master = round_to_dtype(v), x
+    if input_range is not None:
         flat = [1] * x.ndim
         finite = jnp.all(jnp.isfinite(v), axis=axes, keepdims=True)
         given = lambda b: shared(jnp.where(finite, b.reshape(flat), np.float32(np.nan)), over)
-        bounds, clips = (-given(-x_range[..., 0]), given(x_range[..., 1])), True
+        bounds, clips = (-given(-input_range[..., 0]), given(input_range[..., 1])), True
     elif spec.symmetric:
         m = bounds_of(v, axes, spec, over=over)
         bounds, clips = (None, m), spec.clips
@@ -134,19 +141,19 @@ def activation(
     low, high = bounds
     if learned and low is not None and high is not None:
         step = jnp.maximum(-low, high) * np.float32(1 / spec.max_code)
-        latent = carrier(x, step, spec.max_code, math.prod(x.shape[a] for a in axes))
+        master = carrier(x, step, spec.max_code, math.prod(x.shape[a] for a in axes))
         low, high = jax.lax.stop_gradient((low, high))
     elif clips:
         inside = (jnp.abs(v) <= high) if low is None else (low <= v) & (v <= high)
-        latent = jnp.where(inside, x, jax.lax.stop_gradient(x))
+        master = jnp.where(inside, x, jax.lax.stop_gradient(x))
     quiet = DotSpec(w=replace(spec, rounding="nearest", axes=None))
     statics = dict(spec=quiet, axes=tuple(a - x.ndim for a in axes), dtype=np.dtype(x.dtype))
     if not spec.symmetric:
         codes, scale, point = asymmetric(v, -high if low is None else low, high, spec)
-        return QTensor(codes, scale, point, latent=latent, **statics)
+        return QTensor(codes, scale, point, master=master, **statics)
     m = high if low is None else jnp.maximum(-low, high)
     codes, scale = symmetric(v, m, spec, key)
-    return QTensor(codes, scale, latent=latent, **statics)
+    return QTensor(codes, scale, master=master, **statics)
 
 
 def _folded(product: Product, sides: list[Any], side: int) -> list[Any] | None:
@@ -162,11 +169,11 @@ def _folded(product: Product, sides: list[Any], side: int) -> list[Any] | None:
     by = _across(product, side, t, other)
     if by is None:
         return None
-    moved = emit(on_grid(other) * by, other.dtype)
+    moved = round_and_cast(round_to_dtype(other) * by, other.dtype)
     ones = jnp.ones([1] * t.ndim, jnp.float32)
     rest = replace(t, scale=ones, spec=replace(t.spec, w=replace(t.spec.w, group=None)))
-    if t.latent is not None:
-        rest = replace(rest, latent=_unscaled(t))
+    if t.master is not None:
+        rest = replace(rest, master=_unscaled(t))
     out = [moved, rest]
     return out if side == 1 else out[::-1]
 
@@ -181,7 +188,7 @@ def _across(product: Product, side: int, t: QTensor, other: jax.Array) -> jax.Ar
     (kept, mine, *_), theirs = specs[side], specs[1 - side][1]
     if t.scale.shape[kept] != 1 or varying(product, side, t) != [mine]:
         return None
-    full = spread(t.scale, [n if d == mine else 1 for d, n in enumerate(t.shape)])
+    full = repeat_groups(t.scale, [n if d == mine else 1 for d, n in enumerate(t.shape)])
     return full.reshape([full.size if d == theirs else 1 for d in range(other.ndim)])
 
 
@@ -193,7 +200,7 @@ def _across_dot(product: Dot, side: int, t: QTensor, other: jax.Array) -> jax.Ar
     mine = [*numbers[1][side], *numbers[0][side]]
     theirs = [*numbers[1][1 - side], *numbers[0][1 - side]]
     whole = [1 if one == 1 else n for one, n in zip(t.scale.shape, t.shape, strict=True)]
-    by = spread(t.scale, whole)
+    by = repeat_groups(t.scale, whole)
     by = by.transpose(*mine, *product.free(side))
     by = by.reshape(by.shape[: len(mine)])
     order = sorted(range(len(theirs)), key=lambda k: theirs[k])
@@ -207,8 +214,8 @@ def _embedded(by: jax.Array, other: jax.Array, dims: list[int]) -> list[int]:
 
 
 def _unscaled(t: QTensor) -> jax.Array:
-    """The latent of codes whose scale is elsewhere."""
-    return (on_grid(t.latent) / spread(t.scale, t.shape)).astype(t.latent.dtype)
+    """The master of codes whose scale is elsewhere."""
+    return (round_to_dtype(t.master) / repeat_groups(t.scale, t.shape)).astype(t.master.dtype)
 
 
 def _settled(product: Product, side: int, t: Any) -> Any:
@@ -233,11 +240,11 @@ def _sums_codes(product: Product, sides: list[Any], spec: DotSpec, across: Devic
     return not own and not any(grouped(product, side, t) for side, t in enumerate(sides))
 
 
-def _verdict(product: Product, sides: list[Any], spec: DotSpec) -> Verdict:
+def _verdict(product: Product, sides: list[Any], spec: DotSpec) -> ProductReport:
     if not all(map(is_quantized, sides)):
-        return Verdict("float x codes", terms=product.terms)
+        return ProductReport("float x codes", terms=product.terms)
     if not sides[0].spec.w.is_integer:
-        return Verdict(spec.compute, terms=product.terms)
+        return ProductReport(spec.compute, terms=product.terms)
     tiles = [t.groups for side, t in enumerate(sides) if grouped(product, side, t)]
     devices = 1 if product.across is None else product.across.terms
     terms = product.terms * devices // max(tiles, default=1)
@@ -251,10 +258,10 @@ def _verdict(product: Product, sides: list[Any], spec: DotSpec) -> Verdict:
             f"not hold (the most is {most}). Use fewer bits, groups with free scales, or "
             'compute="dequant".'
         )
-    return Verdict(spec.compute, product.across is not None, terms, bound)
+    return ProductReport(spec.compute, product.across is not None, terms, bound)
 
 
-def _note(verdict: Verdict, spec: DotSpec) -> dict[str, Any]:
+def _note(verdict: ProductReport, spec: DotSpec) -> dict[str, Any]:
     """What `explain` shows of a product: how long its sums are, and how near to the bounds."""
     ends = lambda s: f"±{s.max_code:g}" if s.symmetric else f"[{-s.max_code - 1}, {s.max_code}]"
     note = {"codes": f"{'float' if spec.x is None else ends(spec.x)} x {ends(spec.w)}"}

@@ -25,7 +25,7 @@ from unitscale_jax.trace.program import (
     Site,
 )
 
-Factors: TypeAlias = tuple[Any, ...]
+DegreeFactors: TypeAlias = tuple[Any, ...]
 Degree: TypeAlias = frozenset[tuple[str, int]] | None
 """Coefficients by parameter; None: whatever, as of zero."""
 ZERO: Degree = frozenset()
@@ -80,7 +80,7 @@ class Degrees(Flow[Degree]):
     """The flow of degrees; `equations` collects (a form that must be zero, because of what)."""
 
     graph: Dims
-    factors: Factors
+    factors: DegreeFactors
     layers: Mapping[Place, Any]
     equations: list[tuple[Degree, str]] = field(default_factory=list)
 
@@ -103,7 +103,7 @@ class Degrees(Flow[Degree]):
         del site
         return x
 
-    def repeated(self, site: Site, carry: list[Degree]) -> list[Degree]:
+    def restart(self, site: Site, carry: list[Degree]) -> list[Degree]:
         if site.place in self.layers:  # inside, a scale is that of one layer
             for degree in carry:
                 self.require(degree, "the carry of the loop over layers")

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
-from unitscale_jax.formats import on_grid
+from unitscale_jax.formats import round_to_dtype
 from unitscale_jax.quant._ops import (
     as_codes,
     asymmetric,
@@ -28,15 +28,15 @@ from unitscale_jax.quant._ops import (
     scales,
     threshold,
 )
-from unitscale_jax.quant._params import Rules, check_leaf, encode, match, range_of
+from unitscale_jax.quant._params import QuantRules, check_leaf, encode, match, range_of
 from unitscale_jax.quant._qtensor import QTensor, is_quantized, value_of
 from unitscale_jax.quant._spec import DotSpec, QSpec
 from unitscale_jax.statistics import Stat, required, warn_unseen
 from unitscale_jax.trace.params import (
     MatrixForm,
-    canonical,
+    from_matrices,
     inverse_factor,
-    uncanonical,
+    to_matrices,
 )
 
 EXACT = jax.lax.Precision.HIGHEST
@@ -82,7 +82,7 @@ class GPTQReport:
 
 
 def gptq(
-    params: Any, stats: Mapping[str, Stat], rules: Rules, damp: float = 0.01
+    params: Any, stats: Mapping[str, Stat], rules: QuantRules, damp: float = 0.01
 ) -> tuple[Any, GPTQReport]:
     """Quantizes the parameters that rules name, by the second moments of what they meet.
 
@@ -137,7 +137,7 @@ def gptq(
     for name, spec in named.items():
         warn_unseen(name, stats[name], "rounded to nearest")
         done[name], errors[name] = _rounded(name, leaves[name], stats[name], spec, damp)
-        done[name] = replace(done[name], x_range=range_of(stats, name))
+        done[name] = replace(done[name], input_range=range_of(stats, name))
     structure = jax.tree.structure(params, is_leaf=is_quantized)
     kept = tuple(name for name in leaves if name not in named)
     return jax.tree.unflatten(structure, list(done.values())), GPTQReport(errors, kept)
@@ -164,12 +164,12 @@ def _rounded(name: str, w: Any, stat: Stat, spec: DotSpec, damp: float) -> tuple
 
 
 def _errors(w: jax.Array, h: jax.Array, t: QTensor, layout: MatrixForm) -> float:
-    wide = on_grid(w)
+    wide = round_to_dtype(w)
     off = value_of(t.astype(jnp.float32)) - wide
     power = lambda x: jnp.einsum("bkn,bkl,bln->", x, h, x, precision=EXACT)
-    whole = power(canonical(wide, layout))
+    whole = power(to_matrices(wide, layout))
     return float(
-        jnp.sqrt(jnp.maximum(power(canonical(off, layout)), 0) / jnp.where(whole > 0, whole, 1))
+        jnp.sqrt(jnp.maximum(power(to_matrices(off, layout)), 0) / jnp.where(whole > 0, whole, 1))
     )
 
 
@@ -182,13 +182,13 @@ def _on_device(
     tiles = 1 if spec.w.group is None else shape[axes[-1]] // spec.w.group.size
     sizes = [shape[axis] for axis in layout.contracted]
     order = _by_tiles(sizes, tiles)
-    columns = canonical(on_grid(w), layout)[:, order]
+    columns = to_matrices(round_to_dtype(w), layout)[:, order]
     h = h[:, order][:, :, order]
     made = jax.vmap(lambda w, h: _columns(w, h, spec.w, tiles, damp))(columns, h)
     regular = made.pop("regular").all()
-    codes = uncanonical(made["codes"][:, np.argsort(order)], layout, shape)
+    codes = from_matrices(made["codes"][:, np.argsort(order)], layout, shape)
     small = lambda n: [n if d == axes[-1] else 1 if d in axes else m for d, m in enumerate(shape)]
-    laid = lambda x: uncanonical(x, layout, small(x.shape[1]))
+    laid = lambda x: from_matrices(x, layout, small(x.shape[1]))
     rest = {name: laid(x) for name, x in made.items() if name != "codes"}
     t = QTensor(codes, **rest, spec=spec, axes=spec.w.axes, dtype=np.dtype(w.dtype))
     if spec.x is not None and not spec.x.symmetric:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from unitscale_jax.mesh_axes import zeros
-from unitscale_jax.quant._ops import spread
+from unitscale_jax.quant._ops import repeat_groups
 from unitscale_jax.quant._qtensor import QTensor, integer_codes, is_quantized, value_of
 from unitscale_jax.quant._served import Unquantizable, served
 from unitscale_jax.quant._spec import DotSpec
@@ -65,10 +65,10 @@ _PROGRAMS: dict[Any, Callable[..., jax.Array]] = {}
 def _straight_through(
     product: Product, sides: list[Any], spec: DotSpec, key: Key | None, multiply: Multiply
 ) -> jax.Array:
-    carriers = [t.latent if is_quantized(t) else t for t in sides]
+    carriers = [t.master if is_quantized(t) else t for t in sides]
     with operand_enters():
         parts = [
-            replace(t, latent=None) if is_quantized(t) else jax.lax.stop_gradient(t) for t in sides
+            replace(t, master=None) if is_quantized(t) else jax.lax.stop_gradient(t) for t in sides
         ]
     if all(c is None for c in carriers):
         return served(product, parts, spec)
@@ -138,9 +138,9 @@ def refusals(
     Nothing is computed: the backward pass is traced on a cotangent of zeros, once for products that
     are alike. Only of what is trained; codes that are served have no backward pass to speak of.
     """
-    parts = [replace(t, latent=None) if is_quantized(t) else t for t in sides]
+    parts = [replace(t, master=None) if is_quantized(t) else t for t in sides]
     weights = [t for t in sides if is_quantized(t) and t.spec.x is not None]
-    if weights and all(t.latent is None for t in weights):
+    if weights and all(t.master is None for t in weights):
         return ()
     alike = _kind(product, parts, spec)
     if alike not in _REFUSALS:
@@ -192,8 +192,8 @@ def _value(t: QTensor) -> jax.Array:
     """As `value_of`, but for derivatives, which need not be the same bits in every program."""
     whole = integer_codes(t).astype(jnp.float32)
     if t.zero_point is not None:
-        whole = whole - spread(t.zero_point, t.shape).astype(jnp.float32)
-    return (whole * spread(t.scale, t.shape)).astype(t.dtype)
+        whole = whole - repeat_groups(t.zero_point, t.shape).astype(jnp.float32)
+    return (whole * repeat_groups(t.scale, t.shape)).astype(t.dtype)
 
 
 def _quantized_backward(
@@ -209,7 +209,7 @@ def _quantized_backward(
 
     The other operand's scale varies along this sum, so it is folded into g before g is quantized.
     """
-    other = replace(other, x_range=None, colsum=None)  # those of the forward pass
+    other = replace(other, input_range=None, code_sums=None)  # those of the forward pass
     backward = _backward_spec(product, other, spec)
     program = transposed(product, side, g, value_of(other)).jaxpr
     draws = key if spec.g is not None and spec.g.rounding == "stochastic" else None

@@ -16,13 +16,13 @@ from unitscale_jax.quant._lsq import (
     is_learned,
     least_scale,
 )
-from unitscale_jax.quant._params import Rules, agrees, check_leaf, match
+from unitscale_jax.quant._params import QuantRules, agrees, check_leaf, match
 from unitscale_jax.quant._qtensor import is_quantized
 from unitscale_jax.quant._spec import DotSpec, QSpec
 from unitscale_jax.statistics import check_names
 
 
-def learned(params: Any, rules: Rules, stats: Mapping[str, Any] | None = None) -> Any:
+def learned(params: Any, rules: QuantRules, stats: Mapping[str, Any] | None = None) -> Any:
     """Puts trained scales beside the parameters that rules name (LSQ).
 
     `quantized(fn)` takes the result in place of parameters, and `jax.grad` and any optimizer see
@@ -55,7 +55,7 @@ def learned(params: Any, rules: Rules, stats: Mapping[str, Any] | None = None) -
         >>> params["w"].scale.round(5).tolist()
         [[1.8105700016021729]]
         >>> grads = jax.grad(lambda p: us.quantized(fn)(p, jnp.ones((1, 5))).sum())(params)
-        >>> grads["w"].latent[:, 0].tolist()  # 5 is in steps of the scale nearly 3, and inside
+        >>> grads["w"].master[:, 0].tolist()  # 5 is in steps of the scale nearly 3, and inside
         [1.0, 1.0, 1.0, 1.0, 1.0]
         >>> jax.tree.map(jnp.shape, grads["w"].scale)
         (1, 1)

@@ -17,14 +17,14 @@ from unitscale_jax.trace.params import (
     ACTIVATION,
     Meeting,
     Origin,
-    addresses,
     provenance,
+    rule_names,
 )
 from unitscale_jax.trace.program import Jaxpr, Place, Site
 
 
 @dataclass(frozen=True)
-class Left:
+class Unquantized:
     """An equation that got an array back.
 
     Attributes:
@@ -52,7 +52,7 @@ class Account:
 
     jaxpr: Jaxpr
     sources: Sequence[Origin]
-    left: list[Left] = field(default_factory=list)
+    left: list[Unquantized] = field(default_factory=list)
     reached: list[tuple[Site, int]] = field(default_factory=list)
     bodies: list[tuple[Site, Jaxpr]] = field(default_factory=list)
 
@@ -71,7 +71,7 @@ class Account:
 
     def named(self, site: Site) -> str:
         """An equation and what it is of: "dot_general of w"."""
-        return f"{site.name} of {' and '.join(addresses(site, self.origins(site)[:2]))}"
+        return f"{site.name} of {' and '.join(rule_names(site, self.origins(site)[:2]))}"
 
     def __str__(self) -> str:
         """All that was left, and why."""

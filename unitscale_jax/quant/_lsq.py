@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
-from unitscale_jax.formats import on_grid
+from unitscale_jax.formats import round_to_dtype
 from unitscale_jax.fwd_bwd import straight_through
 from unitscale_jax.mesh_axes import match_vma
-from unitscale_jax.quant._calibrators import Axes, Calibrator
-from unitscale_jax.quant._ops import bounds_of, codes_of, fence, spread, threshold
+from unitscale_jax.quant._calibrators import AxisNumbers, Calibrator
+from unitscale_jax.quant._ops import bounds_of, codes_of, no_fma, repeat_groups, threshold
 from unitscale_jax.quant._qtensor import ARRAYS, QTensor, moved, source_of
 from unitscale_jax.quant._spec import DotSpec, QSpec
 from unitscale_jax.typing import DType
@@ -30,17 +30,17 @@ from unitscale_jax.typing import DType
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["latent", "scale", "x_scale"],
+    data_fields=["master", "scale", "x_scale"],
     meta_fields=["spec"],
 )
 @dataclass(frozen=True, eq=False)
 class Learned(trees.Compound):
     """A parameter and its scales, all of them trained; made by `learned`, which checks it.
 
-    An optimizer sees three arrays, "w/latent", "w/scale" and "w/x_scale".
+    An optimizer sees three arrays, "w/master", "w/scale" and "w/x_scale".
 
     Attributes:
-        latent: The float array.
+        master: The float array.
         scale: float32, of its rank: size 1 on the axes that share a scale (with groups the number
             of groups on the last of them), full elsewhere.
         x_scale: float32: that of what meets the parameter, its axes those of stacked layers; None
@@ -48,7 +48,7 @@ class Learned(trees.Compound):
         spec: How it is quantized, and what it does with what it meets.
     """
 
-    latent: Any
+    master: Any
     scale: Any
     x_scale: Any = None
     _: KW_ONLY
@@ -57,25 +57,25 @@ class Learned(trees.Compound):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the array."""
-        return tuple(self.latent.shape)
+        return tuple(self.master.shape)
 
     @property
     def dtype(self) -> DType:
         """The dtype of the array."""
-        return np.dtype(self.latent.dtype)
+        return np.dtype(self.master.dtype)
 
     @property
     def values(self) -> Any:
         """The float array."""
-        return self.latent
+        return self.master
 
     def with_values(self, values: Any) -> "Learned":
         """Another float array, and the same scales."""
-        return replace(self, latent=values)
+        return replace(self, master=values)
 
     def astype(self, dtype: Any) -> "Learned":
         """The array in another float dtype; scales stay as they are."""
-        return replace(self, latent=self.latent.astype(dtype))
+        return replace(self, master=self.master.astype(dtype))
 
     def take(self, axis: int, at: np.ndarray) -> "Learned":
         """Some positions of an axis, ascending; scales that they share stay.
@@ -90,18 +90,18 @@ class Learned(trees.Compound):
         return self._moved(axis % len(self.shape), source_of(at, size))
 
     def _moved(self, axis: int, source: np.ndarray) -> "Learned":
-        latent, scale = (
+        master, scale = (
             moved(x, axis, source, self.shape[axis], fill)
-            for x, fill in ((self.latent, 0), (self.scale, 1))
+            for x, fill in ((self.master, 0), (self.scale, 1))
         )
         x_scale = self.x_scale
         if x_scale is not None and axis < x_scale.ndim:  # of stacked layers
             x_scale = moved(x_scale, axis, source, self.shape[axis], 1)
-        return replace(self, latent=latent, scale=scale, x_scale=x_scale)
+        return replace(self, master=master, scale=scale, x_scale=x_scale)
 
     def __repr__(self) -> str:
         """Shape, spec and dtype."""
-        shape = getattr(self.latent, "shape", self.latent)
+        shape = getattr(self.master, "shape", self.master)
         return f"Learned({shape}, {self.spec}, axes={self.spec.w.axes})"
 
 
@@ -110,7 +110,7 @@ class Learned(trees.Compound):
 )
 @dataclass(frozen=True, eq=False, repr=False)
 class Trained(QTensor):
-    """A `Learned` inside of `quantized(fn)`: its latent and its `x_range` carry gradients."""
+    """A `Learned` inside of `quantized(fn)`: its master and its `input_range` carry gradients."""
 
 
 def is_learned(leaf: Any) -> TypeGuard[Learned]:
@@ -123,13 +123,15 @@ def encoded(leaf: Learned) -> QTensor:
     w, shape = leaf.spec.w, leaf.shape
     assert w.axes is not None
     axes = tuple(axis % len(shape) for axis in w.axes)
-    v = on_grid(jax.lax.stop_gradient(leaf.latent))
+    v = round_to_dtype(jax.lax.stop_gradient(leaf.master))
     largest = bounds_of(v, axes, QSpec(), tiles_of(shape, w))
     scale = _kept(jax.lax.stop_gradient(leaf.scale), w)
     scale = jnp.where(jnp.isfinite(largest), scale, np.float32(np.nan))
-    codes = codes_of(v * spread(1 / scale, shape), w)
-    x_range = None if leaf.x_scale is None else range_of_scale(leaf.x_scale, leaf.spec.x)
-    return QTensor(codes, scale, x_range=x_range, spec=leaf.spec, axes=w.axes, dtype=leaf.dtype)
+    codes = codes_of(v * repeat_groups(1 / scale, shape), w)
+    input_range = None if leaf.x_scale is None else range_of_scale(leaf.x_scale, leaf.spec.x)
+    return QTensor(
+        codes, scale, input_range=input_range, spec=leaf.spec, axes=w.axes, dtype=leaf.dtype
+    )
 
 
 def trained(leaf: Learned) -> Trained:
@@ -137,9 +139,15 @@ def trained(leaf: Learned) -> Trained:
     t = encoded(leaf)
     scale = _kept(leaf.scale, leaf.spec.w)
     count = math.prod(leaf.shape) // max(math.prod(scale.shape), 1)
-    latent = carrier(leaf.latent, scale, leaf.spec.w.max_code, count)
+    master = carrier(leaf.master, scale, leaf.spec.w.max_code, count)
     return Trained(
-        t.codes, t.scale, x_range=t.x_range, latent=latent, spec=t.spec, axes=t.axes, dtype=t.dtype
+        t.codes,
+        t.scale,
+        input_range=t.input_range,
+        master=master,
+        spec=t.spec,
+        axes=t.axes,
+        dtype=t.dtype,
     )
 
 
@@ -176,10 +184,10 @@ def _forward(x: jax.Array, scale: jax.Array, q: int, count: int) -> tuple[jax.Ar
 
 def _backward(q: int, count: int, kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, scale = kept
-    steps = on_grid(x) * spread(1 / scale, x.shape)
+    steps = round_to_dtype(x) * repeat_groups(1 / scale, x.shape)
     inside = jnp.abs(steps) < q
     slope = jnp.where(inside, _rounded(steps) - steps, jnp.sign(steps) * np.float32(q))
-    repeat = lambda s: jnp.broadcast_to(spread(s, x.shape), x.shape)
+    repeat = lambda s: jnp.broadcast_to(repeat_groups(s, x.shape), x.shape)
     (total,) = jax.vjp(repeat, scale)[1](slope * g.astype(jnp.float32))  # sums for each scale
     dx = jnp.where(inside, g, jnp.zeros_like(g))
     return match_vma((dx, total * np.float32(1 / math.sqrt(max(count, 1) * q))), (x, scale))
@@ -209,7 +217,7 @@ def range_of_scale(scale: Any, spec: QSpec | None) -> jax.Array:
     """The range (-s Q, s Q) on a new last axis."""
     assert spec is not None
     # Fenced, or s Q / Q would be s in one program and not in the other.
-    high = fence(_kept(scale, spec) * np.float32(spec.max_code))
+    high = no_fma(_kept(scale, spec) * np.float32(spec.max_code))
     return jnp.stack([-high, high], axis=-1)
 
 
@@ -224,7 +232,7 @@ def first_scale(x: Any, spec: QSpec) -> jax.Array:
     assert spec.axes is not None
     axes = tuple(axis % x.ndim for axis in spec.axes)
     tiles = tiles_of(x.shape, spec)
-    mean = bounds_of(on_grid(x), axes, replace(spec, calibrator=_Mean()), tiles)
+    mean = bounds_of(round_to_dtype(x), axes, replace(spec, calibrator=_Mean()), tiles)
     return first_of_mean(mean, spec)
 
 
@@ -238,7 +246,7 @@ def first_of_mean(mean: Any, spec: QSpec) -> jax.Array:
 class _Mean(Calibrator):
     """The mean magnitude, which is no bound, by the axes and groups of one."""
 
-    def bound(self, x: jax.Array, axes: Axes, error: Any) -> jax.Array:
+    def bound(self, x: jax.Array, axes: AxisNumbers, error: Any) -> jax.Array:
         """Mean |x|."""
         del error
         return jnp.mean(jnp.abs(x), axis=axes, keepdims=True)

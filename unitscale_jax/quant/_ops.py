@@ -29,7 +29,7 @@ from unitscale_jax.typing import Key
 _inlined = functools.partial(jax.jit, inline=True)
 
 
-def fence(x: jax.Array) -> jax.Array:
+def no_fma(x: jax.Array) -> jax.Array:
     """The identity, opaque to the compiler: no fused multiply-add across it.
 
     A barrier would be dropped on one JAX line and cost a kernel on a GPU; this costs nothing.
@@ -38,14 +38,14 @@ def fence(x: jax.Array) -> jax.Array:
 
 
 @functools.partial(_inlined, static_argnames="dtype")
-def emit(y: jax.Array, dtype: Any) -> jax.Array:
+def round_and_cast(y: jax.Array, dtype: Any) -> jax.Array:
     """A float32 result in its dtype, rounded aloud."""
     info = jnp.finfo(dtype)
     if info.bits >= 32:
         with made_result():
-            fenced = fence(y)
+            fenced = no_fma(y)
     else:
-        fenced = fence(y)
+        fenced = no_fma(y)
         fenced = jax.lax.reduce_precision(fenced, info.nexp, info.nmant)
     return fenced.astype(dtype)
 
@@ -81,7 +81,7 @@ def symmetric(x: jax.Array, m: jax.Array, spec: QSpec, key: Key | None = None) -
         key: Draws of stochastic rounding.
     """
     scale, inverse = scales(m, spec)
-    return codes_of(x * spread(inverse, x.shape), spec, key), scale
+    return codes_of(x * repeat_groups(inverse, x.shape), spec, key), scale
 
 
 def codes_of(steps: jax.Array, spec: QSpec, key: Key | None = None) -> jax.Array:
@@ -116,7 +116,9 @@ def asymmetric(x: jax.Array, low: jax.Array, high: jax.Array, spec: QSpec) -> An
     inverse = jnp.where(zero, 0.0, np.float32(n) / r)
     point = jnp.clip(least - whole(low * inverse), least, least + n)
     # The zero point is added after rounding, where no multiply-add can be fused.
-    codes = jnp.clip(whole(x * spread(inverse, x.shape)) + spread(point, x.shape), least, least + n)
+    codes = jnp.clip(
+        whole(x * repeat_groups(inverse, x.shape)) + repeat_groups(point, x.shape), least, least + n
+    )
     return as_codes(codes, spec), scale, point.astype(jnp.int32)
 
 
@@ -140,11 +142,11 @@ def integer_groups(
     scale = jnp.where(zero, 1.0, m * np.float32(1 / (q * most)))
     inverse = jnp.where(zero, 0.0, np.float32(q * most) / m)
     multiplier = jnp.clip(jnp.ceil((tiles * inverse) * np.float32(1 / q)), 1, most)
-    steps = (x * spread(inverse, x.shape)) * spread(1 / multiplier, x.shape)
+    steps = (x * repeat_groups(inverse, x.shape)) * repeat_groups(1 / multiplier, x.shape)
     return codes_of(steps, spec), scale, multiplier.astype(jnp.int8)
 
 
-def spread(s: jax.Array, shape: Sequence[int]) -> jax.Array:
+def repeat_groups(s: jax.Array, shape: Sequence[int]) -> jax.Array:
     """Repeats what belongs to groups to the elements of the groups; sizes of 1 stay."""
     for axis, (n, full) in enumerate(zip(s.shape, shape, strict=True)):
         if n not in (1, full):

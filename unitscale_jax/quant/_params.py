@@ -13,28 +13,28 @@ import numpy as np
 
 from unitscale_jax import rules as named_rules, tree as trees
 from unitscale_jax.errors import not_divisible
-from unitscale_jax.formats import on_grid
+from unitscale_jax.formats import round_to_dtype
 from unitscale_jax.quant._lsq import Learned, encoded, is_learned
 from unitscale_jax.quant._ops import (
     asymmetric,
     bounds_of,
     ends_of,
     integer_groups,
-    spread,
+    repeat_groups,
     symmetric,
 )
 from unitscale_jax.quant._qtensor import QTensor, has_codes, is_quantized
 from unitscale_jax.quant._spec import DotSpec
 from unitscale_jax.statistics import check_names
 
-Rules = named_rules.Rules[DotSpec]
+QuantRules = named_rules.Rules[DotSpec]
 ACTIVATIONS: tuple[int, ...] = ()
 """The axes of a rule's spec once it is known to name products of activations, no parameter."""
 
 
 def quantize(
     params: Any,
-    rules: Rules | None = None,
+    rules: QuantRules | None = None,
     stats: Mapping[str, Any] | None = None,
     *,
     delete: bool = False,
@@ -81,7 +81,7 @@ def quantize(
     for name in sorted(chosen, key=bytes_of):  # small ones first, which frees most for the largest
         leaf, spec = known[name], chosen[name]
         done[name] = _quantized(name, leaf, spec, range_of(stats, name))
-        array = leaf.latent if is_learned(leaf) else leaf
+        array = leaf.master if is_learned(leaf) else leaf
         if delete and done[name] is not leaf and isinstance(array, jax.Array):
             jax.block_until_ready(done[name])
             array.delete()
@@ -89,7 +89,7 @@ def quantize(
     return jax.tree.unflatten(structure, list(done.values()))
 
 
-def match(rules: Rules, params: Any, skip: Collection[int] = ()) -> dict[str, DotSpec | None]:
+def match(rules: QuantRules, params: Any, skip: Collection[int] = ()) -> dict[str, DotSpec | None]:
     """The spec of each parameter; rules known to name activations, or to skip, need match none."""
     names = trees.names(params, is_leaf=trees.is_compound)
     specs = map(_checked, named_rules.pairs_of(rules))
@@ -118,20 +118,20 @@ def range_of(stats: Mapping[str, Any] | None, name: str) -> Any:
     return None if stat is None else stat.range
 
 
-def check_range(name: str, x_range: Any) -> None:
+def check_range(name: str, input_range: Any) -> None:
     """Whether a parameter whose activation has a learned scale is given no other range.
 
     Raises:
         ValueError: It is; the message says the way out.
     """
-    if x_range is not None:
+    if input_range is not None:
         raise ValueError(
             f"{name} is learned, its activation's scale with it, and stats give another range; "
             "leave it out of the stats."
         )
 
 
-def _quantized(name: str, leaf: Any, spec: DotSpec, x_range: Any) -> QTensor:
+def _quantized(name: str, leaf: Any, spec: DotSpec, input_range: Any) -> QTensor:
     if is_quantized(leaf) or is_learned(leaf):
         if not agrees(leaf.spec, spec):
             raise ValueError(
@@ -140,15 +140,15 @@ def _quantized(name: str, leaf: Any, spec: DotSpec, x_range: Any) -> QTensor:
             )
         if is_quantized(leaf):
             return leaf
-        check_range(name, x_range)
+        check_range(name, input_range)
         made = _of_learned(leaf)
-        x_range = made.x_range
+        input_range = made.input_range
     else:
         check_leaf(name, leaf, spec)
         made = _on_device(leaf, spec)
     if not isinstance(made.scale, jax.core.Tracer) and not bool(jnp.isfinite(made.scale).all()):
         raise ValueError(f"{name} has NaN or infinite values, which no scale fits; mend it first.")
-    return replace(made, x_range=x_range)
+    return replace(made, input_range=input_range)
 
 
 @contextlib.contextmanager
@@ -231,7 +231,7 @@ def encode(x: jax.Array, spec: DotSpec, over: Sequence[str] = ()) -> QTensor:
     w = spec.w
     assert w.axes is not None
     axes = tuple(axis % x.ndim for axis in w.axes)
-    v = on_grid(jax.lax.stop_gradient(x))
+    v = round_to_dtype(jax.lax.stop_gradient(x))
     made = functools.partial(QTensor, spec=spec, axes=w.axes, dtype=np.dtype(x.dtype))
     if not w.symmetric:
         codes, scale, point = asymmetric(v, *ends_of(v, axes, w, over), w)
@@ -252,17 +252,17 @@ def _summed(t: QTensor) -> QTensor:
 
 
 def inside(x: jax.Array, t: QTensor, over: Sequence[str] = ()) -> jax.Array:
-    """Where the values of the latent are within its range, and so receive gradients.
+    """Where the values of the master are within its range, and so receive gradients.
 
     `over` as of `encode`.
     """
     w = t.spec.w
     axes = tuple(axis % x.ndim for axis in t.axes)
-    v = on_grid(x)
+    v = round_to_dtype(x)
     if not w.symmetric:
         low, high = ends_of(v, axes, w, over)
         return (low <= v) & (v <= high)
     tiles = 1 if w.group is None else x.shape[axes[-1]] // w.group.size
     m = bounds_of(v, axes, w, tiles, over if w.group is None else ())
     # |x| <= m, and never Q s: f32(127) s is below m for 4 % of all m.
-    return jnp.abs(v) <= spread(m, x.shape)
+    return jnp.abs(v) <= repeat_groups(m, x.shape)

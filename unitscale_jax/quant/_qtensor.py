@@ -17,12 +17,12 @@ import numpy as np
 
 from unitscale_jax import tree as trees
 from unitscale_jax.fwd_bwd import straight_through
-from unitscale_jax.quant._ops import emit, spread
+from unitscale_jax.quant._ops import repeat_groups, round_and_cast
 from unitscale_jax.quant._spec import DotSpec
 from unitscale_jax.typing import DType
 
-ARRAYS = ["codes", "scale", "zero_point", "multiplier", "colsum", "x_range", "latent"]
-LIKE_SCALE = ("scale", "zero_point", "multiplier", "colsum")
+ARRAYS = ["codes", "scale", "zero_point", "multiplier", "code_sums", "input_range", "master"]
+LIKE_SCALE = ("scale", "zero_point", "multiplier", "code_sums")
 
 
 @functools.partial(
@@ -40,10 +40,11 @@ class QTensor(trees.Compound):
         zero_point: int32, like the scale, or None.
         multiplier: int8, like the scale, its size on the last of `axes` the number of integer
             groups; or None.
-        colsum: int32, like the scale: sums of codes over `axes`, where an asymmetric activation
+        code_sums: int32, like the scale: sums of codes over `axes`, where an asymmetric activation
             needs them; or None.
-        x_range: float32 (.., 2): bounds of what meets the parameter; None finds them in the call.
-        latent: The float array, inside of `quantized(fn, rules)` only.
+        input_range: float32 (.., 2): bounds of what meets the parameter; None finds them in the
+            call.
+        master: The float array, inside of `quantized(fn, rules)` only.
         spec: How it was quantized, and what it does with what it meets.
         axes: The axes that share a scale, counted from the end.
         dtype: That of the array it stands for.
@@ -53,9 +54,9 @@ class QTensor(trees.Compound):
     scale: Any
     zero_point: Any = None
     multiplier: Any = None
-    colsum: Any = None
-    x_range: Any = None
-    latent: Any = None
+    code_sums: Any = None
+    input_range: Any = None
+    master: Any = None
     _: KW_ONLY
     spec: DotSpec
     axes: tuple[int, ...]
@@ -101,8 +102,8 @@ class QTensor(trees.Compound):
         return {name: x for name, x in every.items() if x is not None}
 
     def with_sums(self) -> "QTensor":
-        """The same codes with their sums over the axes that share a scale, in `colsum`."""
-        return replace(self, colsum=_sums(self))
+        """The same codes with their sums over the axes that share a scale, in `code_sums`."""
+        return replace(self, code_sums=_sums(self))
 
     @property
     def groups(self) -> int:
@@ -123,12 +124,12 @@ def _moved(t: QTensor, axis: int, source: np.ndarray) -> QTensor:
     fills = {"codes": zero, "scale": 1, "multiplier": 1}
 
     def change(name: str, x: Any) -> Any:
-        if name == "x_range" and axis >= x.ndim - 1:  # its last axis is that of the two bounds
+        if name == "input_range" and axis >= x.ndim - 1:  # its last axis is that of the two bounds
             return x
         return moved(x, axis, source, t.shape[axis], fills.get(name, 0))
 
     out = t.over(change)
-    return out.with_sums() if shared and out.colsum is not None else out
+    return out.with_sums() if shared and out.code_sums is not None else out
 
 
 def source_of(at: np.ndarray, size: int) -> np.ndarray:
@@ -178,7 +179,7 @@ def integer_codes(t: QTensor) -> jax.Array:
     """Codes with the integer of their group multiplied in: int8, or the codes as they are."""
     if t.multiplier is None:
         return t.codes
-    return t.codes.astype(jnp.int8) * spread(t.multiplier, t.shape)
+    return t.codes.astype(jnp.int8) * repeat_groups(t.multiplier, t.shape)
 
 
 def _sums(t: QTensor) -> jax.Array:
@@ -195,12 +196,12 @@ def _sums(t: QTensor) -> jax.Array:
 
 
 def value_of(t: QTensor) -> jax.Array:
-    """The array a QTensor stands for, in its dtype; gradients go to the latent, if it has one."""
+    """The array a QTensor stands for, in its dtype; gradients go to the master, if it has one."""
     whole = integer_codes(t).astype(jnp.float32)
     if t.zero_point is not None:
-        whole = whole - spread(t.zero_point, t.shape).astype(jnp.float32)
-    value = emit(whole * spread(t.scale, t.shape), t.dtype)
-    return value if t.latent is None else straight_through(value, t.latent.astype(t.dtype))
+        whole = whole - repeat_groups(t.zero_point, t.shape).astype(jnp.float32)
+    value = round_and_cast(whole * repeat_groups(t.scale, t.shape), t.dtype)
+    return value if t.master is None else straight_through(value, t.master.astype(t.dtype))
 
 
 def dequantize(params: Any) -> Any:

@@ -18,14 +18,14 @@ from unitscale_jax import rules as named_rules, tree as trees
 from unitscale_jax.fwd_bwd import straight_through
 from unitscale_jax.loss import around
 from unitscale_jax.quant._cache import appended
-from unitscale_jax.quant._contract import Verdict, activation, axes_of, multiply
+from unitscale_jax.quant._contract import ProductReport, activation, axes_of, multiply
 from unitscale_jax.quant._gradient import draw
-from unitscale_jax.quant._left import Account, Left, arrays_of
+from unitscale_jax.quant._left import Account, Unquantized, arrays_of
 from unitscale_jax.quant._lsq import Trained, entered
-from unitscale_jax.quant._ops import emit
+from unitscale_jax.quant._ops import round_and_cast
 from unitscale_jax.quant._params import (
     ACTIVATIONS,
-    Rules,
+    QuantRules,
     agrees,
     check_leaf,
     check_range,
@@ -56,8 +56,8 @@ from unitscale_jax.trace.params import (
     Product,
     above,
     device_sums,
+    input_origins,
     meetings,
-    origins,
     product_of,
     provenance,
 )
@@ -68,10 +68,10 @@ from unitscale_jax.trace.program import (
     Place,
     Site,
     dtype_of,
-    stage,
+    trace_call,
 )
 from unitscale_jax.trace.rewrite import (
-    Moving,
+    Derivative,
     Rewriter,
     as_traced,
     noted,
@@ -82,7 +82,7 @@ from unitscale_jax.typing import Key
 
 def quantized(
     fn: Callable[..., Any],
-    rules: Rules | None = None,
+    rules: QuantRules | None = None,
     *,
     stats: Mapping[str, Any] | None = None,
     key: Key | None = None,
@@ -139,11 +139,11 @@ def quantized(
         args, kwargs = entered((args, kwargs))
         plain, plain_kwargs = logical((args, kwargs))
         with widths_by_name(args):
-            staged = stage(fn, *plain, **plain_kwargs)
+            staged = trace_call(fn, *plain, **plain_kwargs)
         leaves = jax.tree.leaves((args, kwargs), is_leaf=is_quantized)
         operands = [leaves[k] for k in staged.positions]
         params, sources = (args[0], plain[0]) if args else ((), ())
-        known = origins(staged, sources)
+        known = input_origins(staged, sources)
         check_names(stats, trees.names(sources))
         chosen = [] if rules is None else resolved(rules, staged, params, sources)
         _check_key([*chosen, *_learned_specs(params)], key)
@@ -211,13 +211,13 @@ def _entered(
     check_leaf(name, x, spec)
     x, axes = jnp.asarray(x), over.get(name, ())
     with as_traced():
-        t = replace(encode(x, spec, axes), x_range=range_of(stats, name))
-    latent = jnp.where(inside(x, t, axes), x, jax.lax.stop_gradient(x)) if spec.w.clips else x
-    return replace(t, latent=latent)
+        t = replace(encode(x, spec, axes), input_range=range_of(stats, name))
+    master = jnp.where(inside(x, t, axes), x, jax.lax.stop_gradient(x)) if spec.w.clips else x
+    return replace(t, master=master)
 
 
 def _result(x: Any) -> Any:
-    return value_of(x) if is_quantized(x) and x.latent is not None else x
+    return value_of(x) if is_quantized(x) and x.master is not None else x
 
 
 def _specs_of_codes(params: Any) -> dict[str, DotSpec]:
@@ -235,7 +235,7 @@ def _first_matches(
 
 
 @dataclass(frozen=True)
-class Summed:
+class DeviceSummed:
     """The result of a product on its way to a sum over devices that was made in integers."""
 
     total: Any
@@ -270,32 +270,26 @@ class _Quantizer(Rewriter):
             self.entered |= {place[:k] for place in found for k in range(1, len(place) + 1, 2)}
 
     def touches(self, site: Site, operands: list[Any]) -> bool:
-        quantized = any(isinstance(x, QTensor | Summed) for x in operands)
+        quantized = any(isinstance(x, QTensor | DeviceSummed) for x in operands)
         return quantized or site.place in self.entered or notes_are_taken()
 
-    def latent(self, operand: Any) -> Any:
+    def master(self, operand: Any) -> Any:
         """Gradients of codes go to the float array beside them."""
-        return operand.latent if is_quantized(operand) else operand
+        return operand.master if is_quantized(operand) else operand
 
-    def derived(
-        self,
-        site: Site,
-        number: int,
-        closed: ClosedJaxpr,
-        operands: list[Any],
-        moving: Moving = Moving(),  # noqa: B008, frozen
-    ) -> list[Any]:
+    def derived(self, derivative: Derivative, operands: list[Any]) -> list[Any]:
         """Products of the forward pass are of codes, as in the call; those of gradients of floats.
 
         So a gradient is the user's rule's, at the values served. What the rule keeps of a parameter
         for it is kept as codes.
         """
-        if number == 2:
-            return super().derived(site, 2, closed, _typed(arrays_of(operands), closed), moving)
-        self._forward(site, closed, len(moving.before))
-        out = super().derived(site, 1, closed, _typed(operands, closed), moving)
+        site, closed = derivative.site, derivative.closed
+        if derivative.number == 2:
+            return super().derived(derivative, _typed(arrays_of(operands), closed))
+        self._forward(site, closed, len(derivative.moving.before))
+        out = super().derived(derivative, _typed(operands, closed))
         count = len(site.eqn.outvars)
-        alone = [replace(x, latent=None) if is_quantized(x) else x for x in out[count:]]
+        alone = [replace(x, master=None) if is_quantized(x) else x for x in out[count:]]
         return [*self.returned(site, out[:count]), *alone]
 
     def _forward(self, site: Site, closed: ClosedJaxpr, tangents: int) -> None:
@@ -311,14 +305,14 @@ class _Quantizer(Rewriter):
             at = provenance(closed.jaxpr, [*primals, *rest], site, 1)
             self.linear |= {place for place, by in at.items() if any(o.active for o in by)}
 
-    def _step(self, site: Site, operands: list[Any]) -> Sequence[Any]:
+    def step(self, site: Site, operands: list[Any]) -> Sequence[Any]:
         if site.place in self.linear and site.name.startswith("custom_"):
             return site.bind(arrays_of(operands))
-        return super()._step(site, operands)
+        return super().step(site, operands)
 
     def evaluate(self, site: Site, operands: list[Any]) -> list[Any]:
         """Every equation without a body."""
-        if any(isinstance(x, Summed) for x in operands):
+        if any(isinstance(x, DeviceSummed) for x in operands):
             return [x.total for x in operands]
         if site.place in self.linear:
             return site.bind(arrays_of(operands))
@@ -365,21 +359,23 @@ class _Quantizer(Rewriter):
         # Scales of groups may cross a sum by design; of whole axes they were given wrongly.
         grouped = any(is_quantized(x) and x.groups > 1 for x in (left, right))
         self._judge(site, verdict, spec, [held and (grouped or not verdict.kept) for held in codes])
-        return Summed(out) if verdict.across else out
+        return DeviceSummed(out) if verdict.across else out
 
-    def _judge(self, site: Site, verdict: Verdict, spec: DotSpec, codes: Sequence[bool]) -> None:
+    def _judge(
+        self, site: Site, verdict: ProductReport, spec: DotSpec, codes: Sequence[bool]
+    ) -> None:
         if verdict.kept:
-            self.account.left.append(Left(site, verdict.kept.removeprefix("kept: ")))
+            self.account.left.append(Unquantized(site, verdict.kept.removeprefix("kept: ")))
         self.account.reached += [(site, side) for side in (0, 1) if codes[side]]
         own = any(parent.name.startswith("custom_") for parent in above(site))
         users = ("the derivative is the user's own",) if own and spec.g is not None else ()
         why = users or verdict.backward
-        self.account.left += [Left(site, reason, backward=True) for reason in why]
+        self.account.left += [Unquantized(site, reason, backward=True) for reason in why]
 
     def arrays(self, site: Site, operands: Sequence[Any], why: str) -> list[Any]:
         """Operands with arrays for whatever is quantized, which is reported."""
         if any(map(is_quantized, operands)):
-            self.account.left.append(Left(site, why))
+            self.account.left.append(Unquantized(site, why))
         return arrays_of(operands)
 
     def carried(self, site: Site, carry: list[Any], step: Any) -> list[Any]:
@@ -415,22 +411,22 @@ class _Quantizer(Rewriter):
         first, rows = -operand.ndim, operand.shape[0]
         if operand.groups > 1 and max(operand.axes) == first:
             return self.arrays(site, [operand], "a group spans several rows")[0]
-        if operand.x_range is not None and operand.x_range.ndim == 1:
-            operand = replace(operand, x_range=jnp.broadcast_to(operand.x_range, (rows, 2)))
+        if operand.input_range is not None and operand.input_range.ndim == 1:
+            operand = replace(operand, input_range=jnp.broadcast_to(operand.input_range, (rows, 2)))
         if first not in operand.axes:
             return operand
         each = lambda x: jnp.broadcast_to(x, (rows, *x.shape[1:]))
         change = lambda name, x: each(x) if name in LIKE_SCALE else x
         axes = tuple(axis for axis in operand.axes if axis != first)
-        return replace(operand, colsum=None).over(change, axes=axes)
+        return replace(operand, code_sums=None).over(change, axes=axes)
 
     def entering(self, operand: Any, placement: Any) -> Any:
         """What enters a `shard_map`: sums over an axis that is cut are made anew inside."""
-        if not is_quantized(operand) or operand.colsum is None:
+        if not is_quantized(operand) or operand.code_sums is None:
             return operand
         entries = [*placement, *[None] * (operand.ndim - len(placement))]
         cut = any(entries[axis] is not None for axis in operand.axes)
-        return replace(operand, colsum=None) if cut else operand
+        return replace(operand, code_sums=None) if cut else operand
 
     def partitioned(self, operand: Any, placement: Any) -> Any:
         """Codes as the array was, scales likewise but for the axes that share one."""
@@ -445,7 +441,7 @@ class _Quantizer(Rewriter):
 
 
 def _typed(operands: Sequence[Any], closed: ClosedJaxpr) -> list[Any]:
-    """Operands in the dtypes that a derived body is traced for; a latent array has its own."""
+    """Operands in the dtypes that a derived body is traced for; a master array has its own."""
     pairs = zip(operands, map(dtype_of, closed.jaxpr.invars), strict=True)
     wanted = lambda x, dtype: is_quantized(x) or jnp.result_type(x) == dtype
     return [x if wanted(x, dtype) else jnp.asarray(x, dtype) for x, dtype in pairs]
@@ -492,10 +488,10 @@ def _looked_up(site: Site, operands: list[Any]) -> list[Any] | None:
     with noted(quantize=f"{t.spec.w} rows"), as_traced(low=True):
         scale = site.bind([t.scale, indices], slice_sizes=small)[0]
         value = codes * scale
-        if t.latent is not None:
-            rows = site.bind([t.latent.astype(t.dtype), indices])[0]
+        if t.master is not None:
+            rows = site.bind([t.master.astype(t.dtype), indices])[0]
             value = straight_through(value, rows.astype(jnp.float32))
-        return [emit(value, t.dtype)]
+        return [round_and_cast(value, t.dtype)]
 
 
 def _zero_fill(params: Mapping[str, Any]) -> int | None:

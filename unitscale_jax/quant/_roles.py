@@ -7,29 +7,31 @@ import jax
 
 from unitscale_jax import rules as named_rules, tree as trees
 from unitscale_jax.quant._lsq import is_learned, trained
-from unitscale_jax.quant._params import ACTIVATIONS, Rules, check_dtype, match
+from unitscale_jax.quant._params import ACTIVATIONS, QuantRules, check_dtype, match
 from unitscale_jax.quant._qtensor import has_codes, is_quantized
 from unitscale_jax.quant._spec import DotSpec, QSpec
 from unitscale_jax.quant._views import logical
 from unitscale_jax.trace.params import (
     Meeting,
     Origin,
-    addresses,
+    input_origins,
     meetings,
-    origins,
     product_of,
     provenance,
+    rule_names,
 )
 from unitscale_jax.trace.program import (
     Jaxpr,
     Site,
-    Staged,
+    TracedCall,
     sites,
-    stage,
+    trace_call,
 )
 
 
-def resolve(rules: Rules, fn: Callable[..., Any], params: Any, *inputs: Any, **kwargs: Any) -> Any:
+def resolve(
+    rules: QuantRules, fn: Callable[..., Any], params: Any, *inputs: Any, **kwargs: Any
+) -> Any:
     """Says for each parameter that rules name which of its axes share a scale.
 
     They are the axes it is contracted over where `fn` uses it; of a table, those a lookup reads
@@ -60,11 +62,11 @@ def resolve(rules: Rules, fn: Callable[..., Any], params: Any, *inputs: Any, **k
     """
     params = _with_axes(params)
     plain = logical((params, *inputs))
-    staged = stage(fn, *plain, **logical(kwargs))
+    staged = trace_call(fn, *plain, **logical(kwargs))
     return resolved(rules, staged, params, plain[0])
 
 
-def operands(rules: Rules, staged: Staged, params: Any) -> dict[str, QSpec | None]:
+def operands(rules: QuantRules, staged: TracedCall, params: Any) -> dict[str, QSpec | None]:
     """Parameter -> how what it meets is quantized, by rules for a call that is staged."""
     chosen = resolved(rules, staged, params, params)
     return {name: spec.x for name, spec in chosen if spec.w.axes != ACTIVATIONS}
@@ -76,9 +78,11 @@ def _with_axes(params: Any) -> Any:
     return jax.tree.map(swap, params, is_leaf=trees.is_compound)
 
 
-def resolved(rules: Rules, staged: Staged, params: Any, plain: Any) -> list[tuple[Any, DotSpec]]:
+def resolved(
+    rules: QuantRules, staged: TracedCall, params: Any, plain: Any
+) -> list[tuple[Any, DotSpec]]:
     """`resolve` for a call that is staged; `plain` are the parameters as arrays."""
-    sources = origins(staged, plain)
+    sources = input_origins(staged, plain)
     names = trees.names(params, is_leaf=is_quantized)
     pairs, others = named_rules.pairs_of(rules), _of_activations(rules, staged, sources, names)
     chosen = match(rules, params, others)
@@ -95,7 +99,7 @@ def resolved(rules: Rules, staged: Staged, params: Any, plain: Any) -> list[tupl
 
 
 def _of_activations(
-    rules: Rules, staged: Staged, sources: list[Origin], names: list[str]
+    rules: QuantRules, staged: TracedCall, sources: list[Origin], names: list[str]
 ) -> list[int]:
     """Numbers of the rules that name no parameter; each must decide on a product of activations."""
     patterns = [pattern for pattern, _ in named_rules.pairs_of(rules)]
@@ -119,7 +123,7 @@ def activation_products(
         operands = at.get(site.place, ())[:2]
         coded = product_of(site) is not None and all(map(has_codes, site.operands[:2]))
         if coded and not any(origin.names for origin in operands):
-            found[site.place] = tuple(addresses(site, operands))
+            found[site.place] = tuple(rule_names(site, operands))
     return found
 
 

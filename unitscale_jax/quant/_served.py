@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from unitscale_jax.mesh_axes import agree, zeros
-from unitscale_jax.quant._ops import emit, fence, tiled
+from unitscale_jax.quant._ops import no_fma, round_and_cast, tiled
 from unitscale_jax.quant._qtensor import QTensor, integer_codes, is_quantized, value_of
 from unitscale_jax.quant._spec import DotSpec
 from unitscale_jax.trace.params import Conv, Dot, Product
@@ -34,12 +34,12 @@ def served(product: Product, sides: list[Any], spec: DotSpec) -> jax.Array:
         return _weight_only(product, sides)
     side = next((k for k in (0, 1) if grouped(product, k, sides[k])), None)
     if side is not None:
-        return emit(_tile_by_tile(product, sides, side, spec), product.dtype)
+        return round_and_cast(_tile_by_tile(product, sides, side, spec), product.dtype)
     acc = _integer_product(product, sides, spec, [integer_codes(t) for t in sides])
     scale = product.placed(sides[0].scale, 0) * product.placed(sides[1].scale, 1)
     if product.across is not None:  # in integers, which have the same sum in any order
         acc, scale = product.across(acc), product.across.part(scale)
-    return emit(acc.astype(jnp.float32) * scale, product.dtype)
+    return round_and_cast(acc.astype(jnp.float32) * scale, product.dtype)
 
 
 def varying(product: Product, side: int, t: QTensor) -> list[int]:
@@ -64,8 +64,8 @@ def reach(t: QTensor) -> int:
 
 
 def _of_values(product: Product, sides: list[Any]) -> jax.Array:
-    bare = [value_of(replace(t, latent=None)) if is_quantized(t) else t for t in sides]
-    return emit(product.bind(bare[0], bare[1], jnp.float32), product.dtype)
+    bare = [value_of(replace(t, master=None)) if is_quantized(t) else t for t in sides]
+    return round_and_cast(product.bind(bare[0], bare[1], jnp.float32), product.dtype)
 
 
 def _weight_only(product: Product, sides: list[Any]) -> jax.Array:
@@ -77,7 +77,7 @@ def _weight_only(product: Product, sides: list[Any]) -> jax.Array:
     codes = integer_codes(t).astype(x.dtype)
     both = [codes, x] if side == 0 else [x, codes]
     acc = product.bind(both[0], both[1], jnp.float32)
-    return emit(acc * product.placed(t.scale, side), product.dtype)
+    return round_and_cast(acc * product.placed(t.scale, side), product.dtype)
 
 
 def _integer_product(
@@ -114,11 +114,11 @@ def _less_zero_points(
 
 def _sums(product: Product, t: QTensor, codes: jax.Array, side: int) -> jax.Array:
     """Sums of codes over the contraction: kept with the parameter, or made now."""
-    kept = t.colsum is not None and not isinstance(product, Conv)
-    if kept and t.colsum.shape == tuple(
+    kept = t.code_sums is not None and not isinstance(product, Conv)
+    if kept and t.code_sums.shape == tuple(
         1 if d in product.contracted(side) else n for d, n in enumerate(t.shape)
     ):
-        return product.placed(t.colsum, side)
+        return product.placed(t.code_sums, side)
     return product.sum_over(codes, side)
 
 
@@ -206,20 +206,20 @@ def _tile_by_tile(product: Product, sides: list[QTensor], side: int, spec: DotSp
         front(integer_codes(t), dim),
         row(t.scale),
         row(t.zero_point),
-        row(t.colsum),
+        row(t.code_sums),
         front(integer_codes(other), pair),
     )
 
     def add(total: jax.Array, tile: Any) -> tuple[jax.Array, None]:
-        codes, scale, point, colsum, against = tile
-        here = replace(t, codes=codes, scale=scale, zero_point=point, colsum=colsum)
+        codes, scale, point, code_sums, against = tile
+        here = replace(t, codes=codes, scale=scale, zero_point=point, code_sums=code_sums)
         here = replace(here, multiplier=None)
-        beside = replace(other, codes=against, multiplier=None, colsum=None)
+        beside = replace(other, codes=against, multiplier=None, code_sums=None)
         pieces = [beside, here] if side == 1 else [here, beside]
         part = _Tile(product.site, product.extra, pieces)
         acc = _integer_product(part, pieces, spec, [p.codes for p in pieces])
         by = product.placed(scale, side) * product.placed(other.scale, 1 - side)
-        return total + fence(acc.astype(jnp.float32) * by), None
+        return total + no_fma(acc.astype(jnp.float32) * by), None
 
     shape = product.result_shape
     start = agree(zeros(shape, jnp.float32, like=t.codes), other.codes)

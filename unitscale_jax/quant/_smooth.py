@@ -27,14 +27,14 @@ from unitscale_jax.errors import check_callable
 from unitscale_jax.quant._degrees import (
     ZERO,
     Degree,
+    DegreeFactors,
     Degrees,
-    Factors,
     Rigid,
     carries,
     solved,
     unknown,
 )
-from unitscale_jax.quant._params import ACTIVATIONS, Rules, encode
+from unitscale_jax.quant._params import ACTIVATIONS, QuantRules, encode
 from unitscale_jax.quant._qtensor import is_quantized, value_of
 from unitscale_jax.quant._roles import resolved
 from unitscale_jax.quant._spec import DotSpec
@@ -42,14 +42,14 @@ from unitscale_jax.statistics import Stat, Stats, required
 from unitscale_jax.trace.dimensions import Dims, dims
 from unitscale_jax.trace.params import (
     Meeting,
-    canonical,
     meetings,
     stacks_of,
+    to_matrices,
 )
 from unitscale_jax.trace.program import (
     ClosedJaxpr,
-    stage,
     trace,
+    trace_call,
     walk,
 )
 
@@ -57,7 +57,7 @@ FEWEST = np.float32(1e-4)
 
 
 def smoothquant(
-    fn: Callable[..., Any], params: Any, stats: Stats, rules: Rules, alpha: float = 0.5
+    fn: Callable[..., Any], params: Any, stats: Stats, rules: QuantRules, alpha: float = 0.5
 ) -> Any:
     """Moves the outliers of activations into the weights that meet them.
 
@@ -93,7 +93,7 @@ def smoothquant(
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; it is between 0, all stays, and 1, all moves.")
 
-    def scale(plan: "_Plan", weights: Mapping[str, Any]) -> np.ndarray:
+    def scale(plan: "_SmoothingPlan", weights: Mapping[str, Any]) -> np.ndarray:
         peaks = np.maximum.reduce([np.asarray(stats[name].peak) for name in plan.weights])
         sizes = [plan.channels(name, np.abs(_wide(weights[name]))) for name in plan.weights]
         most = np.maximum.reduce(sizes)
@@ -107,7 +107,7 @@ def smoothquant(
     return _applied(params, plans, scale)
 
 
-def awq(fn: Callable[..., Any], params: Any, stats: Stats, rules: Rules) -> Any:
+def awq(fn: Callable[..., Any], params: Any, stats: Stats, rules: QuantRules) -> Any:
     """Scales input channels of weights so that those that matter are rounded more finely.
 
         s_j = max(mean|X_j|^a, 1e-4) / sqrt(max s min s),    a = 0, 1/20, .., 19/20
@@ -130,7 +130,7 @@ def awq(fn: Callable[..., Any], params: Any, stats: Stats, rules: Rules) -> Any:
     check_callable("fn", fn)
     plans, specs = _plans(fn, params, stats, rules, ["channels", "hessian"])
 
-    def scale(plan: "_Plan", weights: Mapping[str, Any]) -> np.ndarray:
+    def scale(plan: "_SmoothingPlan", weights: Mapping[str, Any]) -> np.ndarray:
         size = np.maximum.reduce([np.asarray(stats[name].mean) for name in plan.weights])
         # A channel that no row used would take the least scale of all and be rounded to zero: it
         # keeps its size, and those of the others are as if it were not there.
@@ -160,7 +160,7 @@ def _cost(w: Any, s: Any, spec: DotSpec, stat: Stat) -> float:
     s = jnp.asarray(s, jnp.float32)
     wide = jnp.asarray(w).astype(jnp.float32)
     off = value_of(encode(wide * s, spec)) / s - wide
-    columns = canonical(off, stat.layout)
+    columns = to_matrices(off, stat.layout)
     exact = jax.lax.Precision.HIGHEST
     return float(jnp.einsum("bkn,bkl,bln->", columns, stat.matrices, columns, precision=exact))
 
@@ -169,10 +169,10 @@ def _wide(x: Any) -> np.ndarray:
     return np.asarray(jnp.asarray(x).astype(jnp.float32))
 
 
-Scale: TypeAlias = Callable[["_Plan", Mapping[str, Any]], np.ndarray]
+Scale: TypeAlias = Callable[["_SmoothingPlan", Mapping[str, Any]], np.ndarray]
 
 
-def _applied(params: Any, plans: Sequence["_Plan"], scale: Scale) -> Any:
+def _applied(params: Any, plans: Sequence["_SmoothingPlan"], scale: Scale) -> Any:
     leaves = trees.named_leaves(params)
     for plan in plans:
         s = scale(plan, leaves)
@@ -183,8 +183,8 @@ def _applied(params: Any, plans: Sequence["_Plan"], scale: Scale) -> Any:
 
 
 def _plans(
-    fn: Callable[..., Any], params: Any, stats: Stats, rules: Rules, kinds: Sequence[str]
-) -> tuple[list["_Plan"], dict[str, DotSpec]]:
+    fn: Callable[..., Any], params: Any, stats: Stats, rules: QuantRules, kinds: Sequence[str]
+) -> tuple[list["_SmoothingPlan"], dict[str, DotSpec]]:
     """A fold for every weight that rules name, those that share a scale together."""
     done = [
         k for k, v in trees.named_leaves(params, is_leaf=is_quantized).items() if is_quantized(v)
@@ -194,14 +194,14 @@ def _plans(
     inputs = getattr(stats, "inputs", None)
     if inputs is None:
         raise ValueError("stats are not those of `calibrate`, which say what the inputs are like.")
-    staged = stage(fn, params, *inputs.args, **inputs.kwargs)
+    staged = trace_call(fn, params, *inputs.args, **inputs.kwargs)
     chosen = resolved(rules, staged, params, params)
     specs = {name: spec for name, spec in chosen if spec.w.axes != ACTIVATIONS}
     for kind in kinds:
         required(stats, kind, params, specs)
     traced, met = trace(fn, params, *inputs.args, **inputs.kwargs), meetings(staged, params)
     graph = dims(traced)
-    plans: list[_Plan] = []
+    plans: list[_SmoothingPlan] = []
     refused: list[str] = []
     for name in specs:
         if any(name in plan.weights for plan in plans):
@@ -219,7 +219,7 @@ def _plans(
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _SmoothingPlan:
     """One scale per channel, and the power of it that each parameter is multiplied with.
 
     Attributes:
@@ -230,7 +230,7 @@ class _Plan:
         shape: Of the scale, as statistics have it.
     """
 
-    factors: Factors
+    factors: DegreeFactors
     axes: Mapping[str, Any]
     degrees: Mapping[str, int]
     weights: tuple[str, ...]
@@ -275,7 +275,7 @@ def _plan(
     closed: ClosedJaxpr,
     graph: Dims,
     met: Mapping[str, Sequence[Meeting]],
-) -> _Plan:
+) -> _SmoothingPlan:
     """The fold of one weight, or why there is none."""
     axes = {path: graph.axes(path) for path in trees.names(params)}
     mine = _channels(axes[name], stats[name])
@@ -307,7 +307,7 @@ def _plan(
     for path in weights:
         if _channels(axes[path], stats[path]) != mine:
             raise Rigid(f"{path} has the same channels in another order, or not as inputs")
-    return _Plan(factors, axes, degrees, weights, shape)
+    return _SmoothingPlan(factors, axes, degrees, weights, shape)
 
 
 def _channels(axes: Any, stat: Stat) -> list[Any]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from unitscale_jax import formats
 from unitscale_jax.formats import Format, FormatLike, format_of
-from unitscale_jax.quant._calibrators import Absmax, Axes, Calibrator
+from unitscale_jax.quant._calibrators import Absmax, AxisNumbers, Calibrator
 from unitscale_jax.statistics import Measure
 
 Compute: TypeAlias = Literal["int", "float_exact", "dequant"]
@@ -124,11 +124,11 @@ class QSpec:
         """Whether values may lie beyond the range, and so receive no gradient."""
         return self.calibrator.clips
 
-    def measure(self, axes: Axes) -> Measure:
+    def measure(self, axes: AxisNumbers) -> Measure:
         """What a calibrated range is read from; see `Calibrator.measure`."""
         return self.calibrator.measure(axes)
 
-    def refine(self, axes: Axes, found: Any) -> Measure | None:
+    def refine(self, axes: AxisNumbers, found: Any) -> Measure | None:
         """The measure of a second pass; see `Calibrator.refine`."""
         from unitscale_jax.quant._ops import whole_error  # the equations are of a spec
 

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from unitscale_jax import tree as trees
 from unitscale_jax.mesh_axes import varying_axes, zeros
 from unitscale_jax.quant._lsq import is_learned
-from unitscale_jax.quant._ops import fence
+from unitscale_jax.quant._ops import no_fma
 from unitscale_jax.quant._qtensor import (
     LIKE_SCALE,
     QTensor,
@@ -71,12 +71,12 @@ def refusal(site: Site) -> str:
 
 
 def _in_place(site: Site, operands: list[Any]) -> list[Any]:
-    """The move itself of codes, of what is like the scale, and of the latent array.
+    """The move itself of codes, of what is like the scale, and of the master array.
 
-    Bound rather than passed over: the derivative of a `stop_gradient` is that of the latent array.
+    Bound rather than passed over: the derivative of a `stop_gradient` is that of the master array.
     The range of the other operand is not of the value, and has its derivative.
     """
-    return [operands[0].over(lambda name, x: x if name == "x_range" else site.bind([x])[0])]
+    return [operands[0].over(lambda name, x: x if name == "input_range" else site.bind([x])[0])]
 
 
 def _barred(site: Site, operands: list[Any]) -> list[Any]:
@@ -94,7 +94,7 @@ def _placed(site: Site, operands: list[Any]) -> list[Any]:
     t = operands[0]
 
     def place(name: str, x: Any) -> Any:
-        if name == "x_range" or (name in LIKE_SCALE and site.name == "sharding_constraint"):
+        if name == "input_range" or (name in LIKE_SCALE and site.name == "sharding_constraint"):
             return x  # it follows by propagation
         return site.bind([x], **{k: _fitted(v, x.shape) for k, v in site.eqn.params.items()})[0]
 
@@ -114,7 +114,7 @@ def partitioned(t: QTensor, spec: PartitionSpec) -> QTensor:
     """How the arrays of a quantized one are partitioned, which is partitioned by a spec."""
 
     def of(name: str, x: Any) -> PartitionSpec:
-        if name == "x_range":
+        if name == "input_range":
             return PartitionSpec(*[*spec, *[None] * t.ndim][: x.ndim - 1])
         return _spec_of_shape(spec, x.shape)
 
@@ -131,7 +131,7 @@ def _spec_of_shape(spec: PartitionSpec, shape: Sequence[int]) -> PartitionSpec:
 
 
 def _scaled(site: Site, operands: list[Any]) -> list[Any] | None:
-    """The factor of the value belongs to the scale, the factor of the cotangent to the latent."""
+    """The factor of the value belongs to the scale, the factor of the cotangent to the master."""
     t, *factors = operands
     if any(map(is_quantized, factors)):
         return None
@@ -144,9 +144,9 @@ def _scaled(site: Site, operands: list[Any]) -> list[Any] | None:
     shape = [max(pair) for pair in zip(t.scale.shape, sizes, strict=True)]
     scale = jnp.broadcast_to(t.scale, shape)
     if site.eqn.params.get("fwd") != 1:  # fenced, or training would multiply in another order
-        scale = fence(site.bind([fence(scale), *wide])[0])
-    latent = None if t.latent is None else site.bind([t.latent, *factors])[0]
-    return [replace(t, scale=scale, latent=latent)]
+        scale = no_fma(site.bind([no_fma(scale), *wide])[0])
+    master = None if t.master is None else site.bind([t.master, *factors])[0]
+    return [replace(t, scale=scale, master=master)]
 
 
 def _rounded(site: Site, operands: list[Any]) -> list[Any]:
@@ -156,8 +156,8 @@ def _rounded(site: Site, operands: list[Any]) -> list[Any]:
     and would vanish first.
     """
     t = operands[0]
-    latent = None if t.latent is None else site.bind([t.latent])[0]
-    return [replace(t, scale=site.bind([t.scale], exponent_bits=8)[0], latent=latent)]
+    master = None if t.master is None else site.bind([t.master])[0]
+    return [replace(t, scale=site.bind([t.scale], exponent_bits=8)[0], master=master)]
 
 
 def _carried(site: Site, operands: list[Any]) -> list[Any] | None:
@@ -166,7 +166,7 @@ def _carried(site: Site, operands: list[Any]) -> list[Any] | None:
     value, carrier = operands
     if not is_quantized(value):
         return None
-    return [replace(value, latent=carrier.latent if is_quantized(carrier) else carrier)]
+    return [replace(value, master=carrier.master if is_quantized(carrier) else carrier)]
 
 
 # ------------------------------------------------------------------- numbers along other axes
@@ -180,8 +180,8 @@ def _shaped(site: Site, operands: list[Any]) -> list[Any] | None:
     if axes is None or not _keeps_groups(site, t, axes, cut):
         return None
     if cut and site.name != "rev":  # what is cut or repeated has another sum, which products find
-        t = replace(t, colsum=None)
-    moves = dict.fromkeys(LIKE_SCALE, _moved) | {"x_range": _range_moved}
+        t = replace(t, code_sums=None)
+    moves = dict.fromkeys(LIKE_SCALE, _moved) | {"input_range": _range_moved}
     new: dict[str, list[Any]] = {}
     for name, x in t.arrays().items():
         make = moves.get(name)
@@ -307,7 +307,7 @@ def _joined(site: Site, operands: list[Any]) -> list[Any] | None:
     def change(name: str, x: Any) -> Any:
         del x
         arrays = [getattr(t, name) for t in operands]
-        if name == "x_range":  # of the one operand that meets them all
+        if name == "input_range":  # of the one operand that meets them all
             low, high = (functools.reduce(f, arrays) for f in (jnp.minimum, jnp.maximum))
             return jnp.stack([low[..., 0], high[..., 1]], -1)
         return site.bind(list(map(full, arrays, operands)))[0]
@@ -320,10 +320,10 @@ def _alike(operands: list[Any]) -> bool:
     first = operands[0]
     if not all(map(is_quantized, operands)):
         return False
-    if first.x_range is not None and first.x_range.ndim > 1:
+    if first.input_range is not None and first.input_range.ndim > 1:
         return False  # a range for each layer, whose axis a join may move
-    bounds = lambda t: None if t.x_range is None else t.x_range.shape
-    kind = lambda t: (t.spec, t.axes, t.latent is None, bounds(t))
+    bounds = lambda t: None if t.input_range is None else t.input_range.shape
+    kind = lambda t: (t.spec, t.axes, t.master is None, bounds(t))
     return all(kind(t) == kind(first) for t in operands)
 
 

@@ -21,7 +21,7 @@ from unitscale_jax.statistics._measure import CHANNELS, Operand
 from unitscale_jax.statistics._observe import Observer, observe, over_batches
 from unitscale_jax.statistics._stat import Outline, Stat, Stats, merge_stats
 from unitscale_jax.trace.params import matrix_form, meetings
-from unitscale_jax.trace.program import Staged, stage
+from unitscale_jax.trace.program import TracedCall, trace_call
 
 Kind: TypeAlias = Literal["range", "channels", "squares", "hessian"]
 KINDS = ("range", *CHANNELS)
@@ -41,7 +41,7 @@ class Quantizes(Protocol):
     """The value of a rule that quantizes what meets a parameter, such as `DotSpec`."""
 
     @staticmethod
-    def operands(rules: Any, staged: Staged, params: Any) -> Mapping[str, Operand | None]:
+    def operands(rules: Any, staged: TracedCall, params: Any) -> Mapping[str, Operand | None]:
         """Parameter -> how what it meets is quantized, by rules with such values."""
         ...
 
@@ -102,7 +102,7 @@ def observed(
 
     @functools.wraps(fn)
     def observed_fn(params: Any, *inputs: Any, **kwargs: Any) -> tuple[Any, Stats]:
-        staged = functools.partial(stage, fn, params, *inputs, **kwargs)
+        staged = functools.partial(trace_call, fn, params, *inputs, **kwargs)
         observers = _observers(staged, rules, collect, params)
         mask = None if valid is None else jnp.asarray(valid(*inputs, **kwargs))
         observers = {name: replace(by, mask=mask) for name, by in observers.items()}
@@ -157,7 +157,7 @@ def calibrate(
         >>> rules = {"w": us.DotSpec(w=us.QSpec(axes=(-2,)), x=us.QSpec())}
         >>> params, x = {"w": jnp.eye(2)}, jnp.array([[1.0, 2.0], [-2.0, 0.0]])
         >>> stats = calibrate(fn, params, [(x[:1],), (x[1:],)], rules, collect=("range", "hessian"))
-        >>> us.quantize(params, rules, stats)["w"].x_range.tolist()
+        >>> us.quantize(params, rules, stats)["w"].input_range.tolist()
         [-2.0, 2.0]
         >>> spec = us.prune.SparsitySpec(patterns=us.prune.Unstructured(), sparsity=0.5)
         >>> us.prune.wanda_masks(params, stats, spec)["w"].astype(int).tolist()
@@ -204,7 +204,7 @@ def _check(name: str, stat: Stat) -> None:
 
 
 def _observers(
-    staged: Callable[[], Staged], rules: Wanted, collect: Collection[Kind] | None, params: Any
+    staged: Callable[[], TracedCall], rules: Wanted, collect: Collection[Kind] | None, params: Any
 ) -> dict[str, Observer]:
     """For each parameter to observe, what is measured of what it meets."""
     selected = _selected(rules, params)
@@ -264,7 +264,7 @@ def _check_rules(rules: Any, params: Any) -> None:
         raise ValueError(f"{', '.join(done)}: quantized already; calibrate the float parameters.")
 
 
-def _operands(rules: Any, staged: Staged, params: Any) -> Mapping[str, Operand | None]:
+def _operands(rules: Any, staged: TracedCall, params: Any) -> Mapping[str, Operand | None]:
     """Parameter -> how what it meets is quantized, as the technique resolves its own rules."""
     pairs = named_rules.pairs_of(rules)
     return pairs[0][1].operands(pairs, staged, params) if pairs else {}

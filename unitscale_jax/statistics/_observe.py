@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unitscale_jax.formats import on_grid
+from unitscale_jax.formats import round_to_dtype
 from unitscale_jax.statistics._measure import (
     CHANNELS,
     Measure,
@@ -60,7 +60,7 @@ class Observer:
 
     def measure(self, meeting: Meeting, x: jax.Array) -> Stat:
         """All numbers of one product, `x` the other operand."""
-        v = on_grid(jax.lax.stop_gradient(x))
+        v = round_to_dtype(jax.lax.stop_gradient(x))
         keep = valid_rows(self.name, meeting, v, self.mask)
         seen = v if keep is None else jnp.where(keep, v, np.float32(0))
         axes = tuple(range(v.ndim))

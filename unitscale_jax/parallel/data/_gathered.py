@@ -32,7 +32,7 @@ from unitscale_jax.trace.program import (
     Site,
     primitives_of,
     scan_counts,
-    stage,
+    trace_call,
 )
 from unitscale_jax.trace.rewrite import Rewriter
 
@@ -79,8 +79,8 @@ def gathered(fn: Callable[..., Any], layout: Layout, mesh_axis: str = "dp") -> C
     def gathered_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
         shares = _shares(params, layout, laid, mesh_axis)
         # Only their types matter; the compiler drops what computes them.
-        dense = [share.whole() if isinstance(share, Share) else share for share in shares]
-        call = stage(fn, jax.tree.structure(params).unflatten(dense), *args, **kwargs)
+        dense = [share.whole() if isinstance(share, ParamShare) else share for share in shares]
+        call = trace_call(fn, jax.tree.structure(params).unflatten(dense), *args, **kwargs)
         position = dict(zip(call.positions, call.operands, strict=True))
         operands = [shares[k] if k < len(shares) else position[k] for k in call.positions]
         closed = call.closed
@@ -108,7 +108,7 @@ def _kept(primitive: Any, *_: Any, **params: Any) -> bool:
     meta_fields=["dim", "over", "others", "dtype"],
 )
 @dataclass(frozen=True)
-class Share:
+class ParamShare:
     """A device's share of an array.
 
     Attributes:
@@ -132,7 +132,7 @@ class Share:
         own = self.local.dtype
         return _gather(self.over, axis, others, self.dtype or own, own)(self.local)
 
-    def of_each_row(self) -> "Share | None":
+    def of_each_row(self) -> "ParamShare | None":
         """Of a share that is some rows, the like share of all rows; None if no dimension will do.
 
         An all-to-all, whose transpose is another: both ways it sends no more than a share.
@@ -183,7 +183,7 @@ def _shares(params: Any, layout: Layout, laid: Layout, mesh_axis: str) -> list[A
                 f"zero=3, gather='layer', layout=layout), with the same layout."
             )
         others = tuple(axes if k != dim else () for k, axes in enumerate(by))
-        out.append(Share(varying(leaf, [mesh_axis]), dim - leaf.ndim, mesh_axis, others))
+        out.append(ParamShare(varying(leaf, [mesh_axis]), dim - leaf.ndim, mesh_axis, others))
     return out
 
 
@@ -193,11 +193,11 @@ class _Gatherer(Rewriter):
     def touches(self, site: Site, operands: list[Any]) -> bool:
         """Whether an operand is a share, or something is rematerialized as the user says."""
         inside = primitives_of(site.eqn.params) | {site.name}
-        return any(isinstance(x, Share) for x in operands) or (
+        return any(isinstance(x, ParamShare) for x in operands) or (
             site.name in _ENTERED and not _REMATS.isdisjoint(inside)
         )
 
-    def _step(self, site: Site, operands: list[Any]) -> Sequence[Any]:
+    def step(self, site: Site, operands: list[Any]) -> Sequence[Any]:
         if not self.touches(site, operands):
             return site.bind(operands)
         if site.name == "scan":
@@ -209,7 +209,7 @@ class _Gatherer(Rewriter):
             return [replace(operands[0], dtype=site.results[0])]
         elif site.name not in _ENTERED:
             return site.bind([_whole(x) for x in operands])
-        return super()._step(site, operands)
+        return super().step(site, operands)
 
     def _apart(self, site: Site, operands: list[Any]) -> Sequence[Any]:
         """What is rematerialized keeps what the user says, and no more.
@@ -223,7 +223,7 @@ class _Gatherer(Rewriter):
             changed = site.eqn.params | {"policy": both}
             site = replace(site, eqn=site.eqn.replace(params=changed))
         flat, structure = jax.tree.flatten(operands)
-        replay = super()._step
+        replay = super().step
         remat = lambda *flat: replay(site, structure.unflatten(flat))
         evaluate = jax.custom_vjp(remat)
         evaluate.defvjp(lambda *flat: jax.vjp(remat, *flat), lambda vjp, cts: vjp(cts))
@@ -236,7 +236,7 @@ class _Gatherer(Rewriter):
 
     def partitioned(self, operand: Any, placement: Any) -> Any:
         """A share lies where it lies."""
-        return None if isinstance(operand, Share) else placement
+        return None if isinstance(operand, ParamShare) else placement
 
     def returned(self, site: Site, results: list[Any]) -> list[Any]:
         """What leaves a body is whole."""
@@ -253,11 +253,11 @@ _ENTERED = _REMATS | {"jit", "pjit", "scan"}
 
 
 def _whole(x: Any) -> Any:
-    return x.whole() if isinstance(x, Share) else x
+    return x.whole() if isinstance(x, ParamShare) else x
 
 
 def _for_loop(x: Any, stacked: bool) -> Any:
     """A share that a loop can take: not one along the layers, which it would take one by one."""
-    if not isinstance(x, Share) or -x.dim < x.local.ndim:
+    if not isinstance(x, ParamShare) or -x.dim < x.local.ndim:
         return x
     return (x.of_each_row() if stacked else None) or x.whole()

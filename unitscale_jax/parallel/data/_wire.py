@@ -25,7 +25,7 @@ BLOCK = 2048
 """Numbers that share a scale: a scale of 4 bytes is then 0.2 % of their codes."""
 
 
-class Summed(NamedTuple):
+class CompressedSum(NamedTuple):
     """A sum over devices, and what rounding took away on this one; None without a wire."""
 
     total: jax.Array
@@ -34,7 +34,7 @@ class Summed(NamedTuple):
 
 def summed(
     x: jax.Array, mesh_axis: str, wire: WireDType | None, *, dim: int | None = None
-) -> Summed:
+) -> CompressedSum:
     """Adds up an array over a manual mesh axis.
 
     Args:
@@ -49,8 +49,10 @@ def summed(
     """
     if wire is None:
         if dim is None:
-            return Summed(lax.psum(x, mesh_axis), None)
-        return Summed(lax.psum_scatter(x, mesh_axis, scatter_dimension=dim, tiled=True), None)
+            return CompressedSum(lax.psum(x, mesh_axis), None)
+        return CompressedSum(
+            lax.psum_scatter(x, mesh_axis, scatter_dimension=dim, tiled=True), None
+        )
     n, exact = devices_over(mesh_axis), x.astype(jnp.float32)
     shares = _dealt(exact, n) if dim is None else _cut(exact, n, dim)  # (n, share), row j for j
     sent = _encoded(shares, wire)
@@ -58,14 +60,16 @@ def summed(
     own = jnp.sum(_decoded([swap(codes) for codes in sent], shares.shape), axis=0)
     lost = shares - _decoded(sent, shares.shape)
     if dim is not None:
-        return Summed(_kept(own, x, n, dim), _uncut(lost, x, dim))
+        return CompressedSum(_kept(own, x, n, dim), _uncut(lost, x, dim))
     mine = _encoded(own[None], wire)
     gather = lambda codes: lax.all_gather(codes, mesh_axis, axis=0, tiled=True, to="invarying")
     total = _decoded([gather(codes) for codes in mine], shares.shape)
     # What the second rounding takes is lost for all; this device, whose share it was, keeps it.
     again = own - _decoded(mine, (1, *own.shape))[0]
     here = jnp.arange(n)[:, None] == lax.axis_index(mesh_axis)
-    return Summed(_whole(total, x).astype(x.dtype), _whole(lost + jnp.where(here, again, 0), x))
+    return CompressedSum(
+        _whole(total, x).astype(x.dtype), _whole(lost + jnp.where(here, again, 0), x)
+    )
 
 
 # -------------------------------------------------------------------------------- shares

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from unitscale_jax import tree as trees
-from unitscale_jax.parallel.layouts._meets import Factors, Meets, factors_of, meets
-from unitscale_jax.trace.dimensions import Dims, Factor, Member
+from unitscale_jax.parallel.layouts._meets import DimSet, Meets, factors_of, meets
+from unitscale_jax.trace.dimensions import Dims, Member, SymbolicDim
 from unitscale_jax.trace.program import Traced
 
 Role: TypeAlias = Literal["column", "row", "batch", "rows"]
@@ -32,7 +32,7 @@ WHY = {
 
 
 @dataclass(frozen=True)
-class Graph:
+class DivisionGraph:
     """A function and all that is known of the dimensions of its parameters."""
 
     traced: Traced
@@ -40,9 +40,9 @@ class Graph:
     leaves: Mapping[str, Any] = field(repr=False)
 
     @functools.cached_property
-    def members(self) -> dict[Factor, list[Member]]:
+    def members(self) -> dict[SymbolicDim, list[Member]]:
         """Where each dimension is, in the order of the parameters."""
-        found: dict[Factor, list[Member]] = {}
+        found: dict[SymbolicDim, list[Member]] = {}
         for path in self.leaves:
             for k, axis in enumerate(self.dims.axes(path)):
                 for t, term in enumerate(axis):
@@ -56,11 +56,11 @@ class Graph:
         return meets(self.traced, self.dims, [f for f in self.members if f.marks <= HARMLESS])
 
     @functools.cached_property
-    def roles(self) -> dict[tuple[str, Factor], set[Role]]:
+    def roles(self) -> dict[tuple[str, SymbolicDim], set[Role]]:
         """What products and lookups do with each dimension of each parameter."""
-        found: dict[tuple[str, Factor], set[Role]] = {}
+        found: dict[tuple[str, SymbolicDim], set[Role]] = {}
 
-        def add(paths: frozenset[str], factors: Factors, role: Role) -> None:
+        def add(paths: frozenset[str], factors: DimSet, role: Role) -> None:
             for path in paths:
                 for factor in factors & self.of(path):
                     found.setdefault((path, factor), set()).add(role)
@@ -75,21 +75,21 @@ class Graph:
             add(lookup.tables, lookup.whole, "column")
         return found
 
-    def of(self, path: str) -> Factors:
+    def of(self, path: str) -> DimSet:
         """The dimensions of a parameter."""
         return factors_of(self.dims.axes(path))
 
-    def roles_of(self, factor: Factor) -> set[Role]:
+    def roles_of(self, factor: SymbolicDim) -> set[Role]:
         """What is done with a dimension anywhere."""
         paths = {member.path for member in self.members[factor]}
         return set().union(*(self.roles.get((path, factor), set()) for path in paths))
 
-    def nbytes(self, factor: Factor) -> int:
+    def nbytes(self, factor: SymbolicDim) -> int:
         """The bytes of all parameters that have a dimension."""
         paths = {member.path for member in self.members[factor]}
         return sum(trees.nbytes(self.leaves[path]) for path in paths)
 
-    def name(self, factor: Factor) -> str:
+    def name(self, factor: SymbolicDim) -> str:
         """A dimension by the first parameter that makes it, and the axis it has there."""
         members = self.members[factor]
         first = lambda m: "column" not in self.roles.get((m.path, factor), ())
@@ -97,12 +97,12 @@ class Graph:
         return f"{path}:{axis}"
 
     @functools.cached_property
-    def heads(self) -> Factors:
+    def heads(self) -> DimSet:
         """Dimensions along which activations meet one by one: the heads of attention.
 
         Queries and keys have them both, or the queries alone if there is one head of keys.
         """
-        found: set[Factor] = set()
+        found: set[SymbolicDim] = set()
         for product in self.meets.products:
             summed = product.contracted & self.members.keys()
             if not product.kernels and any("batch" not in self.roles_of(f) for f in summed):
@@ -112,7 +112,7 @@ class Graph:
         return frozenset(f for f in found if f.marks <= HARMLESS) - self.meets.streams
 
     @functools.cached_property
-    def met(self) -> Factors:
+    def met(self) -> DimSet:
         """Dimensions that a product of two activations sums over."""
         pairs = [p.contracted for p in self.meets.products if not p.kernels]
         return frozenset().union(*pairs)
@@ -124,12 +124,14 @@ class Graph:
         return max(rows, default=0)
 
 
-def divided(graph: Graph, n: int, mesh_axis: str) -> tuple[list[Factor], dict[Factor, str]]:
+def divided(
+    graph: DivisionGraph, n: int, mesh_axis: str
+) -> tuple[list[SymbolicDim], dict[SymbolicDim, str]]:
     """The dimensions that a mesh axis of `n` devices divides, and why it does not the others."""
     against = {f: why for f in graph.members if (why := _against(graph, f, n, mesh_axis))}
     left = [factor for factor in graph.members if factor not in against]
-    chosen: list[Factor] = []
-    taken: dict[str, Factor] = {}
+    chosen: list[SymbolicDim] = []
+    taken: dict[str, SymbolicDim] = {}
     first = lambda factor: (_is_vocabulary(graph, factor), graph.nbytes(factor))
     for factor in sorted(left, key=first, reverse=True):
         paths = [member.path for member in graph.members[factor]]
@@ -142,7 +144,7 @@ def divided(graph: Graph, n: int, mesh_axis: str) -> tuple[list[Factor], dict[Fa
     return chosen, against
 
 
-def _against(graph: Graph, factor: Factor, n: int, mesh_axis: str) -> str | None:
+def _against(graph: DivisionGraph, factor: SymbolicDim, n: int, mesh_axis: str) -> str | None:
     questions = _of_vocabulary if _is_vocabulary(graph, factor) else _of_groups
     if n == 1:
         return f"no {mesh_axis} to divide it"
@@ -153,7 +155,7 @@ def _against(graph: Graph, factor: Factor, n: int, mesh_axis: str) -> str | None
     return found
 
 
-def _is_vocabulary(graph: Graph, factor: Factor) -> bool:
+def _is_vocabulary(graph: DivisionGraph, factor: SymbolicDim) -> bool:
     roles = graph.roles_of(factor)
     logits = "column" in roles and "row" not in roles
     return factor.size == graph.vocabulary and ("rows" in roles or logits)
@@ -162,21 +164,21 @@ def _is_vocabulary(graph: Graph, factor: Factor) -> bool:
 # ------------------------------------------------------------------------------- the questions
 
 
-def _marked(graph: Graph, factor: Factor) -> str | None:
+def _marked(graph: DivisionGraph, factor: SymbolicDim) -> str | None:
     del graph
     marks = sorted(factor.marks - HARMLESS)
     return ", ".join(WHY.get(mark, f"{mark} mixes it") for mark in marks) or None
 
 
-def _marked_in_vocabulary(graph: Graph, factor: Factor) -> str | None:
+def _marked_in_vocabulary(graph: DivisionGraph, factor: SymbolicDim) -> str | None:
     return None if factor.marks <= OF_VOCABULARY else _marked(graph, factor)
 
 
-def _stream(graph: Graph, factor: Factor) -> str | None:
+def _stream(graph: DivisionGraph, factor: SymbolicDim) -> str | None:
     return "the residual stream" if factor in graph.meets.streams else None
 
 
-def _of_both_sides(graph: Graph, factor: Factor) -> str | None:
+def _of_both_sides(graph: DivisionGraph, factor: SymbolicDim) -> str | None:
     """A recurrent kernel, of which only one side could be divided."""
     paths = [member.path for member in graph.members[factor]]
     axes = {(member.path, member.axis) for member in graph.members[factor]}
@@ -185,7 +187,7 @@ def _of_both_sides(graph: Graph, factor: Factor) -> str | None:
     return f"{both[0]} has it on both sides" if both else None
 
 
-def _beside_heads(graph: Graph, factor: Factor) -> str | None:
+def _beside_heads(graph: DivisionGraph, factor: SymbolicDim) -> str | None:
     if factor in graph.heads:
         return None
     paths = (member.path for member in graph.members[factor])
@@ -193,13 +195,13 @@ def _beside_heads(graph: Graph, factor: Factor) -> str | None:
     return f"beside the heads of {beside}" if beside else None
 
 
-def _between_activations(graph: Graph, factor: Factor) -> str | None:
+def _between_activations(graph: DivisionGraph, factor: SymbolicDim) -> str | None:
     """A sum over devices of every score; of experts, that of what they give is as it should be."""
     wrong = factor in graph.met and "batch" not in graph.roles_of(factor)
     return "activations are multiplied over it" if wrong else None
 
 
-def _without_use(graph: Graph, factor: Factor) -> str | None:
+def _without_use(graph: DivisionGraph, factor: SymbolicDim) -> str | None:
     roles = graph.roles_of(factor)
     if "column" not in roles:
         return "no kernel makes it"
@@ -207,7 +209,7 @@ def _without_use(graph: Graph, factor: Factor) -> str | None:
     return None if "row" in roles or expert else "no kernel sums over it"
 
 
-def _in_pieces(graph: Graph, factor: Factor) -> str | None:
+def _in_pieces(graph: DivisionGraph, factor: SymbolicDim) -> str | None:
     """Devices hold neighbors, so a dimension has to come first in its axis, in all its terms."""
     for path, axis, *_ in graph.members[factor]:
         terms = graph.dims.axes(path)[axis]

@@ -17,11 +17,11 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec as P
 
 from unitscale_jax import tree as trees
 from unitscale_jax.errors import check_callable
-from unitscale_jax.parallel.layouts._divide import Graph, divided
+from unitscale_jax.parallel.layouts._divide import DivisionGraph, divided
 from unitscale_jax.parallel.layouts._layout import Layout, Missing, abstract, no_axis
-from unitscale_jax.parallel.layouts._meets import Factors, factors_of
+from unitscale_jax.parallel.layouts._meets import DimSet, factors_of
 from unitscale_jax.parallel.layouts._specs import WHOLE
-from unitscale_jax.trace.dimensions import Factor, dims
+from unitscale_jax.trace.dimensions import SymbolicDim, dims
 from unitscale_jax.trace.program import Site, trace
 
 
@@ -96,7 +96,7 @@ def infer(
     if missing == "error" and mesh_axis not in mesh.shape:
         raise ValueError(no_axis(mesh_axis, mesh))
     traced = trace(fn, params, *args, **named, **(kwargs or {}))
-    graph = Graph(traced, dims(traced), leaves)
+    graph = DivisionGraph(traced, dims(traced), leaves)
     chosen, against = divided(graph, mesh.shape.get(mesh_axis, 1), mesh_axis)
     found = {name: _placed(graph, name, chosen, against, mesh_axis) for name in leaves}
     specs = {name: spec for name, (spec, _) in found.items()}
@@ -145,7 +145,11 @@ class Inferred(Layout):
 
 
 def _placed(
-    graph: Graph, name: str, chosen: Sequence[Factor], against: dict[Factor, str], mesh_axis: str
+    graph: DivisionGraph,
+    name: str,
+    chosen: Sequence[SymbolicDim],
+    against: dict[SymbolicDim, str],
+    mesh_axis: str,
 ) -> tuple[P, str]:
     """Where a parameter is, and why."""
     axes, own = graph.dims.axes(name), graph.of(name)
@@ -160,7 +164,7 @@ def _placed(
     return WHOLE, f"whole ({'; '.join(why)})" if why else "whole"
 
 
-def _sums(graph: Graph, chosen: Factors) -> Iterator[Sum]:
+def _sums(graph: DivisionGraph, chosen: DimSet) -> Iterator[Sum]:
     """A result that sums over what is divided, and a gradient that does."""
     for product in graph.meets.products:
         names = sorted({name for side in product.kernels for name in side.params})

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import jax
 
 from unitscale_jax import tree as trees
-from unitscale_jax.trace.dimensions import Axes, Dims, Factor
+from unitscale_jax.trace.dimensions import Axes, Dims, SymbolicDim
 from unitscale_jax.trace.program import (
     ADDITIONS,
     PRODUCTS,
@@ -27,8 +27,8 @@ from unitscale_jax.trace.program import (
     walk,
 )
 
-Factors: TypeAlias = frozenset[Factor]
-Pairs: TypeAlias = frozenset[tuple[Factor, str]]
+DimSet: TypeAlias = frozenset[SymbolicDim]
+DimPlaces: TypeAlias = frozenset[tuple[SymbolicDim, str]]
 """Dimensions, each with where a value has been on it: a parameter or a loop's carry."""
 
 NONE: frozenset[Any] = frozenset()
@@ -46,11 +46,11 @@ class Side:
 
     shape: tuple[int, ...]
     params: frozenset[str]
-    free: Factors
+    free: DimSet
 
 
 @dataclass(frozen=True, eq=False)
-class Product:
+class LayoutProduct:
     """A product.
 
     Attributes:
@@ -65,8 +65,8 @@ class Product:
     site: Site
     sides: tuple[Side, Side]
     kernels: tuple[Side, ...]
-    contracted: Factors
-    shared: Factors
+    contracted: DimSet
+    shared: DimSet
     active: bool
 
 
@@ -76,21 +76,21 @@ class Lookup:
 
     site: Site
     tables: frozenset[str]
-    rows: Factors
-    whole: Factors
+    rows: DimSet
+    whole: DimSet
 
 
 @dataclass(frozen=True, eq=False)
 class Meets:
     """Products, lookups by tokens, sums of activations over dimensions, and streams."""
 
-    products: list[Product]
+    products: list[LayoutProduct]
     lookups: list[Lookup]
-    sums: list[tuple[Site, Factors]]
-    streams: set[Factor]
+    sums: list[tuple[Site, DimSet]]
+    streams: set[SymbolicDim]
 
 
-def meets(traced: Traced, dims: Dims, open_to: Iterable[Factor]) -> Meets:
+def meets(traced: Traced, dims: Dims, open_to: Iterable[SymbolicDim]) -> Meets:
     """Walks over a function of `(params, *inputs)`.
 
     Args:
@@ -124,8 +124,8 @@ class Seen:
     active: bool = False
     rows: bool = False
     fresh: frozenset[str] = NONE
-    direct: Pairs = NONE
-    through: Pairs = NONE
+    direct: DimPlaces = NONE
+    through: DimPlaces = NONE
     carried: bool = False
 
     @property
@@ -137,11 +137,11 @@ class Seen:
 @dataclass
 class _Walk(Flow[Seen]):
     dims: Dims
-    open_to: Factors
-    products: list[Product] = field(default_factory=list)
+    open_to: DimSet
+    products: list[LayoutProduct] = field(default_factory=list)
     lookups: list[Lookup] = field(default_factory=list)
-    sums: list[tuple[Site, Factors]] = field(default_factory=list)
-    streams: set[Factor] = field(default_factory=set)
+    sums: list[tuple[Site, DimSet]] = field(default_factory=list)
+    streams: set[SymbolicDim] = field(default_factory=set)
     reaching: dict[Place, frozenset[str]] = field(default_factory=dict)
 
     def constant(self, value: Any) -> Seen:
@@ -157,12 +157,12 @@ class _Walk(Flow[Seen]):
         """
         return a if a.carried else replace(_union([a, b]), fresh=a.fresh | b.fresh)
 
-    def met(self, site: Site, inputs: list[Seen]) -> None:
+    def on_inputs(self, site: Site, inputs: list[Seen]) -> None:
         """Remembers which parameters reach a loop."""
         if site.name in ("scan", "while"):
             self.reaching[site.place] = _union(inputs).params
 
-    def repeated(self, site: Site, carry: list[Seen]) -> list[Seen]:
+    def restart(self, site: Site, carry: list[Seen]) -> list[Seen]:
         """A carry is somewhere to have been, also if it starts from zeros."""
         at = lambda k: frozenset({f"carry {k} of {site.place}"})
         return [
@@ -193,13 +193,13 @@ class _Walk(Flow[Seen]):
         stays = lambda axes: frozenset(pair for pair in all_on if pair[0] in factors_of(axes))
         return [replace(seen, direct=stays(axes)) for axes in outs]
 
-    def _on(self, x: Seen, axes: Axes) -> Pairs:
+    def _on(self, x: Seen, axes: Axes) -> DimPlaces:
         here = factors_of(axes) & self.open_to
         return x.direct | {(factor, where) for where in x.fresh for factor in here}
 
     def _product(
-        self, site: Site, inputs: list[Seen], ins: list[Axes], on: list[Pairs]
-    ) -> tuple[Seen, list[Pairs]]:
+        self, site: Site, inputs: list[Seen], ins: list[Axes], on: list[DimPlaces]
+    ) -> tuple[Seen, list[DimPlaces]]:
         contracted, shared, kept = _sides(site, ins)
         levels, active = [x.level for x in inputs], any(x.active for x in inputs)
         left, right = (
@@ -208,7 +208,9 @@ class _Walk(Flow[Seen]):
         )
         nearest = [s for s, n in zip((left, right), levels, strict=True) if n == min(levels)]
         kernels = () if active and len(nearest) == 2 else tuple(nearest)
-        self.products.append(Product(site, (left, right), kernels, contracted, shared, active))
+        self.products.append(
+            LayoutProduct(site, (left, right), kernels, contracted, shared, active)
+        )
         gone = {
             pair
             for x, pairs in zip(inputs, on, strict=True)
@@ -234,7 +236,7 @@ class _Walk(Flow[Seen]):
             self.lookups.append(Lookup(site, table.params, rows, whole))
         return Seen(table.params, indices.active, rows=indices.active)
 
-    def _added(self, values: list[Seen], on: list[Pairs]) -> None:
+    def _added(self, values: list[Seen], on: list[DimPlaces]) -> None:
         """One side has been somewhere and stayed, the other one has summed over that."""
         (a, b), (on_a, on_b) = values, on
         for x, on_x, y, on_y in ((a, on_a, b, on_b), (b, on_b, a, on_a)):
@@ -243,7 +245,7 @@ class _Walk(Flow[Seen]):
         self.open_to -= self.streams
 
 
-def factors_of(axes: Iterable[tuple[tuple[Factor, ...], ...]]) -> Factors:
+def factors_of(axes: Iterable[tuple[tuple[SymbolicDim, ...], ...]]) -> DimSet:
     """All dimensions of a value."""
     return frozenset(factor for axis in axes for term in axis for factor in term)
 
@@ -260,7 +262,7 @@ def _union(values: Sequence[Seen]) -> Seen:
     )
 
 
-def _sides(site: Site, ins: list[Axes]) -> tuple[Factors, Factors, list[Factors]]:
+def _sides(site: Site, ins: list[Axes]) -> tuple[DimSet, DimSet, list[DimSet]]:
     """What a product sums over, what both sides have besides, and what stays of each."""
     params = site.eqn.params
     if site.name == "ragged_dot_general":

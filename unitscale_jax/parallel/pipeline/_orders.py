@@ -46,7 +46,7 @@ class Orders(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class TickTable:
     """The loops of a step, one after another, and how many slots they need.
 
     Attributes:
@@ -62,7 +62,7 @@ class Plan:
     kept: int
 
 
-def training(schedule: Schedule, *, stash: bool) -> Plan:
+def training(schedule: Schedule, *, stash: bool) -> TickTable:
     """The plan of a training step.
 
     The forward pass of the last chunk is the first half of its backward pass, so it has no orders
@@ -77,14 +77,14 @@ def training(schedule: Schedule, *, stash: bool) -> Plan:
     kept = _slots(at.span(both, but=at.is_last)) if stash else {}
     forward = at.orders("F", sources, cotangents, kept, but=at.is_last)
     back = at.orders("B", sources, cotangents, kept)
-    return Plan(_loops(forward, back), *map(_length, (sources, cotangents, kept)))
+    return TickTable(_loops(forward, back), *map(_length, (sources, cotangents, kept)))
 
 
-def serving(schedule: Schedule) -> Plan:
+def serving(schedule: Schedule) -> TickTable:
     """The plan of a forward pass alone."""
     at = _Jobs(schedule, schedule.forward)
     sources = _slots(at.span(lambda s, job: (at.arrival(s, job), at.when["F"][s, job])))
-    return Plan([(at.orders("F", sources, {}, {}), None)], _length(sources), 1, 1)
+    return TickTable([(at.orders("F", sources, {}, {}), None)], _length(sources), 1, 1)
 
 
 _Place: TypeAlias = tuple[int, Job]

@@ -29,7 +29,7 @@ from unitscale_jax.mesh_axes import agree, zeros
 from unitscale_jax.parallel.layouts._context import axis_size, shared_axes
 from unitscale_jax.parallel.pipeline import _buffers
 from unitscale_jax.parallel.pipeline._model import Model
-from unitscale_jax.parallel.pipeline._orders import Plan, serving, training
+from unitscale_jax.parallel.pipeline._orders import TickTable, serving, training
 from unitscale_jax.parallel.pipeline._schedule import Name, Schedule
 from unitscale_jax.parallel.pipeline._stages import Stages, taken_apart
 from unitscale_jax.parallel.pipeline._ticks import Inputs, Stage
@@ -153,7 +153,7 @@ class Run:
     def _mapped(
         self,
         body: Callable[[Stage, Any], Any],
-        plan: Plan,
+        plan: TickTable,
         stages: Stages,
         inputs: Inputs,
         stash: bool,

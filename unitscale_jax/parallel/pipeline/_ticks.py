@@ -22,7 +22,7 @@ from unitscale_jax.mesh_axes import axes_of, varying, zeros
 from unitscale_jax.parallel.pipeline import _buffers
 from unitscale_jax.parallel.pipeline._buffers import added, added_at, residuals, stored, taken
 from unitscale_jax.parallel.pipeline._model import Model
-from unitscale_jax.parallel.pipeline._orders import Orders, Plan
+from unitscale_jax.parallel.pipeline._orders import Orders, TickTable
 from unitscale_jax.typing import Params
 
 
@@ -93,7 +93,7 @@ class Stage:
         layers, inputs = varying((self.layers, self.inputs), [self.axis])
         return dataclasses.replace(self, layers=layers, inputs=inputs)
 
-    def gradients(self, plan: Plan, loops: Any) -> tuple[Terms, Any, Params]:
+    def gradients(self, plan: TickTable, loops: Any) -> tuple[Terms, Any, Params]:
         """`(terms, gradients of the layers, gradients of the rest)`.
 
         Terms and gradients of the rest are to be added up over stages.
@@ -121,7 +121,7 @@ class Stage:
             carry, _ = lax.scan(tick, carry, orders)
         return carry.terms, carry.layers, carry.rest
 
-    def outputs(self, plan: Plan, loops: Any, finish: Callable[[Any, Any, Part], Any]) -> Any:
+    def outputs(self, plan: TickTable, loops: Any, finish: Callable[[Any, Any, Part], Any]) -> Any:
         """Outputs of `finish(rest, output of the last layer, part)`, leaves `(parts, ...)`.
 
         They are zeros on all stages but the last.

@@ -15,10 +15,10 @@ from unitscale_jax.trace.dimensions._dims import (
 )
 from unitscale_jax.trace.dimensions._factors import (
     Axes,
-    Factor,
+    SymbolicDim,
     expanded,
-    mark,
     new_axes,
+    pin,
     unify,
 )
 
@@ -26,7 +26,7 @@ __all__ = [
     "Axes",
     "Coupled",
     "Dims",
-    "Factor",
+    "SymbolicDim",
     "DimGroup",
     "Member",
     "Record",
@@ -34,7 +34,7 @@ __all__ = [
     "coupled",
     "dims",
     "expanded",
-    "mark",
+    "pin",
     "new_axes",
     "settled",
     "unify",

@@ -14,10 +14,10 @@ from unitscale_jax.trace.dimensions._factors import (
     Axes,
     Axis,
     expanded,
-    mark,
     new_axes,
     new_axis,
     pieces,
+    pin,
     reshaped,
     size,
     unify,
@@ -58,7 +58,7 @@ def opaque(eqn: Equation, ins: list[Axes]) -> list[Axes]:
     """What is safe for any primitive."""
     why = eqn.primitive.name
     for axes in ins:
-        mark(axes, why)
+        pin(axes, why)
     return [new_axes(sizes, why) for sizes in shapes(eqn)]
 
 
@@ -82,7 +82,7 @@ def _lined_up(values: Sequence[Axes], but: Sequence[int] = ()) -> Axes:
 def _kept_sizes(eqn: Equation, axes: Axes, sizes: Sequence[int], but: Iterable[int] = ()) -> Axes:
     """The axes that an operation leaves alone; those of another size, and some, it touches."""
     why, but = eqn.primitive.name, set(but)
-    mark([axes[k] for k in but], why)
+    pin([axes[k] for k in but], why)
     return tuple(
         new_axis(n, why) if k in but else cut_to(axis, n, why)
         for k, (axis, n) in enumerate(zip(axes, sizes, strict=True))
@@ -93,7 +93,7 @@ def cut_to(axis: Axis, n: int, why: str) -> Axis:
     """The axis itself if it has `n` positions; else one that says nothing of it."""
     if size(axis) == n:
         return axis
-    mark([axis], why)
+    pin([axis], why)
     return new_axis(n, why)
 
 
@@ -154,7 +154,7 @@ def _ragged_dot(eqn: Equation, ins: list[Axes]) -> list[Axes]:
     for a, b in zip(left, right, strict=True):
         unify(x[a], y[b])
     unify(y[groups[0]], sizes[0])
-    mark([x[rows[0]], sizes[0]], "groups of rows")
+    pin([x[rows[0]], sizes[0]], "groups of rows")
     free, free_too = others(len(x), left), others(len(y), right, groups)
     return [tuple([x[k] for k in free] + [y[k] for k in free_too])]
 
@@ -164,9 +164,9 @@ def _conv(eqn: Equation, ins: list[Axes]) -> list[Axes]:
     dims, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
     (n, c, *space), (o, i, *window), (on, oc, *_) = dims.lhs_spec, dims.rhs_spec, dims.out_spec
     x, kernel = ins
-    mark([x[k] for k in space] + [kernel[k] for k in window], "window")
+    pin([x[k] for k in space] + [kernel[k] for k in window], "window")
     if eqn.params["batch_group_count"] != 1:
-        mark([x[n], kernel[o]], "batch groups")
+        pin([x[n], kernel[o]], "batch groups")
     of_in, in_group = reshaped((x[c],), (groups, size(x[c]) // groups))
     of_out, _ = reshaped((kernel[o],), (groups, size(kernel[o]) // groups))
     unify(in_group, kernel[i])
@@ -226,7 +226,7 @@ def _gather(eqn: Equation, ins: list[Axes]) -> list[Axes]:
     batch, along = dims.operand_batching_dims, dims.start_indices_batching_dims
     for k, j in zip(batch, along, strict=True):
         unify(x[k], indices[j])
-    mark([x[k] for k in dims.collapsed_slice_dims] + [indices[-1]], "gather")
+    pin([x[k] for k in dims.collapsed_slice_dims] + [indices[-1]], "gather")
     mine = others(len(x), dims.collapsed_slice_dims, batch)
     sizes = eqn.params["slice_sizes"]
     window = [cut_to(x[k], sizes[k], "gather") for k in mine]
@@ -245,7 +245,7 @@ def _scatter(eqn: Equation, ins: list[Axes]) -> list[Axes]:
     inserted, batch = dims.inserted_window_dims, dims.operand_batching_dims
     for k, j in zip(batch, dims.scatter_indices_batching_dims, strict=True):
         unify(x[k], indices[j])
-    mark([x[k] for k in inserted] + [indices[-1]], "scatter")
+    pin([x[k] for k in inserted] + [indices[-1]], "scatter")
     for k, j in zip(others(len(x), inserted, batch), dims.update_window_dims, strict=True):
         _both(x[k], updates[j], "scatter")
     scattered = others(len(updates), dims.update_window_dims)
@@ -259,7 +259,7 @@ def _both(x: Axis, part: Axis, why: str) -> None:
     if size(x) == size(part):
         unify(x, part)
     else:
-        mark([x, part], why)
+        pin([x, part], why)
 
 
 def _dynamic_slice(eqn: Equation, ins: list[Axes]) -> list[Axes]:

@@ -91,12 +91,12 @@ class Couplings(Flow[Axes]):
         self.record[site.place] = inputs, outs
         return outs
 
-    def met(self, site: Site, inputs: list[Axes]) -> None:
+    def on_inputs(self, site: Site, inputs: list[Axes]) -> None:
         """Remembers what a call with a derivative of its own takes."""
         if site.name.startswith("custom_"):
             self.calls[site.place] = inputs, []
 
-    def made(self, site: Site, outputs: list[Axes]) -> None:
+    def on_outputs(self, site: Site, outputs: list[Axes]) -> None:
         """Remembers what a call with a derivative of its own returns."""
         if site.place in self.calls:
             self.calls[site.place][1][:] = outputs
@@ -114,13 +114,13 @@ class Couplings(Flow[Axes]):
         length = site.eqn.params["length"]
         return self._stacks.setdefault(site.place, new_axis(length, "layer"))
 
-    def entered(self, site: Site, inputs: list[Axes]) -> list[Axes]:
+    def enter(self, site: Site, inputs: list[Axes]) -> list[Axes]:
         """The same axes; inside `shard_map` those of another size than outside are others."""
         if site.name != "shard_map":
             return inputs
         return _sharded(inputs, [shape(v) for v in bodies(site.eqn)[0][0].invars])
 
-    def left(self, site: Site, outputs: list[Axes]) -> list[Axes]:
+    def exit(self, site: Site, outputs: list[Axes]) -> list[Axes]:
         """The same axes, with the same exception."""
         return _sharded(outputs, shapes(site.eqn)) if site.name == "shard_map" else outputs
 

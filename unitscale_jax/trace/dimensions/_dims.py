@@ -19,8 +19,8 @@ import jax
 from unitscale_jax import tree
 from unitscale_jax.errors import check_type
 from unitscale_jax.trace.dimensions._couplings import Record, coupled, settled
-from unitscale_jax.trace.dimensions._factors import Axes, Factor, mark, new_axes
-from unitscale_jax.trace.dimensions._zero_rules import Known
+from unitscale_jax.trace.dimensions._factors import Axes, SymbolicDim, new_axes, pin
+from unitscale_jax.trace.dimensions._zero_rules import KnownZeros
 from unitscale_jax.trace.dimensions._zeros import Zeros
 from unitscale_jax.trace.program._function import Traced
 from unitscale_jax.trace.program._walk import Place, walk
@@ -67,7 +67,7 @@ class DimGroup:
     members: tuple[Member, ...]
     flags: frozenset[str]
     mixed: tuple[str, ...]
-    factor: Factor = field(repr=False)
+    factor: SymbolicDim = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -172,12 +172,12 @@ def dims(traced: Traced) -> Dims:
     closed = traced.closed
     found = coupled(closed.jaxpr, [*axes.values(), *given], closed.consts)
     for out in found.results:
-        mark(out, "output")
+        pin(out, "output")
     axes = dict(zip(axes, settled(axes.values()), strict=True))
     members, record = _members(axes), found.record
     _mark_unused(members, record)
     zeros = Zeros(record, {factor for factor in members if not factor.marks})
-    start = [*map(zeros.parameter, axes.values()), *[Known()] * len(given)]
+    start = [*map(zeros.parameter, axes.values()), *[KnownZeros()] * len(given)]
     walk(zeros, closed.jaxpr, start, closed.consts)
     grouped = {factor: factor.marks <= {"layer"} for factor in members}
     return Dims(
@@ -189,8 +189,8 @@ def dims(traced: Traced) -> Dims:
     )
 
 
-def _members(axes: Mapping[str, Axes]) -> dict[Factor, list[Member]]:
-    out: dict[Factor, list[Member]] = {}
+def _members(axes: Mapping[str, Axes]) -> dict[SymbolicDim, list[Member]]:
+    out: dict[SymbolicDim, list[Member]] = {}
     for path, of_path in axes.items():
         for k, axis in enumerate(of_path):
             for t, term in enumerate(axis):
@@ -199,7 +199,7 @@ def _members(axes: Mapping[str, Axes]) -> dict[Factor, list[Member]]:
     return out
 
 
-def _mark_unused(members: Iterable[Factor], record: Record) -> None:
+def _mark_unused(members: Iterable[SymbolicDim], record: Record) -> None:
     """Marks what no equation meets: it is bound to nothing here, but may be so elsewhere."""
     met = {
         factor
@@ -215,7 +215,7 @@ def _mark_unused(members: Iterable[Factor], record: Record) -> None:
 
 
 def _group(
-    factor: Factor, members: list[Member], axes: Mapping[str, Axes], zeros: Zeros
+    factor: SymbolicDim, members: list[Member], axes: Mapping[str, Axes], zeros: Zeros
 ) -> DimGroup:
     mixed = tuple(sorted(zeros.leaks.get(factor, ())))
     if factor.marks:
@@ -228,7 +228,7 @@ def _group(
     return DimGroup(name, factor.size, tuple(members), frozenset(flags), mixed, factor)
 
 
-def _refused(factor: Factor, members: list[Member], axes: Mapping[str, Axes]) -> Refused:
+def _refused(factor: SymbolicDim, members: list[Member], axes: Mapping[str, Axes]) -> Refused:
     name = _name(members[0], axes)
     return Refused(name, factor.size, tuple(members), tuple(sorted(factor.marks)))
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 
-class Factor:
+class SymbolicDim:
     """A dimension; compared by identity.
 
     Attributes:
@@ -33,15 +33,15 @@ class Factor:
         """A dimension that nothing else has yet."""
         self.size, self.marks = int(size), set(marks)
         self.parts: Axis | None = None
-        self.parent: Factor | None = None
+        self.parent: SymbolicDim | None = None
 
     def __repr__(self) -> str:
         """Its size, and its marks."""
         return f"Factor({self.size}{''.join(f', {m!r}' for m in sorted(self.marks))})"
 
 
-Term: TypeAlias = tuple[Factor, ...]
-Axis: TypeAlias = tuple[Term, ...]
+DimProduct: TypeAlias = tuple[SymbolicDim, ...]
+Axis: TypeAlias = tuple[DimProduct, ...]
 Axes: TypeAlias = tuple[Axis, ...]
 
 UNIT: Axis = ((),)
@@ -50,7 +50,7 @@ UNIT: Axis = ((),)
 
 def new_axis(size: int, *marks: str) -> Axis:
     """An axis that shares nothing with any other."""
-    return UNIT if size == 1 else ((Factor(size, marks),),)
+    return UNIT if size == 1 else ((SymbolicDim(size, marks),),)
 
 
 def new_axes(shape: Sequence[int], *marks: str) -> Axes:
@@ -69,9 +69,9 @@ def expanded(axis: Axis) -> Axis:
     A sum distributes over what follows it. Over what precedes it it cannot (the order of positions
     would be another one), so there its factors are marked and the sum stays one factor.
     """
-    out: list[Term] = []
+    out: list[DimProduct] = []
     for term in axis:
-        terms: list[Term] = [()]
+        terms: list[DimProduct] = [()]
         for factor in map(_find, term):
             parts = _parts(factor)
             if len(parts) == 1:
@@ -85,12 +85,12 @@ def expanded(axis: Axis) -> Axis:
     return tuple(out)
 
 
-def factors(axis: Axis) -> set[Factor]:
+def factors(axis: Axis) -> set[SymbolicDim]:
     """All factors of an axis."""
     return set(itertools.chain.from_iterable(expanded(axis)))
 
 
-def mark(axes: Sequence[Axis], why: str) -> None:
+def pin(axes: Sequence[Axis], why: str) -> None:
     """Says of all factors of some axes why their channels cannot be removed."""
     for axis in axes:
         for factor in factors(axis):
@@ -102,7 +102,7 @@ def unify(x: Axis, y: Axis) -> None:
     assert size(x) == size(y), f"axes of sizes {size(x)} and {size(y)} are not the same dimension"
     while (x := expanded(x)) and _ends(x) != _ends(y := expanded(y)):
         if not (_cut(x, _ends(y)) and _cut(y, _ends(x))):
-            return mark([x, y], "sums that do not line up")
+            return pin([x, y], "sums that do not line up")
     for left, right in zip(x, y, strict=True):
         _unify_products(left, right)
     return None
@@ -112,7 +112,7 @@ def pieces(axis: Axis, sizes: Sequence[int]) -> list[Axis]:
     """Consecutive pieces of an axis, of the given sizes."""
     ends = list(itertools.accumulate(sizes))
     if 0 in sizes or not _cut(axis, ends):
-        mark([axis], "cut")
+        pin([axis], "cut")
         return [new_axis(n, "cut") for n in sizes]
     terms = list(zip(expanded(axis), _ends(expanded(axis)), strict=True))
     starts = [0, *ends]
@@ -125,7 +125,7 @@ def pieces(axis: Axis, sizes: Sequence[int]) -> list[Axis]:
 def reshaped(axes: Axes, shape: Sequence[int]) -> Axes:
     """Axes of a value whose axes were `axes`, in another shape."""
     if 0 in shape:
-        mark(axes, "empty")
+        pin(axes, "empty")
         return new_axes(shape, "empty")
     out: list[Axis] = []
     for before, after in _blocks([size(axis) for axis in axes], shape):
@@ -135,7 +135,7 @@ def reshaped(axes: Axes, shape: Sequence[int]) -> Axes:
             continue
         got = _regrouped(old, sizes)
         if got is None:
-            mark(old, "reshape")
+            pin(old, "reshape")
         out += new_axes(sizes, "reshape") if got is None else got
     return tuple(out)
 
@@ -143,7 +143,7 @@ def reshaped(axes: Axes, shape: Sequence[int]) -> Axes:
 # ------------------------------------------------------------------------------- refinement
 
 
-def _find(factor: Factor) -> Factor:
+def _find(factor: SymbolicDim) -> SymbolicDim:
     """The factor that stands for `factor` by now; ways there are shortened as they are gone."""
     while factor.parent is not None:
         if factor.parent.parent is not None:
@@ -152,7 +152,7 @@ def _find(factor: Factor) -> Factor:
     return factor
 
 
-def _parts(factor: Factor) -> Axis:
+def _parts(factor: SymbolicDim) -> Axis:
     """What a factor has been refined into, all the way; without factors of one channel."""
     if factor.parts is None:
         return ((factor,),) if factor.size != 1 else UNIT
@@ -160,7 +160,7 @@ def _parts(factor: Factor) -> Axis:
     return factor.parts
 
 
-def _mark(factor: Factor, why: str) -> None:
+def _mark(factor: SymbolicDim, why: str) -> None:
     """Marks a factor and what it has been refined into, which are never marked less than it is."""
     if why not in factor.marks:
         factor.marks.add(why)
@@ -168,12 +168,14 @@ def _mark(factor: Factor, why: str) -> None:
             _mark(_find(part), why)
 
 
-def _refine(factor: Factor, parts: Sequence[Sequence[int]]) -> None:
+def _refine(factor: SymbolicDim, parts: Sequence[Sequence[int]]) -> None:
     """Replaces an unrefined factor by a sum of products of new ones, of the given sizes."""
-    factor.parts = tuple(tuple(Factor(n, sorted(factor.marks)) for n in term) for term in parts)
+    factor.parts = tuple(
+        tuple(SymbolicDim(n, sorted(factor.marks)) for n in term) for term in parts
+    )
 
 
-def _merge(a: Factor, b: Factor) -> None:
+def _merge(a: SymbolicDim, b: SymbolicDim) -> None:
     """Makes two factors of one size one."""
     if a is b:
         return
@@ -201,7 +203,7 @@ def _cut(axis: Axis, ends: Sequence[int]) -> bool:
     return True
 
 
-def _unify_products(left: Term, right: Term) -> None:
+def _unify_products(left: DimProduct, right: DimProduct) -> None:
     todo, other = list(left), list(right)
     while (a := _first(todo)) and (b := _first(other)):
         if a.size == b.size:
@@ -214,10 +216,10 @@ def _unify_products(left: Term, right: Term) -> None:
             break
         _refine(large, [[small.size, large.size // small.size]])
     for rest in (todo, other):
-        mark([(tuple(rest),)], "products that do not line up")
+        pin([(tuple(rest),)], "products that do not line up")
 
 
-def _first(term: list[Factor]) -> Factor | None:
+def _first(term: list[SymbolicDim]) -> SymbolicDim | None:
     """The first factor of a product, which is opened in place; None if nothing is left."""
     while term:
         factor = _find(term[0])
@@ -267,11 +269,11 @@ def _regrouped(axes: Axes, sizes: Sequence[int]) -> list[Axis] | None:
     return _grouped_sum([term + trailing for term in first], sizes)
 
 
-def _grouped(term: Term, sizes: Sequence[int]) -> list[Axis] | None:
+def _grouped(term: DimProduct, sizes: Sequence[int]) -> list[Axis] | None:
     """Consecutive products of the given sizes."""
     todo, out = list(term), []
     for need in sizes:
-        product: list[Factor] = []
+        product: list[SymbolicDim] = []
         while need > 1:
             factor = _first(todo)
             if factor is None:
@@ -287,7 +289,7 @@ def _grouped(term: Term, sizes: Sequence[int]) -> list[Axis] | None:
     return out
 
 
-def _grouped_sum(terms: Sequence[Term], sizes: Sequence[int]) -> list[Axis] | None:
+def _grouped_sum(terms: Sequence[DimProduct], sizes: Sequence[int]) -> list[Axis] | None:
     """a·r + b·r as (a + b, r): every term must end in the same product."""
     inner = math.prod(sizes[1:])
     if any(_product(term) % inner for term in terms):
@@ -302,7 +304,7 @@ def _grouped_sum(terms: Sequence[Term], sizes: Sequence[int]) -> list[Axis] | No
     return None if rest is None else [tuple(axis[0] for axis in outer), *rest]
 
 
-def _product(term: Term) -> int:
+def _product(term: DimProduct) -> int:
     return math.prod(factor.size for factor in term)
 
 

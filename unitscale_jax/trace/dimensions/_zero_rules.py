@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import jax.numpy as jnp
 
 from unitscale_jax.trace.dimensions._axis_rules import ALIKE, others, shape
-from unitscale_jax.trace.dimensions._factors import Axes, Factor
+from unitscale_jax.trace.dimensions._factors import Axes, SymbolicDim
 from unitscale_jax.trace.program._compat import Equation, dtype_of
 from unitscale_jax.trace.program._elementwise import State, all_zero, any_zero, at_zero
 from unitscale_jax.trace.program._primitives import (
@@ -25,13 +25,13 @@ from unitscale_jax.trace.program._primitives import (
 )
 from unitscale_jax.trace.program._walk import Site
 
-Key: TypeAlias = tuple[int, Factor | None]
+AxisKey: TypeAlias = tuple[int, SymbolicDim | None]
 """An axis of a value, and a factor in it."""
 
-EVERYWHERE: Key = (-1, None)
+EVERYWHERE: AxisKey = (-1, None)
 
 
-class Known(NamedTuple):
+class KnownZeros(NamedTuple):
     """Where a value holds zeros, and where it may be NaN or infinite.
 
     Attributes:
@@ -39,74 +39,74 @@ class Known(NamedTuple):
         wild: Likewise.
     """
 
-    zero: frozenset[Key] = frozenset()
-    wild: frozenset[Key] = frozenset()
+    zero: frozenset[AxisKey] = frozenset()
+    wild: frozenset[AxisKey] = frozenset()
 
-    def at(self, key: Key) -> State:
+    def at(self, key: AxisKey) -> State:
         """What it is at a key."""
         if EVERYWHERE in self.zero or key in self.zero:
             return "zero"
         return "wild" if key in self.wild else "any"
 
 
-NOTHING, ZERO = Known(), Known(frozenset({EVERYWHERE}))
+NOTHING, ZERO = KnownZeros(), KnownZeros(frozenset({EVERYWHERE}))
 
 
 @dataclass(frozen=True)
-class Operation:
+class ZeroOperands:
     """An equation, the expanded axes of its operands and results, and what the operands know."""
 
     eqn: Equation
     ins: list[Axes]
     outs: list[Axes]
-    known: list[Known]
+    known: list[KnownZeros]
 
     @property
     def name(self) -> str:
         """Of the primitive."""
         return self.eqn.primitive.name
 
-    def factors(self, operand: int, axis: int) -> set[Factor]:
+    def factors(self, operand: int, axis: int) -> set[SymbolicDim]:
         """Of an axis of an operand."""
         return {factor for term in self.ins[operand][axis] for factor in term}
 
-    def at(self, operand: int, axis: int, factor: Factor) -> State:
+    def at(self, operand: int, axis: int, factor: SymbolicDim) -> State:
         """What an operand is along an axis, at the removed channels of a factor in it."""
         return self.known[operand].at((axis, factor))
 
 
 # ------------------------------------------------------------- what mixes channels of a factor
 
-Mixed: TypeAlias = Iterator[tuple[Factor, State]]
+Mixed: TypeAlias = Iterator[tuple[SymbolicDim, State]]
 """Factors whose channels are added up, and what the removed ones contribute."""
 
 SUMS = frozenset({"reduce_sum", "reduce_or", "reduce_xor"})
 
 
-def mixes_nothing(call: Operation) -> Mixed:
+def mixes_nothing(call: ZeroOperands) -> Mixed:
     """What most primitives do."""
     del call
     return iter(())
 
 
-def _contracted(call: Operation, left: int, right: int) -> Mixed:
+def _contracted(call: ZeroOperands, left: int, right: int) -> Mixed:
     for factor in call.factors(0, left) | call.factors(1, right):
         yield factor, any_zero([call.at(0, left, factor), call.at(1, right, factor)])
 
 
-def _dot_mixes(call: Operation) -> Mixed:
+def _dot_mixes(call: ZeroOperands) -> Mixed:
     (left, right), _ = call.eqn.params["dimension_numbers"]
     for a, b in zip(left, right, strict=True):
         yield from _contracted(call, a, b)
 
 
-def _ragged_mixes(call: Operation) -> Mixed:
+def _ragged_mixes(call: ZeroOperands) -> Mixed:
     (left, right), _ = call.eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
     for a, b in zip(left, right, strict=True):
         yield from _contracted(call, a, b)
 
 
-def _conv_mixes(call: Operation) -> Mixed:
+def _conv_mixes(call: ZeroOperands) -> Mixed:
     dims = call.eqn.params["dimension_numbers"]
     within = call.factors(1, dims.rhs_spec[1])  # the channels in a group; groups are not mixed
     for factor, state in _contracted(call, dims.lhs_spec[1], dims.rhs_spec[1]):
@@ -114,13 +114,13 @@ def _conv_mixes(call: Operation) -> Mixed:
             yield factor, state
 
 
-def _reduction_mixes(call: Operation) -> Mixed:
+def _reduction_mixes(call: ZeroOperands) -> Mixed:
     for k in call.eqn.params["axes"]:
         for factor in call.factors(0, k):
             yield factor, call.at(0, k, factor) if call.name in SUMS else "any"
 
 
-MIXING: dict[str, Callable[[Operation], Mixed]] = {
+MIXING: dict[str, Callable[[ZeroOperands], Mixed]] = {
     **dict.fromkeys(REDUCTIONS, _reduction_mixes),
     "dot_general": _dot_mixes,
     "conv_general_dilated": _conv_mixes,
@@ -129,24 +129,24 @@ MIXING: dict[str, Callable[[Operation], Mixed]] = {
 
 # ---------------------------------------------------------------------- what the results know
 
-Result: TypeAlias = Callable[[Operation, int, Key], State]
+Result: TypeAlias = Callable[[ZeroOperands, int, AxisKey], State]
 """What result number n is at a key."""
 
-Sources: TypeAlias = Callable[[Operation, int, int], Sequence[int]]
+Sources: TypeAlias = Callable[[ZeroOperands, int, int], Sequence[int]]
 """The axes of operand i that axis k of a result is made of."""
 
 
-def _pointwise(call: Operation, number: int, key: Key) -> State:
+def _pointwise(call: ZeroOperands, number: int, key: AxisKey) -> State:
     del number
     return at_zero(call.name, call.eqn.params, [known.at(key) for known in call.known])
 
 
-def _same(call: Operation, i: int, k: int) -> list[int]:
+def _same(call: ZeroOperands, i: int, k: int) -> list[int]:
     del call, i
     return [k]
 
 
-def _any_axis(call: Operation, i: int, k: int) -> list[int]:
+def _any_axis(call: ZeroOperands, i: int, k: int) -> list[int]:
     """No position is new, so it is enough that all axes with the factor are zero there."""
     del k
     return list(range(len(call.ins[i])))
@@ -156,7 +156,7 @@ def _made_of(
     operands: Sequence[int] | Literal["all", "own"],
     sources: Sources = _same,
     combined: Callable[[Sequence[State]], State] = all_zero,
-    kept: Callable[[Operation], bool] = lambda _: True,
+    kept: Callable[[ZeroOperands], bool] = lambda _: True,
 ) -> Result:
     """The rule of what moves values, or multiplies them.
 
@@ -167,7 +167,7 @@ def _made_of(
         kept: Whether zeros stay zeros, as far as the parameters of the equation say.
     """
 
-    def result(call: Operation, number: int, key: Key) -> State:
+    def result(call: ZeroOperands, number: int, key: AxisKey) -> State:
         k, factor = key
         named = {"all": range(len(call.ins)), "own": [number]}
         those = named[operands] if isinstance(operands, str) else operands
@@ -182,16 +182,16 @@ def _made_of(
     return result
 
 
-def _laid_out(call: Operation, i: int, k: int) -> list[int]:
+def _laid_out(call: ZeroOperands, i: int, k: int) -> list[int]:
     del i  # along a new axis a value is what it was, whatever that axis becomes later
     return moved_axes(Site(call.eqn, 0))[k]
 
 
-def _left(call: Operation, i: int, k: int) -> list[int]:
+def _left(call: ZeroOperands, i: int, k: int) -> list[int]:
     return [others(len(call.ins[i]), call.eqn.params["axes"])[k]]
 
 
-def _dot(call: Operation, i: int, k: int) -> list[int]:
+def _dot(call: ZeroOperands, i: int, k: int) -> list[int]:
     contracted, batch = call.eqn.params["dimension_numbers"]
     mine = [others(len(call.ins[j]), contracted[j], batch[j]) for j in (0, 1)]
     if k < len(batch[0]):
@@ -200,7 +200,7 @@ def _dot(call: Operation, i: int, k: int) -> list[int]:
     return [mine[i][k]] if 0 <= k < len(mine[i]) else []
 
 
-def _ragged(call: Operation, i: int, k: int) -> list[int]:
+def _ragged(call: ZeroOperands, i: int, k: int) -> list[int]:
     numbers = call.eqn.params["ragged_dot_dimension_numbers"]
     (left, right), _ = numbers.dot_dimension_numbers
     mine = (
@@ -211,7 +211,7 @@ def _ragged(call: Operation, i: int, k: int) -> list[int]:
     return [mine[i][k]] if 0 <= k < len(mine[i]) else []
 
 
-def _conv(call: Operation, i: int, k: int) -> list[int]:
+def _conv(call: ZeroOperands, i: int, k: int) -> list[int]:
     dims = call.eqn.params["dimension_numbers"]
     if k == dims.out_spec[0]:
         return [dims.lhs_spec[0]] if i == 0 else []
@@ -222,7 +222,7 @@ def _conv(call: Operation, i: int, k: int) -> list[int]:
     return [dims.rhs_spec[0]] if i == 1 else [dims.lhs_spec[1]] if depthwise else []
 
 
-def _gathered(call: Operation, i: int, k: int) -> list[int]:
+def _gathered(call: ZeroOperands, i: int, k: int) -> list[int]:
     dims = call.eqn.params["dimension_numbers"]
     if k in dims.offset_dims:
         mine = others(len(call.ins[i]), dims.collapsed_slice_dims, dims.operand_batching_dims)
@@ -232,7 +232,7 @@ def _gathered(call: Operation, i: int, k: int) -> list[int]:
     return [operand for indices, operand in pairs if indices == laid_out]
 
 
-def _scattered(call: Operation, i: int, k: int) -> list[int]:
+def _scattered(call: ZeroOperands, i: int, k: int) -> list[int]:
     dims = call.eqn.params["dimension_numbers"]
     if i == 0:
         return [k]
@@ -240,7 +240,7 @@ def _scattered(call: Operation, i: int, k: int) -> list[int]:
     return [dims.update_window_dims[mine.index(k)]] if k in mine else []
 
 
-def _fills_with_zeros(call: Operation) -> bool:
+def _fills_with_zeros(call: ZeroOperands) -> bool:
     """Out of bounds a gather gives a fill value: zero, or NaN, which no law survives anyway."""
     params = call.eqn.params
     fills, value = "FILL" in str(params["mode"]), params["fill_value"]
@@ -248,11 +248,11 @@ def _fills_with_zeros(call: Operation) -> bool:
     return not fills or (floating if value is None else bool(value == 0 or value != value))
 
 
-def _pads_with_zeros(call: Operation) -> bool:
+def _pads_with_zeros(call: ZeroOperands) -> bool:
     return call.known[1] == ZERO
 
 
-def _sees_something(call: Operation) -> bool:
+def _sees_something(call: ZeroOperands) -> bool:
     """Every window has a position that is not padding, so a maximum of zeros is zero."""
     params = call.eqn.params
     dilated = {*params["base_dilation"], *params["window_dilation"]} != {1}
@@ -263,7 +263,7 @@ def _sees_something(call: Operation) -> bool:
     return call.name == "reduce_window_sum" or (narrow and not dilated)
 
 
-def _not_empty(call: Operation) -> bool:
+def _not_empty(call: ZeroOperands) -> bool:
     """A maximum over no position is not zero."""
     sizes = shape(call.eqn.invars[0])
     return call.name in SUMS or all(sizes[k] for k in call.eqn.params["axes"])
@@ -272,7 +272,7 @@ def _not_empty(call: Operation) -> bool:
 _moved = _made_of([0])
 
 
-def _top_k(call: Operation, number: int, key: Key) -> State:
+def _top_k(call: ZeroOperands, number: int, key: AxisKey) -> State:
     return _moved(call, 0, key) if number == 0 else "any"  # zeros have places that are none
 
 

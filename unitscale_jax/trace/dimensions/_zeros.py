@@ -18,16 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax.trace.dimensions._couplings import Record
-from unitscale_jax.trace.dimensions._factors import Axes, Factor
+from unitscale_jax.trace.dimensions._factors import Axes, SymbolicDim
 from unitscale_jax.trace.dimensions._zero_rules import (
     EVERYWHERE,
     MIXING,
     NOTHING,
     RESULTS,
     ZERO,
-    Key,
-    Known,
-    Operation,
+    AxisKey,
+    KnownZeros,
+    ZeroOperands,
     mixes_nothing,
 )
 from unitscale_jax.trace.program._compat import is_concrete
@@ -35,7 +35,7 @@ from unitscale_jax.trace.program._primitives import REDUCTIONS
 from unitscale_jax.trace.program._walk import Flow, Place, Site
 
 
-class Zeros(Flow[Known]):
+class Zeros(Flow[KnownZeros]):
     """The walk that carries zeros.
 
     Attributes:
@@ -43,18 +43,18 @@ class Zeros(Flow[Known]):
         sums: The factors over which something was summed.
     """
 
-    def __init__(self, record: Record, watched: set[Factor]) -> None:
+    def __init__(self, record: Record, watched: set[SymbolicDim]) -> None:
         """A walk over equations whose axes, expanded, are in `record`."""
         self._record, self._watched = record, watched
-        self._loops: dict[Place, list[Known]] = {}
-        self.leaks: dict[Factor, set[str]] = {}
-        self.sums: set[Factor] = set()
+        self._loops: dict[Place, list[KnownZeros]] = {}
+        self.leaks: dict[SymbolicDim, set[str]] = {}
+        self.sums: set[SymbolicDim] = set()
 
-    def parameter(self, axes: Axes) -> Known:
+    def parameter(self, axes: Axes) -> KnownZeros:
         """What is known of a parameter of which channels are removed."""
-        return Known(frozenset(self._keys(axes)))
+        return KnownZeros(frozenset(self._keys(axes)))
 
-    def constant(self, value: Any) -> Known:
+    def constant(self, value: Any) -> KnownZeros:
         """Zero, or nothing in particular."""
         if not is_concrete(value) or np.ndim(value):
             return NOTHING
@@ -62,31 +62,31 @@ class Zeros(Flow[Known]):
             return NOTHING
         return ZERO if value == 0 else NOTHING
 
-    def join(self, a: Known, b: Known) -> Known:
+    def join(self, a: KnownZeros, b: KnownZeros) -> KnownZeros:
         """What holds of both."""
         zero = b.zero if a == ZERO else a.zero if b == ZERO else a.zero & b.zero
-        return Known(zero, a.wild | b.wild)
+        return KnownZeros(zero, a.wild | b.wild)
 
-    def unstacked(self, site: Site, x: Known) -> Known:
+    def unstacked(self, site: Site, x: KnownZeros) -> KnownZeros:
         """Every axis moves to the front by one."""
         del site
         return _shifted(x, -1)
 
-    def stacked(self, site: Site, y: Known) -> Known:
+    def stacked(self, site: Site, y: KnownZeros) -> KnownZeros:
         """Every axis moves to the back by one."""
         del site
         return _shifted(y, 1)
 
-    def repeated(self, site: Site, carry: list[Known]) -> list[Known]:
+    def restart(self, site: Site, carry: list[KnownZeros]) -> list[KnownZeros]:
         """Zeros only become fewer, so what a loop has lost once it has lost for good."""
         before = self._loops.get(site.place, carry)
         joined = [self.join(a, b) for a, b in zip(before, carry, strict=True)]
         self._loops[site.place] = joined
         return joined
 
-    def visit(self, site: Site, inputs: list[Known]) -> list[Known]:
+    def visit(self, site: Site, inputs: list[KnownZeros]) -> list[KnownZeros]:
         """By the tables: what is mixed, and what the results know."""
-        call = Operation(site.eqn, *self._record[site.place], inputs)
+        call = ZeroOperands(site.eqn, *self._record[site.place], inputs)
         for factor, state in MIXING.get(site.name, mixes_nothing)(call):
             if factor not in self._watched:
                 continue
@@ -96,7 +96,7 @@ class Zeros(Flow[Known]):
                 self.sums.add(factor)
         return [self._result(call, number) for number in range(len(call.outs))]
 
-    def _result(self, call: Operation, number: int) -> Known:
+    def _result(self, call: ZeroOperands, number: int) -> KnownZeros:
         rule = RESULTS.get(call.name)
         if rule is None:
             return NOTHING
@@ -104,14 +104,14 @@ class Zeros(Flow[Known]):
             return ZERO
         states = {key: rule(call, number, key) for key in self._keys(call.outs[number])}
         at = lambda wanted: frozenset(key for key, state in states.items() if state == wanted)
-        return Known(at("zero"), at("wild"))
+        return KnownZeros(at("zero"), at("wild"))
 
-    def _keys(self, axes: Axes) -> set[Key]:
+    def _keys(self, axes: Axes) -> set[AxisKey]:
         keys = {(k, f) for k, axis in enumerate(axes) for term in axis for f in term}
         return {(k, f) for k, f in keys if f in self._watched}
 
 
-def _shifted(known: Known, by: int) -> Known:
+def _shifted(known: KnownZeros, by: int) -> KnownZeros:
     if known == ZERO:
         return ZERO
-    return Known(*(frozenset((k + by, f) for k, f in keys if k + by >= 0) for keys in known))
+    return KnownZeros(*(frozenset((k + by, f) for k, f in keys if k + by >= 0) for keys in known))

@@ -12,7 +12,7 @@ import numpy as np
 from unitscale_jax.trace.params._meetings import Meeting, single
 from unitscale_jax.trace.params._product import Conv, Dot, Product, product_of
 
-Axes: TypeAlias = tuple[int, ...]
+AxisNumbers: TypeAlias = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class MatrixForm:
         clear: Whether `contracted` is known element by element, so that channels have statistics.
     """
 
-    batch: Axes = ()
-    contracted: Axes = ()
-    channels: Axes = ()
+    batch: AxisNumbers = ()
+    contracted: AxisNumbers = ()
+    channels: AxisNumbers = ()
     layers: int = 0
     clear: bool = False
 
@@ -72,10 +72,10 @@ def _layout_at(name: str, shape: Sequence[int], meeting: Meeting) -> MatrixForm:
     return MatrixForm(stacked + tuple(batch), tuple(contracted), channels, layers, clear=True)
 
 
-Pairs: TypeAlias = list[tuple[int | None, int]]
+AxisPairs: TypeAlias = list[tuple[int | None, int]]
 
 
-def contraction(product: Product, meeting: Meeting) -> Pairs | None:
+def contraction(product: Product, meeting: Meeting) -> AxisPairs | None:
     """(The parameter's own axis, the other operand's dimension) of what is summed over, in order.
 
     None where a dimension is none or several of its axes, or where this is not implemented.
@@ -109,7 +109,7 @@ def contraction(product: Product, meeting: Meeting) -> Pairs | None:
     return sorted(flat, key=lambda pair: -math.inf if pair[0] is None else pair[0])
 
 
-def batch_pairs(product: Product, meeting: Meeting) -> Pairs:
+def batch_pairs(product: Product, meeting: Meeting) -> AxisPairs:
     """The same for batch dimensions that the parameter has itself."""
     if not isinstance(product, Dot):
         return []
@@ -119,20 +119,20 @@ def batch_pairs(product: Product, meeting: Meeting) -> Pairs:
     return sorted([(axis, d) for axis, d in pairs if axis is not None])
 
 
-def canonical(w: Any, layout: MatrixForm) -> jax.Array:
+def to_matrices(w: Any, layout: MatrixForm) -> jax.Array:
     """A parameter as matrices (batch, K, outputs), in the order of its own axes."""
     first, k, last = _orders(w.ndim, layout)
     sizes = [math.prod(w.shape[axis] for axis in axes) for axes in (first, k, last)]
     return jnp.asarray(w).transpose(*first, *k, *last).reshape(sizes)
 
 
-def uncanonical(m: jax.Array, layout: MatrixForm, shape: Sequence[int]) -> jax.Array:
+def from_matrices(m: jax.Array, layout: MatrixForm, shape: Sequence[int]) -> jax.Array:
     """The inverse of `canonical`; `shape` is that of the array to make."""
     first, k, last = _orders(len(shape), layout)
     order = [axis % len(shape) for axis in (*first, *k, *last)]
     return m.reshape([shape[axis] for axis in order]).transpose(np.argsort(order))
 
 
-def _orders(rank: int, layout: MatrixForm) -> tuple[Axes, Axes, Axes]:
+def _orders(rank: int, layout: MatrixForm) -> tuple[AxisNumbers, AxisNumbers, AxisNumbers]:
     known = (*layout.batch, *layout.contracted)
     return layout.batch, layout.contracted, tuple(k for k in range(-rank, 0) if k not in known)

@@ -13,8 +13,8 @@ import numpy as np
 
 from unitscale_jax.errors import check_type
 from unitscale_jax.trace.params._product import product_of
-from unitscale_jax.trace.params._provenance import origins
-from unitscale_jax.trace.program._function import Staged
+from unitscale_jax.trace.params._provenance import input_origins
+from unitscale_jax.trace.program._function import TracedCall
 from unitscale_jax.trace.program._primitives import (
     ADDITIONS,
     IN_PLACE,
@@ -33,7 +33,7 @@ Kind: TypeAlias = Literal["product", "lookup", "sum", "multiplication"]
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldParam:
     """A parameter as an operand holds it.
 
     Attributes:
@@ -71,7 +71,7 @@ class Meeting:
     site: Site
     side: int
     kind: Kind
-    held: Held
+    held: HeldParam
     active: bool = True
     stacks: tuple[tuple[Site, int | None], ...] = ()
 
@@ -104,7 +104,7 @@ class Meeting:
         return any(site.name.startswith("custom_") for site in above(self.site))
 
 
-def meetings(staged: Staged, params: Any) -> dict[str, list[Meeting]]:
+def meetings(staged: TracedCall, params: Any) -> dict[str, list[Meeting]]:
     """What each parameter meets in a call of `(params, ..)`, in order of evaluation.
 
     A parameter on both sides of a product meets it twice. Parameters that meet nothing have no
@@ -118,9 +118,9 @@ def meetings(staged: Staged, params: Any) -> dict[str, list[Meeting]]:
         >>> [(name, m.kind, sorted(m.contracted)) for name, (m,) in met.items()]
         [('w', 'product', [-1]), ('b', 'sum', [])]
     """
-    check_type("the call", staged, Staged, "a traced call")
+    check_type("the call", staged, TracedCall, "a traced call")
     flow = _Holding()
-    sources = origins(staged, params)
+    sources = input_origins(staged, params)
     known = [_entering(x, o.parameter) for x, o in zip(staged.operands, sources, strict=True)]
     walk(flow, staged.closed.jaxpr, known, staged.closed.consts)
     found: dict[str, list[Meeting]] = {}
@@ -154,14 +154,14 @@ def above(site: Site) -> Iterator[Site]:
 class _Known:
     """The parameters that a value holds, and whether an input that is none reaches it."""
 
-    helds: tuple[Held, ...] = ()
+    helds: tuple[HeldParam, ...] = ()
     active: bool = False
 
 
 def _entering(x: Any, name: str | None) -> _Known:
     rank = len(np.shape(x))
     own = tuple(frozenset({k - rank}) for k in range(rank))
-    return _Known(active=True) if name is None else _Known((Held(name, own),))
+    return _Known(active=True) if name is None else _Known((HeldParam(name, own),))
 
 
 @dataclass

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unitscale_jax.trace.params._layouts import MatrixForm, Pairs, batch_pairs, contraction
+from unitscale_jax.trace.params._layouts import AxisPairs, MatrixForm, batch_pairs, contraction
 from unitscale_jax.trace.params._meetings import Meeting
 from unitscale_jax.trace.params._product import Conv, Dot, Product, product_of
 
@@ -130,7 +130,7 @@ def _product(meeting: Meeting) -> Product:
     return product
 
 
-def _known(name: str, layout: MatrixForm, meeting: Meeting) -> tuple[Product, Pairs]:
+def _known(name: str, layout: MatrixForm, meeting: Meeting) -> tuple[Product, AxisPairs]:
     product = _product(meeting)
     pairs = contraction(product, meeting)
     if not layout.clear or pairs is None:
@@ -157,7 +157,7 @@ def _by_rows(v: jax.Array, batch: Sequence[int], dims: Sequence[int]) -> jax.Arr
     return v.transpose(*batch, *rows, *dims).reshape(*sizes, count, -1)
 
 
-def _patches(product: Conv, v: jax.Array, pairs: Pairs) -> jax.Array:
+def _patches(product: Conv, v: jax.Array, pairs: AxisPairs) -> jax.Array:
     """(rows, K): the windows of a convolution, K in the order of the kernel's axes."""
     params, numbers = product.site.eqn.params, product.numbers
     kernel = product.shape(1)

@@ -13,7 +13,7 @@ from typing import Any
 from unitscale_jax import tree as trees
 from unitscale_jax.errors import check_type
 from unitscale_jax.trace.program._compat import Equation, Jaxpr
-from unitscale_jax.trace.program._function import Staged
+from unitscale_jax.trace.program._function import TracedCall
 from unitscale_jax.trace.program._primitives import moved
 from unitscale_jax.trace.program._walk import Flow, Place, Site, walk
 from unitscale_jax.trace.rewrite._notes import scope_without_notes
@@ -86,7 +86,7 @@ def parameter(name: str) -> Origin:
     return Origin(frozenset({name}), frozenset({name}))
 
 
-def origins(staged: Staged, params: Any) -> list[Origin]:
+def input_origins(staged: TracedCall, params: Any) -> list[Origin]:
     """Where the operands of a call come from, whose first argument is `params`."""
     owners = trees.owners(params)
     origin = lambda k: parameter(owners[k]) if k < len(owners) else ACTIVATION
@@ -104,7 +104,7 @@ class Provenance(Flow[Origin]):
         del value
         return CONSTANT
 
-    def met(self, site: Site, inputs: list[Origin]) -> None:
+    def on_inputs(self, site: Site, inputs: list[Origin]) -> None:
         """Records the operands; in a loop the last walk knows most."""
         self.operands[site.place] = tuple(inputs)
 
@@ -124,7 +124,7 @@ class Provenance(Flow[Origin]):
         holds = a.holds if a.holds == b.holds else frozenset()
         return Origin(holds, a.parameters | b.parameters, a.active or b.active)
 
-    def chosen(self, site: Site, by: Origin, out: Origin) -> Origin:
+    def select(self, site: Site, by: Origin, out: Origin) -> Origin:
         """Which branch runs, and how often a loop does, is part of the value."""
         del site
         return Origin(out.holds, out.parameters | by.parameters, out.active or by.active)
@@ -136,7 +136,7 @@ def _held(values: Sequence[Origin]) -> frozenset[str]:
     return _NONE if others else _NONE.union(*(origin.holds for origin in values))
 
 
-def addresses(site: Site, origins: Sequence[Origin]) -> list[str]:
+def rule_names(site: Site, origins: Sequence[Origin]) -> list[str]:
     """The names by which a rule may address an equation, the most telling first.
 
     The parameters of its operands; without one its named scopes, where it has any, and its kind:

@@ -18,13 +18,13 @@ from unitscale_jax.trace.program._compat import (
 )
 from unitscale_jax.trace.program._function import (
     Arguments,
-    Staged,
     Traced,
+    TracedCall,
     as_arrays,
     compiled_once,
     is_array,
-    stage,
     trace,
+    trace_call,
 )
 from unitscale_jax.trace.program._primitives import (
     ADDITIONS,
@@ -75,7 +75,7 @@ __all__ = [
     "SCATTERS",
     "SHAPED",
     "Site",
-    "Staged",
+    "TracedCall",
     "Traced",
     "as_arrays",
     "bodies",
@@ -99,7 +99,7 @@ __all__ = [
     "shape_of",
     "sites",
     "sliced",
-    "stage",
+    "trace_call",
     "trace",
     "walk",
 ]

@@ -116,7 +116,7 @@ def trace(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Traced:
         outputs[:] = [jax.tree.structure(result)]
         return result
 
-    call = stage(arrays_fn, *args, **kwargs)
+    call = trace_call(arrays_fn, *args, **kwargs)
     inputs = jax.tree.structure(_in_a_row(args, kwargs))
     return Traced(call.closed, inputs, outputs[0], call.positions)
 
@@ -137,7 +137,7 @@ def as_arrays(tree: Any, *otherwise: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Staged:
+class TracedCall:
     """A call as equations and the arrays to evaluate them on.
 
     Attributes:
@@ -160,11 +160,11 @@ class Staged:
         return Traced(self.closed, inputs, outputs, range(len(self.operands)))
 
 
-def stage(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Staged:
+def trace_call(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> TracedCall:
     """Traces one call; what is not an array, going in or coming out, stays as it is.
 
     Example:
-        >>> call = stage(lambda x, flag: (2 * x if flag else x, "doubled"), jnp.ones(()), True)
+        >>> call = trace_call(lambda x, flag: (2 * x if flag else x, "doubled"), jnp.ones(()), True)
         >>> call.finish(call.operands)[1], len(call.operands)
         ('doubled', 1)
     """
@@ -184,7 +184,7 @@ def stage(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Staged:
         arrays = iter(results)
         return out_structure.unflatten(next(arrays) if x is None else x[0] for x in outline)
 
-    return Staged(closed, given.arrays, given.positions, finish)
+    return TracedCall(closed, given.arrays, given.positions, finish)
 
 
 def compiled_once(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -47,7 +47,7 @@ class _Reach(Flow[Reach]):
     def join(self, a: Reach, b: Reach) -> Reach:
         return a | b
 
-    def chosen(self, site: Site, by: Reach, out: Reach) -> Reach:
+    def select(self, site: Site, by: Reach, out: Reach) -> Reach:
         del site
         return by | out  # which branch, or how often a loop runs, decides every value
 

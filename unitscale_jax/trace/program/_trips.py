@@ -33,7 +33,7 @@ class Test(NamedTuple):
     right: Count
 
 
-Known = Count | Test | None
+Counted = Count | Test | None
 Enter = Callable[[Equation], Jaxpr | None]
 
 
@@ -73,7 +73,9 @@ def turns(
     return found if within(test.left, left) and within(test.right, right) else None
 
 
-def _line(side: Count, start: Sequence[Known], after: Sequence[Known]) -> tuple[int, int] | None:
+def _line(
+    side: Count, start: Sequence[Counted], after: Sequence[Counted]
+) -> tuple[int, int] | None:
     """Where a side of the test starts, and what every turn adds to it."""
     if side.carry is None:
         return side.number, 0
@@ -104,7 +106,7 @@ def _in_range(side: Count, line: tuple[int, int], turns: int, init: Sequence[Any
     return all(limits.min <= at <= limits.max for at in (start, start + step * turns))
 
 
-def _literal(v: Any) -> Known:
+def _literal(v: Any) -> Counted:
     """The number that a literal integer is."""
     return Count(None, int(v.val)) if isinstance(v, Literal) and _is_integer(v) else None
 
@@ -119,15 +121,15 @@ def _aval(v: Any) -> Any:
 
 
 def _counted(
-    jaxpr: Jaxpr, inputs: Sequence[Known], wanted: Sequence[Any], enter: Enter
-) -> list[Known]:
+    jaxpr: Jaxpr, inputs: Sequence[Counted], wanted: Sequence[Any], enter: Enter
+) -> list[Counted]:
     """What is known of some variables of a body, given what is known of its inputs."""
     made = {v: (eqn, i) for eqn in jaxpr.eqns for i, v in enumerate(eqn.outvars)}
     given = dict(zip(jaxpr.invars, inputs, strict=True))
     read = lambda v: _literal(v) if isinstance(v, Literal) else of(v)
 
     @functools.cache
-    def of(v: Any) -> Known:
+    def of(v: Any) -> Counted:
         if v not in made or _aval(v).shape:
             return given.get(v)
         eqn, number = made[v]
@@ -140,7 +142,7 @@ def _counted(
     return [read(v) for v in wanted]
 
 
-def _add(eqn: Equation, a: Known, b: Known, sign: int = 1) -> Known:
+def _add(eqn: Equation, a: Counted, b: Counted, sign: int = 1) -> Counted:
     del eqn
     if not (isinstance(a, Count) and isinstance(b, Count)):
         return None
@@ -149,21 +151,21 @@ def _add(eqn: Equation, a: Known, b: Known, sign: int = 1) -> Known:
     return Count(b.carry, a.number + b.number) if a.carry is None and sign == 1 else None
 
 
-def _sub(eqn: Equation, a: Known, b: Known) -> Known:
+def _sub(eqn: Equation, a: Counted, b: Counted) -> Counted:
     return _add(eqn, a, b, sign=-1)
 
 
-def _convert(eqn: Equation, a: Known) -> Known:
+def _convert(eqn: Equation, a: Counted) -> Counted:
     before, after = (_aval(v).dtype for v in (eqn.invars[0], eqn.outvars[0]))
     return a if _is_integer(eqn.outvars[0]) and np.can_cast(before, after, "safe") else None
 
 
-def _compare(eqn: Equation, a: Known, b: Known) -> Known:
+def _compare(eqn: Equation, a: Counted, b: Counted) -> Counted:
     both = isinstance(a, Count) and isinstance(b, Count)
     return Test(eqn.primitive.name, a, b) if both else None
 
 
-_RULES: dict[str, Callable[..., Known]] = {
+_RULES: dict[str, Callable[..., Counted]] = {
     "add": _add,
     "sub": _sub,
     "convert_element_type": _convert,

@@ -216,6 +216,20 @@ def is_constant(operand: Any) -> bool:
 class Flow(abc.ABC, Generic[V]):
     """What an analysis knows of a value, and how knowledge passes an equation.
 
+    A subclass must say three things, and may say the others:
+
+        constant       knowledge of a literal, or of an array that the function closes over
+        visit          knowledge of the results of an equation, from that of its operands
+        join           knowledge of a value that is either of two: of a branch, of a loop's carry
+        on_inputs      told of every equation before it is followed, calls and loops included
+        on_outputs     told of every equation after it was followed
+        on_fixpoint    told of what is known in the end of a loop's carry, of a branch's results
+        restart        what the next walk of a loop's body begins with
+        select         knowledge of a result that a predicate or an index decides on
+        unstacked      knowledge of one row of an array that a scan takes row by row
+        stacked        knowledge of the rows that a scan returns as one array
+        enter, exit    knowledge as it passes into the body of a call, and out of it
+
     Knowledge must be comparable, and grow when joined: `join(a, join(a, b)) == join(a, b)`. A flow
     that keeps its knowledge aside (a union-find) joins by side effect and returns `a`, and then a
     loop's body is walked once.
@@ -233,13 +247,13 @@ class Flow(abc.ABC, Generic[V]):
     def join(self, a: V, b: V) -> V:
         """What is known of a value that is either of two: branches, or a loop's carry."""
 
-    def met(self, site: Site, inputs: list[V]) -> None:
+    def on_inputs(self, site: Site, inputs: list[V]) -> None:
         """Told of every equation, calls and loops included, before it is followed."""
 
-    def made(self, site: Site, outputs: list[V]) -> None:
+    def on_outputs(self, site: Site, outputs: list[V]) -> None:
         """Told of every equation, calls and loops included, after it was followed."""
 
-    def repeated(self, site: Site, carry: list[V]) -> list[V]:
+    def restart(self, site: Site, carry: list[V]) -> list[V]:
         """What the next walk of a loop's body starts from; what it knew in the end is enough.
 
         A loop inside a loop is walked again with each walk of the outer body. Starting where it
@@ -248,10 +262,10 @@ class Flow(abc.ABC, Generic[V]):
         del site
         return carry
 
-    def settled(self, site: Site, values: list[V]) -> None:
+    def on_fixpoint(self, site: Site, values: list[V]) -> None:
         """Told of what is known in the end of a loop's carry and of a branch's results."""
 
-    def chosen(self, site: Site, by: V, out: V) -> V:
+    def select(self, site: Site, by: V, out: V) -> V:
         """What is known of a result of a branch or a loop that a value decides on."""
         del site, by
         return out
@@ -266,12 +280,12 @@ class Flow(abc.ABC, Generic[V]):
         del site
         return y
 
-    def entered(self, site: Site, inputs: list[V]) -> list[V]:
+    def enter(self, site: Site, inputs: list[V]) -> list[V]:
         """What the body of a call (jit, remat, shard_map, ..) knows of its operands."""
         del site
         return inputs
 
-    def left(self, site: Site, outputs: list[V]) -> list[V]:
+    def exit(self, site: Site, outputs: list[V]) -> list[V]:
         """What is known of the results of a call whose body knows `outputs`."""
         del site
         return outputs
@@ -293,10 +307,10 @@ def walk(
     for site in listed(jaxpr, parent, body):
         eqn = site.eqn
         operands = [read(v) for v in eqn.invars]
-        flow.met(site, operands)
+        flow.on_inputs(site, operands)
         enter = _STRUCTURES.get(site.name)
         out = enter(flow, site, operands) if enter else flow.visit(site, operands)
-        flow.made(site, out)
+        flow.on_outputs(site, out)
         known.update(zip(eqn.outvars, out, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
@@ -307,15 +321,15 @@ def _enter(flow: Flow[V], site: Site, number: int, inputs: Sequence[V]) -> list[
 
 
 def _call(flow: Flow[V], site: Site, inputs: list[V]) -> list[V]:
-    return flow.left(site, _enter(flow, site, 0, flow.entered(site, inputs)))
+    return flow.exit(site, _enter(flow, site, 0, flow.enter(site, inputs)))
 
 
 def _cond(flow: Flow[V], site: Site, inputs: list[V]) -> list[V]:
     index, *operands = inputs
     branches = [_enter(flow, site, k, operands) for k in range(len(site.eqn.params["branches"]))]
     joined = [functools.reduce(flow.join, results) for results in zip(*branches, strict=True)]
-    out = [flow.chosen(site, index, out) for out in joined]
-    flow.settled(site, out)
+    out = [flow.select(site, index, out) for out in joined]
+    flow.on_fixpoint(site, out)
     return out
 
 
@@ -324,11 +338,11 @@ def _scan(flow: Flow[V], site: Site, inputs: list[V]) -> list[V]:
     before, carry = inputs[:consts], inputs[consts : consts + carries]
     rows = [flow.unstacked(site, x) for x in inputs[consts + carries :]]
     while True:
-        carry = flow.repeated(site, carry)
+        carry = flow.restart(site, carry)
         out = _enter(flow, site, 0, [*before, *carry, *rows])
         grown = [flow.join(a, b) for a, b in zip(carry, out[:carries], strict=True)]
         if grown == carry:
-            flow.settled(site, carry)
+            flow.on_fixpoint(site, carry)
             return [*carry, *(flow.stacked(site, y) for y in out[carries:])]
         carry = grown
 
@@ -338,12 +352,12 @@ def _while(flow: Flow[V], site: Site, inputs: list[V]) -> list[V]:
     cond_consts, body_consts = inputs[:of_cond], inputs[of_cond : of_cond + of_body]
     carry = inputs[of_cond + of_body :]
     while True:
-        carry = flow.repeated(site, carry)
+        carry = flow.restart(site, carry)
         (stops,) = _enter(flow, site, 0, [*cond_consts, *carry])
-        out = [flow.chosen(site, stops, c) for c in _enter(flow, site, 1, [*body_consts, *carry])]
+        out = [flow.select(site, stops, c) for c in _enter(flow, site, 1, [*body_consts, *carry])]
         grown = [flow.join(a, b) for a, b in zip(carry, out, strict=True)]
         if grown == carry:
-            flow.settled(site, carry)
+            flow.on_fixpoint(site, carry)
             return carry
         carry = grown
 

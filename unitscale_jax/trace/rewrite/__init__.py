@@ -5,7 +5,7 @@ from unitscale_jax.trace.rewrite._capture import (
     captured,
 )
 from unitscale_jax.trace.rewrite._derivatives import (
-    Moving,
+    Derivative,
 )
 from unitscale_jax.trace.rewrite._manual import (
     as_on_one_device,
@@ -23,17 +23,17 @@ from unitscale_jax.trace.rewrite._notes import (
 )
 from unitscale_jax.trace.rewrite._rewrite import (
     Rewriter,
+    RewriteRules,
     Rule,
-    Rules,
     rewritten,
 )
 
 __all__ = [
     "Capture",
-    "Moving",
+    "Derivative",
     "Rewriter",
     "Rule",
-    "Rules",
+    "RewriteRules",
     "as_on_one_device",
     "as_traced",
     "captured",

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from unitscale_jax.errors import check_callable
 from unitscale_jax.trace.program import _compat
-from unitscale_jax.trace.program._function import stage
+from unitscale_jax.trace.program._function import trace_call
 from unitscale_jax.trace.program._walk import Place, Site
 from unitscale_jax.trace.rewrite._rewrite import Rewriter
 
@@ -78,7 +78,7 @@ def captured(
 
     @functools.wraps(fn)
     def captured_fn(*args: Any, **kwargs: Any) -> tuple[Any, list[Capture]]:
-        staged = stage(fn, *args, **kwargs)
+        staged = trace_call(fn, *args, **kwargs)
         recorder = _Recorder(pick, derived)
         results = recorder(staged.closed.jaxpr, staged.closed.consts, staged.operands)
         return staged.finish(results), recorder.tape
@@ -108,10 +108,10 @@ class _Recorder(Rewriter):
             self.tape.append(Capture(value, jnp.array(True), site.place))
         return out
 
-    def _step(self, site: Site, operands: list[Any]) -> Sequence[Any]:
+    def step(self, site: Site, operands: list[Any]) -> Sequence[Any]:
         enter = _STRUCTURES.get(site.name)
         if enter is None or not self.touches(site, operands):
-            return super()._step(site, operands)
+            return super().step(site, operands)
         return enter(self, site, operands)
 
     def apart(self, site: Site, number: int, operands: Sequence[Any]) -> tuple[list[Any], Any]:

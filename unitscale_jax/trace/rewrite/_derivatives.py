@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from unitscale_jax.trace.program._compat import Jaxpr, Literal, no_cotangent
+from unitscale_jax.trace.program._compat import ClosedJaxpr, Jaxpr, Literal, no_cotangent
 from unitscale_jax.trace.program._walk import Site
 
 
@@ -37,10 +37,29 @@ class Moving:
     after: Sequence[int] = ()
 
 
+@dataclass(frozen=True)
+class Derivative:
+    """The equations of one pass of a custom derivative, for the hook `Rewriter.derived`.
+
+    Attributes:
+        site: The call whose derivative it is.
+        number: 1 for what a call is differentiated by in forward mode (primals and tangents to
+            results and tangents) and for the forward pass of reverse mode (primals to results and
+            residuals); 2 for its backward pass (residuals and cotangents to gradients).
+        closed: Its equations.
+        moving: Whose tangents, cotangents and gradients there are.
+    """
+
+    site: Site
+    number: int
+    closed: ClosedJaxpr
+    moving: Moving = Moving()
+
+
 def custom_jvp(rewriter: Any, site: Site, operands: list[Any]) -> Sequence[Any]:
     """The same value and the user's rule for its tangent, both rewritten."""
     flat, structure = jax.tree.flatten(operands)
-    avals, latent = [v.aval for v in site.eqn.invars], _latent_leaves(rewriter, structure)
+    avals, master = [v.aval for v in site.eqn.invars], _master_leaves(rewriter, structure)
     floats = [k for k, v in enumerate(site.eqn.outvars) if _is_inexact(v.aval)]
 
     @jax.custom_jvp
@@ -49,7 +68,7 @@ def custom_jvp(rewriter: Any, site: Site, operands: list[Any]) -> Sequence[Any]:
 
     def jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         is_zero = [isinstance(t, SymbolicZero) for t in tangents]
-        moving = _moving(avals, latent, [not zero for zero in is_zero])
+        moving = _moving(avals, master, [not zero for zero in is_zero])
         if not moving:
             results = call(*primals)
             return results, jax.tree.map(_no_tangent, results)
@@ -59,8 +78,8 @@ def custom_jvp(rewriter: Any, site: Site, operands: list[Any]) -> Sequence[Any]:
             return [*out, *(out_ts[k] for k in floats)]
 
         closed = jax.make_jaxpr(both)(avals, [avals[k] for k in moving])
-        given = [*structure.unflatten(primals), *(tangents[latent[k]] for k in moving)]
-        out = rewriter.derived(site, 1, closed, given, Moving(moving, floats))
+        given = [*structure.unflatten(primals), *(tangents[master[k]] for k in moving)]
+        out = rewriter.derived(Derivative(site, 1, closed, Moving(moving, floats)), given)
         moved = dict(zip(floats, _after(site, out), strict=True))
         if site.eqn.params["symbolic_zeros"]:  # the rule may say so of results, too
             still = zip(floats, _after(site, _are_zeros(closed.jaxpr)), strict=True)
@@ -75,7 +94,7 @@ def custom_jvp(rewriter: Any, site: Site, operands: list[Any]) -> Sequence[Any]:
 def custom_vjp(rewriter: Any, site: Site, operands: list[Any]) -> Sequence[Any]:
     """The same value and the user's two passes, all rewritten."""
     flat, structure = jax.tree.flatten(operands)
-    avals, latent = [v.aval for v in site.eqn.invars], _latent_leaves(rewriter, structure)
+    avals, master = [v.aval for v in site.eqn.invars], _master_leaves(rewriter, structure)
     dtypes = [jnp.result_type(x) for x in flat]
     # Another rule cannot tell, and not every place takes one that can (a shard_map outside of jit).
     symbolic = site.eqn.params["symbolic_zeros"]
@@ -86,7 +105,7 @@ def custom_vjp(rewriter: Any, site: Site, operands: list[Any]) -> Sequence[Any]:
 
     def fwd(*xs: Any) -> tuple[list[Any], tuple[list[Any], Any]]:
         values = [x.value for x in xs] if symbolic else list(xs)
-        moving = _moving(avals, latent, [x.perturbed if symbolic else True for x in xs])
+        moving = _moving(avals, master, [x.perturbed if symbolic else True for x in xs])
         if not moving:
             return call(*values), ([], None)
         backward: list[jax.tree_util.PyTreeDef] = []  # the pullback's structure, once traced
@@ -98,7 +117,7 @@ def custom_vjp(rewriter: Any, site: Site, operands: list[Any]) -> Sequence[Any]:
             return list(out), residuals
 
         closed = jax.make_jaxpr(pull)(*avals)
-        out = rewriter.derived(site, 1, closed, structure.unflatten(values))
+        out = rewriter.derived(Derivative(site, 1, closed), structure.unflatten(values))
         count = len(site.eqn.outvars)
         like = _Backward(backward[0], tuple(closed.out_avals[count:]), tuple(moving))
         return out[:count], (_after(site, out), like)
@@ -109,7 +128,7 @@ def custom_vjp(rewriter: Any, site: Site, operands: list[Any]) -> Sequence[Any]:
         if like is None:
             return tuple(gradients)
         types: list[Any] = [v.aval for v in site.eqn.outvars]
-        given = [rewriter.latent(g) for g in cotangents]
+        given = [rewriter.master(g) for g in cotangents]
         is_zero = [g is None or isinstance(g, SymbolicZero) for g in given]
         if all(is_zero):  # where none is left JAX passes over the rule, which may do without
             pairs = zip(given, types, strict=True)
@@ -125,9 +144,9 @@ def custom_vjp(rewriter: Any, site: Site, operands: list[Any]) -> Sequence[Any]:
         real = [k for k, zero in enumerate(is_zero) if not zero]
         closed = jax.make_jaxpr(push)(like.avals, [types[k] for k in real])
         own = [*values, *(given[k] for k in real)]
-        out = rewriter.derived(site, 2, closed, own, Moving(real, like.moving))
+        out = rewriter.derived(Derivative(site, 2, closed, Moving(real, like.moving)), own)
         for k, g, zero in zip(like.moving, out, _are_zeros(closed.jaxpr), strict=True):
-            gradients[latent[k]] = None if zero else g.astype(dtypes[latent[k]])
+            gradients[master[k]] = None if zero else g.astype(dtypes[master[k]])
         return tuple(gradients)
 
     call.defvjp(fwd, bwd, symbolic_zeros=symbolic)
@@ -144,15 +163,15 @@ class _Backward:
     moving: tuple[int, ...]
 
 
-def _latent_leaves(rewriter: Any, structure: jax.tree_util.PyTreeDef) -> list[Any]:
+def _master_leaves(rewriter: Any, structure: jax.tree_util.PyTreeDef) -> list[Any]:
     """For each operand which of all leaves takes its gradient; None if none of its leaves does."""
     numbered = structure.unflatten(range(structure.num_leaves))
-    return [rewriter.latent(x) for x in numbered]
+    return [rewriter.master(x) for x in numbered]
 
 
-def _moving(avals: Sequence[Any], latent: Sequence[Any], moves: Sequence[bool]) -> list[int]:
+def _moving(avals: Sequence[Any], master: Sequence[Any], moves: Sequence[bool]) -> list[int]:
     """The operands that are differentiated by, given which leaves are."""
-    pairs = enumerate(zip(avals, latent, strict=True))
+    pairs = enumerate(zip(avals, master, strict=True))
     return [k for k, (a, at) in pairs if at is not None and moves[at] and _is_inexact(a)]
 
 
@@ -172,9 +191,9 @@ def _after(site: Site, out: Sequence[Any]) -> list[Any]:
 
 
 def _tangent(rewriter: Any, result: Any, tangent: Any) -> Any:
-    """A result's tangent in the form of the result: that of its latent leaf, and zeros."""
+    """A result's tangent in the form of the result: that of its master leaf, and zeros."""
     leaves, structure = jax.tree.flatten(result)
-    (at,) = _latent_leaves(rewriter, jax.tree.structure([result]))
+    (at,) = _master_leaves(rewriter, jax.tree.structure([result]))
     moves = [tangent if k == at else None for k in range(len(leaves))]
     pairs = zip(leaves, moves, strict=True)
     return structure.unflatten(

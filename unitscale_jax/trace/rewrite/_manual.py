@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from unitscale_jax.mesh_axes import varying
-from unitscale_jax.trace.program._function import stage
+from unitscale_jax.trace.program._function import trace_call
 from unitscale_jax.trace.program._walk import Site, bodies
 from unitscale_jax.trace.rewrite._rewrite import Rewriter
 
@@ -39,7 +39,7 @@ def as_on_one_device(fn: Callable[..., Any], *args: Any, axes: Sequence[str]) ->
         16.0
     """
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        call = stage(fn, *args)  # without a mesh, whose axes would have another type here
+        call = trace_call(fn, *args)  # without a mesh, whose axes would have another type here
 
     def local_fn(*args: Any) -> Any:
         leaves = jax.tree.leaves((args, {}))
@@ -62,9 +62,9 @@ class _Caster(Rewriter):
         del operands
         return bool(bodies(site.eqn))
 
-    def _step(self, site: Site, operands: list[Any]) -> Sequence[Any]:
+    def step(self, site: Site, operands: list[Any]) -> Sequence[Any]:
         with jax.sharding.use_abstract_mesh(self._mesh):  # not that of where it was traced
-            return super()._step(site, self._cast(operands))
+            return super().step(site, self._cast(operands))
 
     def __call__(self, *args: Any) -> list[Any]:
         """Results of equations, of a loop's turn too, so that it returns what it was given."""

@@ -20,16 +20,16 @@ import jax
 
 from unitscale_jax.errors import check_callable
 from unitscale_jax.trace.program import _compat
-from unitscale_jax.trace.program._compat import ClosedJaxpr, Equation, Jaxpr, Literal, Var
-from unitscale_jax.trace.program._function import stage
+from unitscale_jax.trace.program._compat import Equation, Jaxpr, Literal, Var
+from unitscale_jax.trace.program._function import trace_call
 from unitscale_jax.trace.program._walk import Site, bodies, listed
-from unitscale_jax.trace.rewrite._derivatives import Moving, custom_jvp, custom_vjp
+from unitscale_jax.trace.rewrite._derivatives import Derivative, custom_jvp, custom_vjp
 
 Rule: TypeAlias = Callable[[Site, list[Any]], Sequence[Any]]
-Rules: TypeAlias = Mapping[str, Rule]
+RewriteRules: TypeAlias = Mapping[str, Rule]
 
 
-def rewritten(fn: Callable[..., Any], rules: Rules) -> Callable[..., Any]:
+def rewritten(fn: Callable[..., Any], rules: RewriteRules) -> Callable[..., Any]:
     """Evaluates `fn` with the equations of some primitives replaced.
 
     Args:
@@ -56,7 +56,7 @@ def rewritten(fn: Callable[..., Any], rules: Rules) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def rewritten_fn(*args: Any, **kwargs: Any) -> Any:
-        staged = stage(fn, *args, **kwargs)
+        staged = trace_call(fn, *args, **kwargs)
         closed = staged.closed
         return staged.finish(Rewriter(rules)(closed.jaxpr, closed.consts, staged.operands))
 
@@ -64,14 +64,26 @@ def rewritten(fn: Callable[..., Any], rules: Rules) -> Callable[..., Any]:
 
 
 class Rewriter:
-    """Replays equations by a table of rules; its hooks are for rules that change types.
+    """Replays equations by a table of rules; a subclass may say more by its hooks.
+
+    Whom it asks, and when:
+
+        step           every equation, before any rule: evaluates it; `super().step` is the rest
+        touches        an equation without a rule: whether it, or one inside it, is replaced
+        carried        a loop: its initial carry, as the body will return it
+        sliced         a scan: an operand that it takes row by row
+        returned       a body: its results, of a branch as the others return them
+        entering       a `shard_map`: an operand that a spec cuts
+        partitioned    a call: how an operand that was one array is partitioned
+        master         an operand: the leaf that takes its gradient
+        derived        a custom derivative: one pass of it
 
     Attributes:
         rules: Primitive name -> rule.
         default: The rule of every primitive without one and without a body; None leaves it alone.
     """
 
-    def __init__(self, rules: Rules, default: Rule | None = None) -> None:
+    def __init__(self, rules: RewriteRules, default: Rule | None = None) -> None:
         """A rewriter by `rules`."""
         self.rules, self.default = rules, default
         self._touched: dict[int, tuple[Jaxpr, bool]] = {}  # by identity, which the jaxpr keeps
@@ -106,31 +118,19 @@ class Rewriter:
         del site
         return results
 
-    def latent(self, operand: Any) -> Any:
+    def master(self, operand: Any) -> Any:
         """The leaf of an operand that takes its gradient; None if it takes none."""
         return operand
 
-    def derived(
-        self,
-        site: Site,
-        number: int,
-        closed: ClosedJaxpr,
-        operands: list[Any],
-        moving: Moving = Moving(),  # noqa: B008, frozen
-    ) -> list[Any]:
-        """Replays the custom derivative of the call at `site`.
+    def derived(self, derivative: Derivative, operands: list[Any]) -> list[Any]:
+        """Replays one pass of the custom derivative of a call.
 
         Args:
-            site: The call.
-            number: Which of its derived bodies; 0 is the call itself.
-            closed: Its equations. Body 1 of a jvp maps primals and tangents to results and
-                tangents; body 1 of a vjp, the forward pass, primals to results and residuals;
-                body 2 residuals and cotangents to gradients.
-            operands: Flat, but that each may be whatever the rules can take.
-            moving: Whose tangents, cotangents and gradients there are.
+            derivative: The call, its equations, and whose derivatives there are.
+            operands: Those of the pass, each whatever the rules can take.
         """
-        del moving
-        return self(closed.jaxpr, closed.consts, operands, site, number)
+        closed = derivative.closed
+        return self(closed.jaxpr, closed.consts, operands, derivative.site, derivative.number)
 
     def __call__(
         self,
@@ -147,13 +147,14 @@ class Rewriter:
         last = _last_uses(jaxpr)
         for site in listed(jaxpr, parent, body):
             eqn = site.eqn
-            out = _compat.within(eqn, self._step, site, [read(v) for v in eqn.invars])
+            out = _compat.within(eqn, self.step, site, [read(v) for v in eqn.invars])
             env.update(zip(eqn.outvars, out, strict=True))
             for v in last.get(site.index, ()):  # a value lives until its last use
                 del env[v]
         return [read(v) for v in jaxpr.outvars]
 
-    def _step(self, site: Site, operands: list[Any]) -> Sequence[Any]:
+    def step(self, site: Site, operands: list[Any]) -> Sequence[Any]:
+        """Evaluates one equation: by its rule, as it is, or by replaying what is inside it."""
         rule = self.rules.get(site.name)
         if rule is not None:
             return rule(site, operands)
