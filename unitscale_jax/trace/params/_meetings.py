@@ -111,7 +111,7 @@ def meetings(staged: TracedCall, params: Any) -> dict[str, list[Meeting]]:
     entry.
 
     Example:
-        >>> from unitscale_jax.trace.program import stage
+        >>> from unitscale_jax.trace.program import trace_call
         >>> fn = lambda p, x: x @ p["w"].T + p["b"]
         >>> params = {"w": jnp.ones((3, 4)), "b": jnp.ones(3)}
         >>> met = meetings(stage(fn, params, jnp.ones((2, 4))), params)
