@@ -25,6 +25,7 @@ from unitscale_jax.trace.program import (
     Site,
     opaque,
     trace,
+    trace_call,
     walk,
 )
 from unitscale_jax.trace.rewrite import (
@@ -46,6 +47,7 @@ __all__ = [
     "provenance",
     "rewritten",
     "trace",
+    "trace_call",
     "walk",
 ]
 

@@ -114,7 +114,7 @@ def meetings(staged: TracedCall, params: Any) -> dict[str, list[Meeting]]:
         >>> from unitscale_jax.trace.program import trace_call
         >>> fn = lambda p, x: x @ p["w"].T + p["b"]
         >>> params = {"w": jnp.ones((3, 4)), "b": jnp.ones(3)}
-        >>> met = meetings(stage(fn, params, jnp.ones((2, 4))), params)
+        >>> met = meetings(trace_call(fn, params, jnp.ones((2, 4))), params)
         >>> [(name, m.kind, sorted(m.contracted)) for name, (m,) in met.items()]
         [('w', 'product', [-1]), ('b', 'sum', [])]
     """
