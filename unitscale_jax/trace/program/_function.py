@@ -168,6 +168,7 @@ def trace_call(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> TracedCa
         >>> call.finish(call.operands)[1], len(call.operands)
         ('doubled', 1)
     """
+    check_callable("the function", fn)
     given = Arguments.of(args, kwargs)
     fixed: list[Any] = []  # the result's outline, with what is not an array in its place
 
