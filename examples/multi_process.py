@@ -29,11 +29,11 @@ import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # two processes cannot share one GPU or TPU
 
-import data
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from charlm import data
 from flax import linen as nn
 
 import unitscale_jax as us

@@ -13,16 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from charlm import cli, model as gpt, score as scoring, train as training
 
 import unitscale_jax as us
-from tests.examples.support import ENV, EXAMPLES, load
+from tests.examples.support import ENV, EXAMPLES
 
-data, charlm = load("data"), load("charlm")
 LENGTH = 16
 
 
 def command(*flags):
-    return [sys.executable, str(EXAMPLES / "charlm.py"), *map(str, flags)]
+    return [sys.executable, str(EXAMPLES / "charlm"), *map(str, flags)]
 
 
 def run(*flags):
@@ -30,13 +30,13 @@ def run(*flags):
 
 
 def settings_of(*flags):
-    return charlm.read_settings(charlm.make_parser(), list(map(str, flags)))
+    return cli.read_settings(cli.make_parser(), list(map(str, flags)))
 
 
 @pytest.fixture(scope="module")
 def model():
     flags = ("--smallest", "--length", LENGTH, "--out", "absent")
-    return charlm.build(settings_of(*flags))
+    return gpt.build(settings_of(*flags))
 
 
 # --- the command line
@@ -69,7 +69,7 @@ def model():
 def test_a_bad_flag_gets_one_clear_line(capsys, tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)  # should a flag be taken after all, its run is not in ours
     with pytest.raises(SystemExit) as stopped:
-        charlm.main(flags)
+        cli.main(flags)
     message = capsys.readouterr().err
     assert stopped.value.code == 2
     assert message.count("\n") == 1 and words in message
@@ -78,20 +78,20 @@ def test_a_bad_flag_gets_one_clear_line(capsys, tmp_path, monkeypatch, flags, wo
 def test_text_too_short_for_a_window_gets_one_clear_line(capsys, tmp_path):
     (tmp_path / "text").write_text("short " * 30)
     with pytest.raises(SystemExit):
-        charlm.main(["--data", str(tmp_path / "text"), "--out", str(tmp_path / "out")])
+        cli.main(["--data", str(tmp_path / "text"), "--out", str(tmp_path / "out")])
     assert "leaves 18 bytes to test on, which --length 128 exceeds" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_help_explains_every_flag():
-    for action in charlm.make_parser()._actions:
+    for action in cli.make_parser()._actions:
         assert action.help, action.option_strings
 
 
 def test_a_flag_wins_over_its_size_and_the_size_over_the_default():
     settings = settings_of("--smallest", "--width", "64")
-    assert (settings.width, settings.layers) == (64, charlm.PRESETS["smallest"]["layers"])
-    assert settings.parts == charlm.PRESETS["default"]["parts"]
+    assert (settings.width, settings.layers) == (64, cli.PRESETS["smallest"]["layers"])
+    assert settings.parts == cli.PRESETS["default"]["parts"]
 
 
 # --- the model, its score and its samples
@@ -113,7 +113,7 @@ def test_a_byte_is_predicted_from_those_before_it_alone(model):
 @pytest.mark.usefixtures("relaxed_promotion")
 def test_every_dot_of_the_model_is_in_the_dtype_of_the_policy(policy):
     flags = ("--smallest", "--length", LENGTH, "--policy", policy, "--out", "absent")
-    apply, params = charlm.build(settings_of(*flags))
+    apply, params = gpt.build(settings_of(*flags))
     lowered = jax.jit(apply).lower(params, jnp.zeros((2, LENGTH), jnp.int32)).as_text()
     short = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[policy]
     dots = re.findall(r"dot_general .* : \(tensor<\S*x(\w+)>, tensor<\S*x(\w+)>\)", lowered)
@@ -125,14 +125,14 @@ def test_every_dot_of_the_model_is_in_the_dtype_of_the_policy(policy):
 def test_what_is_served_is_what_was_trained_to_the_bit(quantize):
     flags = ("--smallest", "--length", LENGTH, "--quantize", quantize, "--out", "absent")
     settings = settings_of(*flags)
-    apply, _, run = charlm.start(settings)
-    codes = charlm.serving(settings, run["params"])[1]
+    apply, _, run = training.start(settings)
+    codes = gpt.serving(settings, run["params"])[1]
     kernels = [leaf for leaf in jax.tree.leaves(codes) if leaf.dtype in (jnp.int8, jnp.int4)]
     assert sum(leaf.size for leaf in kernels) > 0.2 * us.tree.size(run["params"])
     text = jnp.arange(2 * LENGTH, dtype=jnp.int32).reshape(2, LENGTH) % 256
     trained, served = (jax.jit(apply)(tree, text) for tree in (run["params"], codes))
     chex.assert_trees_all_equal(served, trained)
-    exact = charlm.build(settings)[0](run["params"], text)
+    exact = gpt.build(settings)[0](run["params"], text)
     assert not np.array_equal(served, exact)
 
 
@@ -143,7 +143,7 @@ def test_the_score_counts_every_byte_once(model, size):
     # A model that knows nothing of context, so that the score is a plain mean over the bytes.
     log_p = jax.nn.log_softmax(jnp.linspace(-2, 2, 256))
     blind = lambda _, text: jnp.broadcast_to(log_p, (*text.shape, 256))
-    score = charlm.make_score(blind, text, LENGTH)
+    score = scoring.make_score(blind, text, LENGTH)
     np.testing.assert_allclose(score(params), -np.mean(log_p[text]) / np.log(2), rtol=1e-5)
 
 
@@ -154,7 +154,7 @@ def test_samples_continue_the_prompt_past_the_window(model):
         before = jnp.pad(text, ((0, 0), (3, 0)))[:, : text.shape[1]]
         return jax.nn.one_hot((text + before + 1) % 256, 256) * 50
 
-    sample = charlm.make_sampler(sums, LENGTH, 2 * LENGTH)
+    sample = scoring.make_sampler(sums, LENGTH, 2 * LENGTH)
     for prompt in (b"0", b"012345", bytes(range(40)), bytes(range(LENGTH))):
         seen = [0, 0, 0, *prompt]
         for _ in range(2 * LENGTH):
@@ -165,7 +165,7 @@ def test_samples_continue_the_prompt_past_the_window(model):
 def test_samples_follow_the_probabilities_at_their_temperature():
     logits = jnp.full(256, -jnp.inf).at[jnp.array([65, 66])].set(jnp.array([0.0, 1.0]))
     fixed = lambda _, text: jnp.broadcast_to(logits, (*text.shape, 256))
-    drawn = charlm.make_sampler(fixed, LENGTH, 4000)({}, b"", 2.0, jax.random.key(3))
+    drawn = scoring.make_sampler(fixed, LENGTH, 4000)({}, b"", 2.0, jax.random.key(3))
     expected = 1 / (1 + np.exp(-1 / 2))
     assert set(drawn) == set(b"AB")
     assert abs(drawn.count(b"B") / 4000 - expected) < 5 * np.sqrt(expected / 4 / 4000)
@@ -175,7 +175,7 @@ def test_generation_is_compiled_once_for_any_prompt(model):
     apply, params = model
     traces = []
     counted = lambda params, text: traces.append(0) or apply(params, text)
-    sample = charlm.make_sampler(counted, LENGTH, 4)
+    sample = scoring.make_sampler(counted, LENGTH, 4)
     for prompt in (b"a", b"def f(x):", b"import os, sys, time"):
         sample(params, prompt, 0.5, jax.random.key(0))
     assert len(traces) == 1
@@ -184,10 +184,10 @@ def test_generation_is_compiled_once_for_any_prompt(model):
 def test_the_curve_of_a_resumed_run_ends_where_the_run_resumes(tmp_path):
     path = tmp_path / "curve.jsonl"
     for step in (10, 20, 30):
-        charlm.Curve(path, until=step).append({"step": step, "train": 3.0})
+        training.Curve(path, until=step).append({"step": step, "train": 3.0})
     with path.open("a") as file:
         file.write('{"step": 40, "tr')  # what a kill leaves
-    assert [point["step"] for point in charlm.Curve(path, until=20)] == [10, 20]
+    assert [point["step"] for point in training.Curve(path, until=20)] == [10, 20]
     assert len(path.read_text().splitlines()) == 2
 
 
@@ -208,10 +208,10 @@ def start_flags(text, out):
 
 
 def final(out):
-    settings = charlm.read_settings(charlm.make_parser(), ["--resume", "--out", str(out)])
+    settings = cli.read_settings(cli.make_parser(), ["--resume", "--out", str(out)])
     with jax.numpy_dtype_promotion("standard"):
-        _, _, like = charlm.start(settings)
-    return us.Checkpoints(out / "checkpoints").restore(charlm.stored(like))
+        _, _, like = training.start(settings)
+    return us.Checkpoints(out / "checkpoints").restore(training.stored(like))
 
 
 @pytest.mark.slow
@@ -279,7 +279,7 @@ def test_a_mesh_changes_neither_the_run_nor_who_can_go_on_with_it(text, tmp_path
     one, meshed = tmp_path / "one", tmp_path / "meshed"
 
     def printed(*flags):
-        charlm.main([str(flag) for flag in flags])
+        cli.main([str(flag) for flag in flags])
         return re.findall(r"this model +(\S+)|temperature 0.7:\n\n(.*)", capsys.readouterr().out)
 
     expected = printed(*small, "--out", one)

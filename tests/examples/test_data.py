@@ -6,11 +6,8 @@ import sysconfig
 
 import numpy as np
 import pytest
+from charlm import data
 from hypothesis import given, strategies as st
-
-from tests.examples.support import load
-
-data = load("data")
 
 
 def as_text(string):
