@@ -86,8 +86,8 @@ def one_reduction(mesh, smallest, where):
         "zero 0": (dict(zero=0), whole),
         "zero 2": (dict(zero=2), share),
         "zero 3": (dict(zero=3), share + whole),
-        "zero 2, bfloat16": (dict(zero=2, wire="bfloat16"), whole // 2),
-        "zero 2, int8": (dict(zero=2, wire="int8"), whole // 4),
+        "zero 2, bfloat16": (dict(zero=2, compress="bfloat16"), whole // 2),
+        "zero 2, int8": (dict(zero=2, compress="int8"), whole // 4),
     }
     for name, (options, formula) in some(expected, smallest, "zero 3", "zero 2, int8"):
         fn = us.parallel.reduced(grad_fn, "dp", layout=layout, **options)
@@ -99,7 +99,7 @@ def one_reduction(mesh, smallest, where):
         total = sum(kinds.values())
         # A leaf without a dimension for a share is whole, and a TPU sums small ones whole: a tenth
         # is allowed for both. A CPU sends bfloat16 as float32.
-        narrow = options.get("wire") == "bfloat16" and where == "cpu"
+        narrow = options.get("compress") == "bfloat16" and where == "cpu"
         harness.claim(
             f"{where}, {name}: one reduction over dp after {parts} parts, bytes of the formula",
             looped == 0 and (narrow or total <= 1.1 * formula + 4096),

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import pathlib
+import subprocess
 import sys
 from importlib.util import resolve_name
 
@@ -130,7 +131,8 @@ QUESTIONS = {
     "where does a loss scale grow and fall": "precision/_scale.py",
     "where are activations observed": "statistics/_observe.py",
     "where are weights turned into codes": "quant/_params.py",
-    "where are integer products computed on a CPU": "quant/_served.py",
+    "where is the value of a quantized product computed": "quant/_served.py",
+    "where is the form of an integer product that a CPU is fast at": "quant/_cpu_forms.py",
     "where are the masks of a 2:4 pattern made": "prune/_patterns.py",
     "where are channels cut out of parameters": "compaction/_compact.py",
     "where is it inferred which dimension goes over which mesh axis": "parallel/layouts/_infer.py",
@@ -146,6 +148,18 @@ QUESTIONS = {
 def test_every_question_has_a_file():
     missing = {q: path for q, path in QUESTIONS.items() if not (ROOT / path).is_file()}
     assert not missing
+
+
+def test_orbax_is_imported_with_the_first_checkpoint_and_in_one_file():
+    """It takes a sixth of the time of `import unitscale_jax`, which a server does not need."""
+    users = [
+        path
+        for path in ROOT.rglob("*.py")
+        if any(n.split(".")[0] == "orbax" for n in imports(path))
+    ]
+    assert [path.relative_to(ROOT).as_posix() for path in users] == ["checkpoint/_orbax.py"]
+    ask = "import sys, unitscale_jax; sys.exit('orbax.checkpoint' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", ask], cwd=ROOT.parent).returncode == 0
 
 
 def packages():

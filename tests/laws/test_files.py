@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 import unitscale_jax as us
 from tests.support import runs, zoo
 from tests.support.runs import in_process, wait_for
-from unitscale_jax.checkpoint import _arrays, _files
+from unitscale_jax.checkpoint import _arrays, _files, _orbax
 
 
 @pytest.fixture
@@ -616,7 +616,7 @@ def test_a_disk_that_fills_up_meanwhile_is_the_same_error(checkpoints, monkeypat
         raise ValueError("RESOURCE_EXHAUSTED: Error writing: Failed writing: d/1: No space left")
 
     handler = type("Handler", (), {"save": full})
-    monkeypatch.setattr(_arrays, "_handler", handler)
+    monkeypatch.setattr(_orbax, "_handler", handler)
     with pytest.raises(OSError, match="no space left: RESOURCE_EXHAUSTED"):
         checkpoints.save(2, a_run(2))
     assert {path.name for path in checkpoints.directory.iterdir()} == {"lock"}

@@ -272,7 +272,7 @@ def test_a_narrow_wire_rounds_each_gradient_once_and_tells_all_the_same(wire, bo
     want = GRAD(PARAMS, BATCH)[2]
     with jax.set_mesh(mesh):
         layout = us.parallel.layout(PARAMS, RULES, mesh)
-        fn = jax.jit(us.parallel.reduced(GRAD, zero=zero, wire=wire, layout=layout))
+        fn = jax.jit(us.parallel.reduced(GRAD, zero=zero, compress=wire, layout=layout))
         got = fn(us.parallel.shard(PARAMS, layout), BATCH)[2]
     for name, g in got.items():
         shards = {}
@@ -294,7 +294,7 @@ def test_narrow_wires_send_a_half_and_a_quarter():
     total = {}
     for wire in (None, "int8"):
         with jax.set_mesh(mesh):
-            fn = us.parallel.reduced(grad_fn, zero=2, wire=wire)
+            fn = us.parallel.reduced(grad_fn, zero=2, compress=wire)
             program = jax.jit(lambda p, b, fn=fn: fn(p, b)[2]).lower(params, batch).compile()
         found = [c for c in collectives(program, mesh) if c.bytes > 16]
         assert not any(c.loops for c in found)
@@ -308,7 +308,7 @@ def test_nothing_is_lost_for_good_with_error_feedback():
     mesh, steps = us.parallel.mesh(dp=8), 16
     want = jax.device_get(GRAD(PARAMS, BATCH)[2])
     with jax.set_mesh(mesh):
-        fn = jax.jit(us.parallel.reduced(GRAD, wire="int8"))
+        fn = jax.jit(us.parallel.reduced(GRAD, compress="int8"))
         state = us.parallel.feedback(PARAMS)
         once = jax.device_get(fn(PARAMS, BATCH)[2])
         total = jax.tree.map(np.zeros_like, want)
@@ -348,12 +348,12 @@ def test_errors_say_what_to_do():
         us.parallel.reduced(jax.grad(loss))
     with pytest.raises(ValueError, match="`zero` is 4"):
         us.parallel.reduced(GRAD, zero=4)
-    with pytest.raises(ValueError, match="`wire` is 'fp4'"):
-        us.parallel.reduced(GRAD, wire="fp4")
+    with pytest.raises(ValueError, match="`compress` is 'fp4'"):
+        us.parallel.reduced(GRAD, compress="fp4")
     with pytest.raises(ValueError, match="`gather` is 'layer' with zero=2"):
         us.parallel.reduced(GRAD, zero=2, gather="layer")
     with_feedback = lambda p, b: us.parallel.reduced(GRAD)(p, b, state=us.parallel.feedback(p))
-    with pytest.raises(ValueError, match="without a `wire` nothing is rounded away"):
+    with pytest.raises(ValueError, match="without `compress` nothing is rounded away"):
         call(with_feedback)
 
 

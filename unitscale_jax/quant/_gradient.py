@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from unitscale_jax.mesh_axes import zeros
+from unitscale_jax.quant._cpu_forms import transposed
 from unitscale_jax.quant._ops import repeat_groups
 from unitscale_jax.quant._qtensor import QTensor, integer_codes, is_quantized, value_of
 from unitscale_jax.quant._served import Unquantizable, served
 from unitscale_jax.quant._spec import DotSpec
-from unitscale_jax.quant._transposed import transposed
 from unitscale_jax.quant._views import view
 from unitscale_jax.trace.params import (
     Conv,

@@ -5,7 +5,6 @@
 One equation for training and serving, in whatever program it stands.
 """
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from unitscale_jax.mesh_axes import agree, zeros
+from unitscale_jax.quant._cpu_forms import product_of_codes
 from unitscale_jax.quant._ops import no_fma, round_and_cast, tiled
 from unitscale_jax.quant._qtensor import QTensor, integer_codes, is_quantized, value_of
 from unitscale_jax.quant._spec import DotSpec
@@ -90,7 +90,7 @@ def _integer_product(
         acc = _float_exact(product, codes, [reach(t) for t in sides])
     else:
         # int4 x int4 has no kernel on a CPU, and int8 x int4 a slow one on a GPU.
-        acc = _of_codes(product, *(c.astype(jnp.int8) for c in codes))
+        acc = product_of_codes(product, *(c.astype(jnp.int8) for c in codes))
     return _less_zero_points(product, sides, codes, acc)
 
 
@@ -120,43 +120,6 @@ def _sums(product: Product, t: QTensor, codes: jax.Array, side: int) -> jax.Arra
     ):
         return product.placed(t.code_sums, side)
     return product.sum_over(codes, side)
-
-
-def _of_codes(product: Product, left: jax.Array, right: jax.Array) -> jax.Array:
-    """An integer product into int32, in a form that XLA has a fast CPU kernel for.
-
-    One row by 2048 x 2048 takes 2.5 ms of one core, with a row of zeros 0.4 ms, in float32 1.1 ms.
-    A left operand that is summed over its rows (every gradient of weights) takes 31 ms for 1024 x
-    1024 x 1024, with its columns as two dimensions 6.3 ms, in float32 25 ms.
-    """
-    free = product.free(0) if isinstance(product, Dot) else []
-    rows = math.prod(left.shape[d] for d in free)
-    if isinstance(product, Dot) and free and rows == 1:
-        return _with_zeros(product, left, right, free)
-    if isinstance(product, Dot) and len(free) == 1 and rows % 2 == 0 and rows > 2:
-        summed_first = min(product.contracted(0), default=free[0]) < free[0]
-        if summed_first and product.site.eqn.params["out_sharding"] is None:
-            return _halved(product, left, right, free[0])
-    return product.bind(left, right, jnp.int32)
-
-
-def _with_zeros(product: Dot, left: jax.Array, right: jax.Array, free: list[int]) -> jax.Array:
-    """One row and a second one of zeros; of two that are alike XLA would make one again."""
-    at = len(product.numbers[1][0]) + len(free) - 1
-    second = zeros(left.shape, left.dtype, like=left)
-    both = product.bind(jnp.concatenate([left, second], axis=free[-1]), right, jnp.int32)
-    return jax.lax.slice_in_dim(both, 0, 1, axis=at)
-
-
-def _halved(product: Dot, left: jax.Array, right: jax.Array, free: int) -> jax.Array:
-    """The free dimension of the left as two: it is transposed first, which one is not."""
-    (summed, others), (batch, batches) = product.numbers
-    moved = lambda dims: tuple(d + (d > free) for d in dims)
-    numbers = ((moved(summed), others), (moved(batch), batches))
-    split = left.reshape(*left.shape[:free], -1, 2, *left.shape[free + 1 :])
-    out = product.bind(split, right, jnp.int32, dimension_numbers=numbers)
-    at = len(batch)
-    return out.reshape(*out.shape[:at], -1, *out.shape[at + 2 :])
 
 
 def _float_exact(product: Product, codes: list[jax.Array], reach: list[int]) -> jax.Array:

@@ -31,10 +31,10 @@ from unitscale_jax.loss import (
     scalar_terms,
 )
 from unitscale_jax.mesh_axes import varying, varying_axes
+from unitscale_jax.parallel.data._compress import Compression, summed
 from unitscale_jax.parallel.data._devices import Outputs, filled, total
 from unitscale_jax.parallel.data._feedback import Feedback, check_feedback
 from unitscale_jax.parallel.data._local import Local, direct, replayed
-from unitscale_jax.parallel.data._wire import WireDType, summed
 from unitscale_jax.parallel.layouts._context import axis_size, under
 from unitscale_jax.parallel.layouts._layout import Layout
 from unitscale_jax.parallel.layouts._specs import held, spec_of, zero_spec
@@ -48,7 +48,7 @@ def reduced(
     zero: Literal[0, 1, 2, 3] = 0,
     gather: Literal["step", "layer"] = "step",
     layout: Layout | None = None,
-    wire: WireDType | None = None,
+    compress: Compression | None = None,
     reduce: rules.Rules[str] = (),
 ) -> Grad:
     """Evaluates a gradient station on the rows of each device, and adds up once a step.
@@ -63,16 +63,16 @@ def reduced(
         gather: With `zero=3`, when parameters are whole: "step", once, before the parts; "layer",
             each where it is used and again in the backward pass, by a loss wrapped in `gathered`.
         layout: How the parameters lie over the other axes; its `over(over)` says where shares are
-            cut. Needed with `zero` or `wire` on a mesh that has such axes.
-        wire: "bfloat16" or "int8", the numbers that gradients travel in; added up in float32.
+            cut. Needed with `zero` or `compress` on a mesh that has such axes.
+        compress: "bfloat16" or "int8", the numbers that gradients travel in; added up in float32.
         reduce: Rules `(pattern, kind)` for auxiliary outputs, as in `us.accumulated`, with a kind
             of "sum", "mean" (by rows that count), "max" and "concat". A `us.Mean` needs none.
 
     Returns:
         A `Grad` of global arrays with the same signature, to be called under `jax.set_mesh(mesh)`.
         It equals `grad_fn` on one device for any size of the axis, also where that does not
-        divide the rows: rows are then filled up with ones that do not count. With `wire`, `state=`
-        may be a `Feedback`.
+        divide the rows: rows are then filled up with ones that do not count. With `compress`,
+        `state=` may be a `Feedback`.
 
     Raises:
         TypeError: `grad_fn` is not a `Grad`.
@@ -90,7 +90,7 @@ def reduced(
         >>> float(terms["loss"].total), float(terms["loss"].weight), float(grads)
         (11.0, 4.0, 2.75)
     """
-    _check_options(grad_fn, zero, gather, wire)
+    _check_options(grad_fn, zero, gather, compress)
 
     def call(params: Params, batch: Batch, given: Given) -> tuple[Terms, Any, Params]:
         n, rows = axis_size(mesh_axis, "reduced"), row_count(batch)
@@ -98,7 +98,7 @@ def reduced(
         kept = given.state if isinstance(given.state, Feedback) else None
         given = given._replace(state=given.state if kept is None else kept.state).of(part)
         _check_filled(grad_fn, params, part.batch, given, rows, n)
-        check_feedback(kept, params, wire, n)
+        check_feedback(kept, params, compress, n)
         combine = Outputs(reduce, mesh_axis)
         if n == 1 and gather == "step" and kept is None:  # no collective, not even of one device
             terms, aux, grads = grad_fn.call(params, batch, given)
@@ -110,7 +110,7 @@ def reduced(
         errors = None if kept is None else jax.tree.leaves(kept.error)
 
         def mapped(local: Local) -> tuple[Any, ...]:
-            one = _OneDevice(local, mesh_axis, zero, gather, wire, params, cuts)
+            one = _OneDevice(local, mesh_axis, zero, gather, compress, params, cuts)
 
             def body(
                 leaves: list[Any], part: Part, state: State, errors: Any, factors: Any
@@ -161,7 +161,7 @@ class _OneDevice:
     over: str
     zero: int
     gather: str
-    wire: WireDType | None
+    compress: Compression | None
     params: Params  # for their structure
     cuts: list[_Cut]
 
@@ -188,7 +188,7 @@ class _OneDevice:
         self, grads: list[jax.Array], errors: list[jax.Array] | None, scale: jax.Array
     ) -> tuple[list[Any], list[Any]]:
         """The gradients of all rows, or shares of them, and what wires took away."""
-        add = functools.partial(_added_up, mesh_axis=self.over, wire=self.wire, scale=scale)
+        add = functools.partial(_added_up, mesh_axis=self.over, compress=self.compress, scale=scale)
         if errors is not None:  # one device that overflows voids the step of all
             finite = lax.pmin(trees.is_finite(grads).astype(jnp.int32), self.over) > 0
             add = functools.partial(add, finite=finite)
@@ -255,21 +255,23 @@ def _added_up(
     error: jax.Array | None,
     *,
     mesh_axis: str,
-    wire: WireDType | None,
+    compress: Compression | None,
     scale: jax.Array,
     dim: int | None,
     finite: jax.Array | bool = True,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The gradient of all rows, or a share of it, and what this device's wire took away."""
+    """The gradient of all rows, or a share of it, and what compression took away on this device."""
     if mesh_axis not in varying_axes(grad):
         raise ValueError(
             f"the gradient of {name!r} is reduced over {mesh_axis!r} already, and would be counted "
             f"once per device. Leave {mesh_axis!r} out of `mesh_axis=` of what is inside `reduced`."
         )
     if error is None:
-        return under(cut.others, lambda g: summed(g, mesh_axis, wire, dim=dim).total)(grad), None
+        return under(cut.others, lambda g: summed(g, mesh_axis, compress, dim=dim).total)(
+            grad
+        ), None
     owed = error[0] * scale.astype(jnp.float32)
-    total, lost = under(cut.others, lambda g: summed(g, mesh_axis, wire, dim=dim))(grad + owed)
+    total, lost = under(cut.others, lambda g: summed(g, mesh_axis, compress, dim=dim))(grad + owed)
     left = lost / scale.astype(jnp.float32)
     return total, jnp.where(finite, left, error[0])[None]
 
@@ -277,12 +279,12 @@ def _added_up(
 # --------------------------------------------------------------------------------- checks
 
 
-def _check_options(grad_fn: Grad, zero: int, gather: str, wire: str | None) -> None:
+def _check_options(grad_fn: Grad, zero: int, gather: str, compress: str | None) -> None:
     check_grad(grad_fn, "reduced")
     if zero not in (0, 1, 2, 3) or isinstance(zero, bool):
         raise ValueError(expected("`zero`", zero, (0, 1, 2, 3)))
-    if wire not in (None, "bfloat16", "int8"):
-        raise ValueError(expected("`wire`", wire, (None, "bfloat16", "int8")))
+    if compress not in (None, "bfloat16", "int8"):
+        raise ValueError(expected("`compress`", compress, (None, "bfloat16", "int8")))
     if gather not in ("step", "layer") or (gather == "layer" and zero != 3):
         raise ValueError(
             f"`gather` is {gather!r} with zero={zero}; expected 'step', or 'layer' with zero=3, "

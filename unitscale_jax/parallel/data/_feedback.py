@@ -21,7 +21,7 @@ from unitscale_jax.typing import Params, State
 class Feedback:
     """What wires have rounded away, to be added to the next gradient; made by `feedback`.
 
-    Given as `state=` to a gradient that is `reduced` with a `wire`; the next one is its auxiliary
+    Given as `state=` to a gradient that is `reduced` with `compress`; the next one is its auxiliary
     output. It does not carry the loss scale, and a step that overflows leaves it as it was.
 
     Attributes:
@@ -55,14 +55,14 @@ def feedback(params: Params, mesh_axis: str = "dp", state: State = None) -> Feed
     return Feedback(jax.jit(make, out_shardings=P(mesh_axis))(), state)
 
 
-def check_feedback(feedback: Feedback | None, params: Params, wire: str | None, n: int) -> None:
+def check_feedback(feedback: Feedback | None, params: Params, compress: str | None, n: int) -> None:
     """Raises `ValueError` if there is nothing to feed back, or it is not that of `params`."""
     if feedback is None:
         return
-    if wire is None:
+    if compress is None:
         raise ValueError(
-            "`state` is a Feedback, and without a `wire` nothing is rounded away. Pass "
-            "wire='int8', or the model's own state."
+            "`state` is a Feedback, and without `compress` nothing is rounded away. Pass "
+            "compress='int8', or the model's own state."
         )
     want = [(n, *jnp.shape(x)) for x in jax.tree.leaves(params)]
     got = [jnp.shape(x) for x in jax.tree.leaves(feedback.error)]

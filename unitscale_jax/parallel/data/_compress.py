@@ -20,34 +20,34 @@ from jax import lax
 
 from unitscale_jax.mesh_axes import devices_over
 
-WireDType: TypeAlias = Literal["bfloat16", "int8"]
+Compression: TypeAlias = Literal["bfloat16", "int8"]
 BLOCK = 2048
 """Numbers that share a scale: a scale of 4 bytes is then 0.2 % of their codes."""
 
 
 class CompressedSum(NamedTuple):
-    """A sum over devices, and what rounding took away on this one; None without a wire."""
+    """A sum over devices, and what rounding took away here; None where none is done."""
 
     total: jax.Array
     lost: jax.Array | None
 
 
 def summed(
-    x: jax.Array, mesh_axis: str, wire: WireDType | None, *, dim: int | None = None
+    x: jax.Array, mesh_axis: str, compress: Compression | None, *, dim: int | None = None
 ) -> CompressedSum:
     """Adds up an array over a manual mesh axis.
 
     Args:
         x: Varies over `mesh_axis`, the same shape on each of its n devices.
         mesh_axis: The mesh axis.
-        wire: The dtype that travels; None for the dtype of `x`.
+        compress: The dtype that travels; None for the dtype of `x`.
         dim: A dimension that n divides, of which each device keeps its share of the sum; None for
             the whole sum on every device.
 
     Returns:
         The sum, in the dtype of `x`: of x's shape and the same on all devices, or a share of it.
     """
-    if wire is None:
+    if compress is None:
         if dim is None:
             return CompressedSum(lax.psum(x, mesh_axis), None)
         return CompressedSum(
@@ -55,13 +55,13 @@ def summed(
         )
     n, exact = devices_over(mesh_axis), x.astype(jnp.float32)
     shares = _dealt(exact, n) if dim is None else _cut(exact, n, dim)  # (n, share), row j for j
-    sent = _encoded(shares, wire)
+    sent = _encoded(shares, compress)
     swap = lambda codes: lax.all_to_all(codes, mesh_axis, 0, 0, tiled=True)
     own = jnp.sum(_decoded([swap(codes) for codes in sent], shares.shape), axis=0)
     lost = shares - _decoded(sent, shares.shape)
     if dim is not None:
         return CompressedSum(_kept(own, x, n, dim), _uncut(lost, x, dim))
-    mine = _encoded(own[None], wire)
+    mine = _encoded(own[None], compress)
     gather = lambda codes: lax.all_gather(codes, mesh_axis, axis=0, tiled=True, to="invarying")
     total = _decoded([gather(codes) for codes in mine], shares.shape)
     # What the second rounding takes is lost for all; this device, whose share it was, keeps it.
@@ -102,9 +102,9 @@ def _whole(shares: jax.Array, like: jax.Array) -> jax.Array:
 # --------------------------------------------------------------------------------- codes
 
 
-def _encoded(rows: jax.Array, wire: WireDType) -> list[jax.Array]:
+def _encoded(rows: jax.Array, compress: Compression) -> list[jax.Array]:
     """Rows `(n, k)` as what travels, each array with leading axis n."""
-    if wire == "bfloat16":
+    if compress == "bfloat16":
         return [rows.astype(jnp.bfloat16)]
     n, k = rows.shape
     blocks = jnp.pad(rows, ((0, 0), (0, -k % min(k, BLOCK)))).reshape(n, -1, min(k, BLOCK))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unitscale_jax.quant._transposed import transposed
+from unitscale_jax.quant._cpu_forms import transposed
 from unitscale_jax.trace.params import product_of
 from unitscale_jax.trace.program import sites
 
