@@ -5,10 +5,6 @@ hand-written scan (which knows one weight only), `us.accumulated` in both forms,
 `microbatch`; then whole steps with Adam, against eight steps of `optax.MultiSteps`.
 """
 
-import os
-
-os.environ["BENCHMARK"] = __file__
-
 import harness
 import jax
 import jax.numpy as jnp
@@ -166,7 +162,7 @@ def _runner(program, params, tx, data, calls):
 
 
 def main():
-    options = harness.arguments(__doc__)
+    options = harness.arguments(__file__, __doc__)
     small = options.smallest
     params = lm.init(jax.random.key(0), layers=1 if small else 4, width=16 if small else 256)
     batch = lm.batch(jax.random.key(1), *((8, 8) if small else (32, 128)))

@@ -162,7 +162,7 @@ def divergence_memory(options):
 
 
 def main():
-    options = harness.arguments(__doc__)
+    options = harness.arguments(__file__, __doc__)
     smaller(options)
     divergence_memory(options)
     recovered(options)

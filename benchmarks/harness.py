@@ -19,9 +19,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import optax
 
+_RUNNING = {"by": ""}  # the benchmark that prints
 
-def arguments(doc, **more):
-    """The flags every benchmark has, and `more`: name -> help of a flag that takes a text."""
+
+def arguments(name, doc, **more):
+    """The flags every benchmark has, and `more`: name -> help of a flag that takes a text.
+
+    `name` is the benchmark's, `__file__`; each result says by which benchmark it was measured.
+    """
+    _RUNNING["by"] = pathlib.Path(name).stem
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--smallest", action="store_true", help="tiny shapes and two runs, for CI")
     parser.add_argument("--runs", type=int, default=10, help="timed runs of each side (default 10)")
@@ -94,5 +100,5 @@ def _where():
         "versions": f"python {platform.python_version()}, jax {jax.__version__}, "
         f"optax {optax.__version__}",
         "date": datetime.date.today().isoformat(),
-        "by": pathlib.Path(os.environ.get("BENCHMARK", __file__)).stem,
+        **_RUNNING,
     }

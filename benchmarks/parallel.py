@@ -264,7 +264,7 @@ def tpu_meshes():
 
 
 def main():
-    options = harness.arguments(__doc__)
+    options = harness.arguments(__file__, __doc__)
     meshes = {"cpu": (us.parallel.mesh(dp=4, tp=2), us.parallel.mesh(dp=2, pp=4))}
     if importlib.util.find_spec("libtpu") and not options.smallest:
         meshes["v5e:2x4"] = tpu_meshes()

@@ -6,10 +6,6 @@ against Flax's own `dtype=`; a step with `loss_scaled` against the same step
 with flax's `DynamicScale`; and 1,000 small steps on bfloat16 weights, with and without a master.
 """
 
-import os
-
-os.environ["BENCHMARK"] = __file__
-
 import functools
 import importlib.util
 import itertools
@@ -186,7 +182,7 @@ def _walk(tx, steps, weight):
 
 
 def main():
-    options = harness.arguments(__doc__)
+    options = harness.arguments(__file__, __doc__)
     small = options.smallest
     params = lm.init(jax.random.key(0), layers=1 if small else 4, width=16 if small else 256)
     batch = lm.batch(jax.random.key(1), *((8, 8) if small else (4, 128)))

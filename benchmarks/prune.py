@@ -298,7 +298,7 @@ def selection(options):
 
 
 def main():
-    options = harness.arguments(__doc__, images="folder of mnist_5k.csv.gz")
+    options = harness.arguments(__file__, __doc__, images="folder of mnist_5k.csv.gz")
     speed(options)
     selection(options)
     text = Text(options.smallest)

@@ -296,7 +296,7 @@ def training_memory(options):
 
 
 def main():
-    options = harness.arguments(__doc__)
+    options = harness.arguments(__file__, __doc__)
     jax.config.update("jax_num_cpu_devices", 8)
     for dtype in (jnp.float32, jnp.bfloat16):
         against_peers(options, dtype)

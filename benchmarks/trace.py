@@ -12,10 +12,6 @@ and with gradients quantized as well 1.2 times `quantized` (1.7). It compares CP
 process, the least of alternating runs.
 """
 
-import os
-
-os.environ["BENCHMARK"] = __file__
-
 import functools
 import time
 
@@ -105,7 +101,7 @@ def _norm(x, gain):
 
 
 def main():
-    options = harness.arguments(__doc__)
+    options = harness.arguments(__file__, __doc__)
     small = options.smallest
     for layers in (1,) if small else (4, 12, 24):
         apply, loss, args = model(layers, *((8, 8) if small else (64, 32)))
