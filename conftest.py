@@ -19,9 +19,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a hit: 4 ms for 20
 
-hypothesis.settings.register_profile(
-    "laws", max_examples=50, deadline=None, derandomize=True, database=None
-)
+_LAWS = hypothesis.settings(max_examples=50, deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("laws", _LAWS)
 hypothesis.settings.load_profile("laws")
 
 
@@ -40,13 +39,25 @@ def pytest_ignore_collect(collection_path, config):
     return True if leave else None  # None: others may still leave it out
 
 
+def pytest_configure(config):
+    """`-m quick` draws a few examples of each law, where the suite draws fifty."""
+    if config.option.markexpr == "quick":
+        hypothesis.settings.register_profile("quick", _LAWS, max_examples=5)
+        hypothesis.settings.load_profile("quick")
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Leaves out the cases that `--cases` does not ask for."""
+    """Marks the first case of each law as `quick`; leaves out what `--cases` does not ask for."""
     most, cases = config.getoption("cases"), {}
-    if most is None:
-        return
     for item in items:
         cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for first, *_ in cases.values():
+        apart = {"slow", "whole", "compiler"} & {mark.name for mark in first.iter_markers()}
+        if not apart and isinstance(first, pytest.Function):
+            first.add_marker("quick")
+    if most is None:
+        return
     for test, of in cases.items():
         if len(of) > most and not test.startswith("tests/trace/"):
             kept = {round(k * (len(of) - 1) / max(most - 1, 1)) for k in range(most)}

@@ -559,6 +559,7 @@ def test_stopped_in_any_change_of_the_directory_one_can_restore(step, tmp_path, 
     assert next(calls) >= 4
 
 
+@pytest.mark.whole
 def test_killed_at_random_moments_never_loses_a_completed_save(tmp_path):
     log, moments, like = (
         tmp_path / "log",
@@ -579,6 +580,7 @@ def test_killed_at_random_moments_never_loses_a_completed_save(tmp_path):
         assert (tree["w"] == step).all()
 
 
+@pytest.mark.whole
 def test_a_killed_run_ends_with_the_parameters_of_an_unbroken_one(tmp_path):
     unbroken, broken = tmp_path / "unbroken.npz", tmp_path / "broken.npz"
     process = in_process(runs.train, tmp_path / "unbroken", 24, unbroken)

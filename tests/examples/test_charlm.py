@@ -18,6 +18,8 @@ from charlm import cli, model as gpt, score as scoring, train as training
 import unitscale_jax as us
 from tests.examples.support import ENV, EXAMPLES
 
+pytestmark = pytest.mark.whole
+
 LENGTH = 16
 
 

@@ -9,6 +9,8 @@ import pytest
 from charlm import data
 from hypothesis import given, strategies as st
 
+pytestmark = pytest.mark.whole
+
 
 def as_text(string):
     return np.frombuffer(string, np.uint8)

@@ -18,6 +18,8 @@ import safetensors.numpy
 import unitscale_jax as us
 from tests.examples.support import ENV, EXAMPLES, load
 
+pytestmark = pytest.mark.whole
+
 minilm = load("applications/minilm")
 WEIGHTS = pathlib.Path(os.environ.get("MINILM", EXAMPLES.parent / minilm.FOLDER))
 needs_weights = pytest.mark.skipif(

@@ -10,7 +10,9 @@ import pytest
 
 from tests.examples.support import EXAMPLES, load
 
-data, multi_process = load("data"), load("multi_process")
+pytestmark = pytest.mark.whole
+
+multi_process = load("multi_process")
 
 
 @pytest.mark.slow

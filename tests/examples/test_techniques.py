@@ -5,7 +5,7 @@ import pytest
 
 from tests.examples.support import load
 
-pytestmark = pytest.mark.usefixtures("relaxed_promotion")
+pytestmark = [pytest.mark.whole, pytest.mark.usefixtures("relaxed_promotion")]
 
 
 def test_accumulation_takes_a_fraction_of_the_memory_and_gives_the_same_gradient():

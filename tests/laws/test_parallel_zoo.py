@@ -16,6 +16,8 @@ import pytest
 import unitscale_jax as us
 from tests.support import sized, zoo
 
+pytestmark = pytest.mark.whole
+
 FEW = ["linen_transformer", "nnx_gqa", "plain_scan_remat"]
 # Rows that meet (batch statistics, capacities, branches by all rows, one key for all); loops that
 # have no gradient; Flax's recurrent layers, whose state begins in float32 whatever parameters are.

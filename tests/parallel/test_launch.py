@@ -15,6 +15,8 @@ import pytest
 import unitscale_jax as us
 from tests.support import processes
 
+pytestmark = pytest.mark.whole
+
 TOLERANCE = dict(rtol=1e-5, atol=1e-6)
 SLACK = 5  # seconds, on a busy machine
 
