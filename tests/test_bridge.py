@@ -365,9 +365,9 @@ def test_options_that_are_arrays_have_rows_and_others_are_shared():
 def test_a_raw_key_is_refused_with_the_way_out(kind):
     apply, params, _ = bridged(kind)
     raw = jax.random.key_data(KEY)
-    with pytest.raises(TypeError, match=r"a raw uint32\[2\].*jax\.random\.key\(seed\)"):
+    with pytest.raises(TypeError, match=r"an array uint32\[2\].*jax\.random\.key\(seed\)"):
         apply(params, X, key=raw)
-    with pytest.raises(TypeError, match="key is int, expected a typed key"):
+    with pytest.raises(TypeError, match="`key` is 0; expected a typed key"):
         apply(params, X, key=0)
     with pytest.raises(ValueError, match=r"key has shape \(2, 2\), expected \(\) or \(rows,\)"):
         apply(params, X, key=jax.random.split(KEY, (2, 2)))

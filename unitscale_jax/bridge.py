@@ -19,7 +19,7 @@ import numpy as np
 from flax import core, linen, nnx
 
 from unitscale_jax import tree as trees
-from unitscale_jax.errors import expected
+from unitscale_jax.errors import check_key, expected
 from unitscale_jax.typing import Apply, Key, Params, State
 
 Rows: TypeAlias = Literal["auto", "vmap", "batch"]
@@ -283,13 +283,7 @@ def _seeded(streams: Any, key: Key | None) -> Any:
 def _check_key(key: Any) -> None:
     if key is None:
         return
-    dtype = getattr(key, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        came = type(key).__name__ if dtype is None else f"a raw {dtype}{list(key.shape)}"
-        raise TypeError(
-            f"key is {came}, expected a typed key. Make it with jax.random.key(seed), or from an "
-            "old one with jax.random.wrap_key_data(key)."
-        )
+    check_key(key)
     if key.ndim > 1:
         raise ValueError(
             f"key has shape {key.shape}, expected () or (rows,). Give one key, or one per row."

@@ -14,6 +14,9 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 _LONGEST = 60  # characters of a value: a longer one hides the sentence around it
 
 
@@ -76,6 +79,20 @@ def not_divisible(what: str, size: int, by: str) -> str:
     return f"{what} has {size}, which {by} do not divide; {_divisors(size)}."
 
 
+def uneven_rows(by: str, rows: int, term: str) -> str:
+    """Says that rows which fill up the last part cannot be left out of a sum that a loss made.
+
+    Example:
+        >>> uneven_rows("4 parts", 6, "kl").partition(", and ")[0]
+        '4 parts do not divide 6 rows'
+    """
+    return (
+        f"{by} do not divide {rows} rows, and term {term!r} sums its rows itself, so the rows that "
+        "fill up the last one cannot be left out. Return one number per row, "
+        "us.Mean(total=losses, weight=counts)"
+    )
+
+
 def shown(value: Any) -> str:
     """A value as part of a sentence: an array by dtype and shape, what is long by its type."""
     if hasattr(value, "dtype") and hasattr(value, "shape"):
@@ -108,6 +125,13 @@ def check_callable(what: str, got: Any) -> None:
     """Raises `TypeError` unless a value can be called."""
     if not callable(got):
         raise TypeError(expected(what, got, "a function"))
+
+
+def check_key(key: Any) -> None:
+    """Raises `TypeError` unless a value is a typed key, or an array of them."""
+    if not hasattr(key, "dtype") or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        wanted = "a typed key. Make it with jax.random.key(seed), or from an old one with "
+        raise TypeError(expected("`key`", key, f"{wanted}jax.random.wrap_key_data"))
 
 
 def check_array(what: str, got: Any, ndim: int = 0) -> None:

@@ -84,7 +84,7 @@ class Format:
 
     @property
     def bits(self) -> int:
-        """Bits of one stored number."""
+        """Number of bits that one stored number takes."""
         return self.signed + self.exponent_bits + self.mantissa_bits
 
     @property

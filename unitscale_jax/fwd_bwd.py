@@ -181,13 +181,15 @@ def _transpose_data(cotangent: Any, x: Any, fwd: jax.Array, bwd: jax.Array) -> l
 
 def _batch_data(args: Sequence, dims: Sequence) -> tuple:
     x, *factors = _batched_first(args, dims, range(1))
+
     # A factor has rank 0, or the rank of x and axes of size 1: it broadcasts without a new rank.
-    at_front = lambda f: f.reshape(f.shape + (1,) * (x.ndim - f.ndim))
-    factors = [
-        f if dim is None and f.ndim == 0 else at_front(f[None] if dim is None else f)
-        for f, dim in zip(factors, dims[1:], strict=True)
-    ]
-    return _scale_data(x, *factors), 0
+    def aligned(f: Any, dim: int | None) -> Any:
+        if dim is None and f.ndim == 0:
+            return f
+        rows = f[None] if dim is None else f
+        return rows.reshape(rows.shape + (1,) * (x.ndim - rows.ndim))
+
+    return _scale_data(x, *map(aligned, factors, dims[1:])), 0
 
 
 unit_scale_by_p.def_impl(_multiply_data)

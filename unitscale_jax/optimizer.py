@@ -87,7 +87,7 @@ class PrunedState(NamedTuple):
 
 
 class MultiStepsState(NamedTuple):
-    """State of `multi_steps`.
+    """State of `multi_steps`: a sum of gradients and its progress.
 
     Attributes:
         part: Parts taken of the current window, int32.
@@ -121,7 +121,7 @@ class MultiStepsState(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossScaleState:
-    """Where a loss scale stands.
+    """State of `loss_scaled`: the scale, its history, and the inner state.
 
     Attributes:
         scale: float32 scalar, the factor that the next gradients carry.

@@ -95,7 +95,7 @@ class Report:
 
     @property
     def warnings(self) -> tuple[tuple[ReportRow, str], ...]:
-        """Every warning with its operation."""
+        """Every warning, paired with the operation it is about."""
         return tuple((row, warning) for row in self.rows for warning in row.warnings)
 
     def data(self) -> list[dict[str, Any]]:

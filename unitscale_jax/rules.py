@@ -205,6 +205,6 @@ def _hidden(index: int, patterns: Sequence[Pattern], earlier: Sequence[int], cou
 
 
 def text_of(pattern: Pattern) -> str:
-    """A pattern as the user wrote it."""
+    """The pattern as the user wrote it."""
     check_type("pattern", pattern, str | re.Pattern, "a glob or a compiled regular expression")
     return pattern if isinstance(pattern, str) else pattern.pattern

@@ -13,7 +13,7 @@ __all__ = ["kept"]
 
 
 def kept(n: int, sparsity: float) -> int:
-    """How many of n stay.
+    """Number of units that stay at a sparsity.
 
     Args:
         n: How many there are.

@@ -139,7 +139,7 @@ def _word(entry: Any) -> str:
 
 
 def named_leaves(tree: Any, *, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """The leaves by name.
+    """Returns the leaves by name.
 
     Raises:
         ValueError: Two leaves have the same name.
@@ -320,7 +320,7 @@ def difference(old: Any, new: Any, *, dtypes: bool = True) -> tuple[str, str, st
 
 
 def size(tree: Any) -> int:
-    """How many numbers the leaves hold."""
+    """Counts the numbers that the leaves hold."""
     return sum(int(np.prod(np.shape(leaf))) for leaf in jax.tree.leaves(tree))
 
 

@@ -601,7 +601,7 @@ def test_a_bare_gradient_function_is_refused():
 
 def test_an_old_style_key_is_refused():
     params, batch = example()
-    with pytest.raises(ValueError, match="expected a typed key.*jax.random.key"):
+    with pytest.raises(TypeError, match="expected a typed key.*jax.random.key"):
         us.value_and_grad(dropout_loss)(params, batch, key=jax.random.PRNGKey(0))
 
 

@@ -190,7 +190,7 @@ def test_a_wrong_mask_is_refused_inside_of_a_shard_map_too():
 
 KEY = jax.random.key(0)
 OTHERS = {
-    "raw key": ({"key": np.zeros(2, np.uint32)}, "`key` is an array of uint32"),
+    "raw key": ({"key": np.zeros(2, np.uint32)}, r"`key` is an array uint32\[2\]"),
     "seed": ({"key": 3}, "`key` is 3; expected a typed key"),
     "too few keys": ({"key": jax.random.split(KEY, 5)}, r"`key` has shape \(5,\)"),
     "columns of keys": ({"key": jax.random.split(KEY, (6, 1))}, r"`key` has shape \(6, 1\)"),
@@ -212,7 +212,7 @@ def test_other_keywords_that_do_not_fit_are_refused_before_anything_is_traced(na
     grad_fn, own, context = station(name, "loss")
     for given, words in OTHERS.values():
         CALLS.clear()
-        with context(), pytest.raises(ValueError, match=words):
+        with context(), pytest.raises((TypeError, ValueError), match=words):
             grad_fn(own, rows(), **given)
         assert not CALLS
 

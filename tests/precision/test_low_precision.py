@@ -284,7 +284,7 @@ def test_bad_arguments_get_clear_errors():
         low_precision_weights(ADD)
     with pytest.raises(ValueError, match="rounding is 'nearest'. Choose 'stochastic'.*'kahan'"):
         low_precision_weights(ADD, "nearest")
-    with pytest.raises(TypeError, match="not a typed key. Make it by jax.random.key"):
+    with pytest.raises(TypeError, match="expected a typed key. Make it with jax.random.key"):
         low_precision_weights(ADD, key=jnp.zeros(2, jnp.uint32))
     optimizer = low_precision_weights(ADD, "kahan")
     state = optimizer.init(jnp.bfloat16(1))

@@ -215,5 +215,5 @@ def test_unifying_is_symmetric_and_settles(sizes, data):
 
 def test_a_factor_says_its_size_and_marks():
     axis = new_axis(3, "input")
-    assert repr(expanded(axis)[0][0]) == "Factor(3, 'input')"
+    assert repr(expanded(axis)[0][0]) == "SymbolicDim(3, 'input')"
     assert np.prod([f.size for f in factors(axis)]) == 3

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from unitscale_jax import rules, tree as trees
 from unitscale_jax.accumulate import _inplace
+from unitscale_jax.errors import uneven_rows
 from unitscale_jax.loss import (
     Denominators,
     Given,
@@ -305,8 +306,7 @@ def _check_tail(
     fixed = scalar_terms(loss, params, part.batch, given.of(part))
     if fixed:
         raise ValueError(
-            f"{parts} parts do not divide {rows} rows, and term {fixed[0]!r} sums its rows itself, "
-            "so the rows that fill up the last part cannot be left out. Return one number per row, "
-            "us.Mean(total=losses, weight=counts); or name in `mask` the batch leaves that are "
-            f"zero in rows that do not count; or choose `parts` among the divisors of {rows}."
+            f"{uneven_rows(f'{parts} parts', rows, fixed[0])}; or name in `mask` the batch leaves "
+            "that are zero in rows that do not count; or choose `parts` among the divisors of "
+            f"{rows}."
         )

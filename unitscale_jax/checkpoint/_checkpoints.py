@@ -66,7 +66,7 @@ class Checkpoints:
         self.keep = keep
 
     def __repr__(self) -> str:
-        """What one would type."""
+        """The call that makes this object."""
         return f"Checkpoints({str(self.directory)!r}, keep={self.keep})"
 
     def steps(self) -> list[int]:

@@ -133,13 +133,20 @@ def _exported(name: str, new: str, t: QTensor) -> tuple[dict[str, Any], dict[str
     if w.group is not None and scale.shape[1] > 1:
         weights |= {"strategy": "group", "group_size": codes.shape[1] // scale.shape[1]}
     activations = None if x is None else _numbers(x) | {"strategy": "token", "dynamic": True}
-    kind = "float-quantized" if not w.is_integer else "int-quantized" if x else "pack-quantized"
+    kind = _layout_name(w, x)
     arrays = {new: codes, f"{new}_scale": scale}
     if kind == "pack-quantized":
         arrays[f"{new}_packed"] = pack_int32(arrays.pop(new), weights["num_bits"])
         arrays[f"{new}_shape"] = np.asarray(codes.shape, np.int64)
     scheme = {"weights": weights, "input_activations": activations, "format": kind}
     return scheme, {key: stored_array(key, array) for key, array in arrays.items()}
+
+
+def _layout_name(w: QSpec, x: QSpec | None) -> str:
+    """Which of the three layouts a weight has, by its own format and by what it meets."""
+    if not w.is_integer:
+        return "float-quantized"
+    return "pack-quantized" if x is None else "int-quantized"
 
 
 def pack_int32(codes: np.ndarray, bits: int) -> np.ndarray:

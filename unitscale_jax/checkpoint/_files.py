@@ -37,7 +37,7 @@ def write(path: pathlib.Path, manifest: "Manifest") -> None:
 
 
 class Manifest(NamedTuple):
-    """What a checkpoint says of itself."""
+    """The content of a checkpoint's manifest file."""
 
     step: int
     leaves: list[Leaf]
@@ -50,7 +50,7 @@ class Manifest(NamedTuple):
 
     @classmethod
     def parsed(cls, text: bytes) -> "Manifest":
-        """A manifest from JSON.
+        """Reads a manifest from JSON.
 
         Raises:
             ValueError: It is none, or of another format.
@@ -70,7 +70,7 @@ class Manifest(NamedTuple):
         return cls(found["step"], leaves, _outline.parsed(found.get("outline", _outline.UNKNOWN)))
 
     def text(self) -> bytes:
-        """As JSON, a leaf to a line."""
+        """Writes the manifest as JSON, one leaf to a line."""
         lines = ",\n".join(json.dumps(leaf.described()) for leaf in self.leaves)
         head = f'"format": {FORMAT}, "step": {self.step}, "outline": {json.dumps(self.outline)}'
         return f'{{{head}, "leaves": [\n{lines}\n]}}\n'.encode()

@@ -34,7 +34,7 @@ class Leaf:
     array: Any = None  # before it is written
 
     def described(self) -> dict[str, Any]:
-        """All but the array, for JSON."""
+        """Describes a leaf as JSON, without its array."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {name: x for name, x in fields.items() if name != "array" and x is not None}
 

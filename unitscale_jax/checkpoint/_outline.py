@@ -36,7 +36,7 @@ Outline: TypeAlias = Container | str | None
 
 
 def outline(tree: Any, is_leaf: Callable[[Any], bool] = lambda _: False) -> Outline:
-    """The outline of a tree.
+    """Returns the outline of a tree.
 
     The box that Flax puts around a parameter is no container, as it is no part of a name.
 
@@ -74,12 +74,12 @@ def _kind(node: Any, keys: list[Any]) -> str:
 
 
 def to_text(of: Outline) -> str:
-    """An outline as JSON."""
+    """Writes an outline as JSON."""
     return json.dumps(of, separators=(",", ":"))
 
 
 def from_text(text: str) -> Outline:
-    """The inverse of `to_text`.
+    """Reads an outline that `to_text` wrote.
 
     Raises:
         ValueError: The text is no outline.
@@ -91,7 +91,7 @@ def from_text(text: str) -> Outline:
 
 
 def parsed(of: Any) -> Outline:
-    """An outline from what JSON holds.
+    """Makes an outline from what JSON holds.
 
     Raises:
         ValueError: It is none.

@@ -118,7 +118,7 @@ def replace_file(path: pathlib.Path, put: Callable[[BinaryIO], Any]) -> None:
 
 
 def on_host(name: str, array: Any) -> np.ndarray:
-    """An array in NumPy.
+    """Copies an array to NumPy.
 
     Raises:
         ValueError: Other processes have parts of it.
@@ -140,7 +140,7 @@ class File(NamedTuple):
     offsets: dict[str, tuple[int, int]]
 
     def array(self, name: str) -> np.ndarray:
-        """Reads one array."""
+        """Reads one array of the file."""
         start, end = self.offsets[name]
         found = np.fromfile(self.path, np.uint8, end - start, offset=start)
         return found.view(self.shapes[name].dtype).reshape(self.shapes[name].shape)

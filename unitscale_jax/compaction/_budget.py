@@ -53,31 +53,31 @@ class Polynomial:
         return cls({(entry,): 1} if isinstance(entry, str) else {(): entry})
 
     def __add__(self, other: "Polynomial") -> "Polynomial":
-        """The sum."""
+        """The sum of two polynomials."""
         terms = dict(self.terms)
         for monomial, c in other.terms.items():
             terms[monomial] = terms.get(monomial, 0) + c
         return Polynomial(terms)
 
     def __mul__(self, other: "Polynomial | int | Fraction") -> "Polynomial":
-        """The product."""
+        """The product of two polynomials."""
         if not isinstance(other, Polynomial):
             return Polynomial({monomial: c * other for monomial, c in self.terms.items()})
         pairs = itertools.product(self.terms.items(), other.terms.items())
         return added(Polynomial({tuple(sorted(a + b)): c * d}) for (a, c), (b, d) in pairs)
 
     def __sub__(self, other: "Polynomial") -> "Polynomial":
-        """The difference."""
+        """The difference of two polynomials."""
         return self + other * -1
 
     def at(self, sizes: Mapping[str, int]) -> int | Fraction:
-        """Its value."""
+        """Evaluates the polynomial at given sizes of the groups."""
         each = (c * math.prod(sizes[name] for name in m) for m, c in self.terms.items())
         return sum(each, 0)
 
 
 def added(polynomials: Iterable[Polynomial]) -> Polynomial:
-    """The sum of many."""
+    """Adds up many polynomials."""
     terms: dict[Monomial, int | Fraction] = {}
     for polynomial in polynomials:
         for monomial, c in polynomial.terms.items():
@@ -86,7 +86,7 @@ def added(polynomials: Iterable[Polynomial]) -> Polynomial:
 
 
 def multiplied(polynomials: Iterable[Polynomial]) -> Polynomial:
-    """The product of many."""
+    """Multiplies many polynomials."""
     out = Polynomial.of(1)
     for polynomial in polynomials:
         out = out * polynomial
@@ -121,7 +121,7 @@ class Params(Budget):
     """At most so many parameters: numbers in all leaves, batch statistics among them."""
 
     def price(self, graph: Graph) -> Polynomial:
-        """Sizes of all parameters."""
+        """Sums the sizes of all parameters."""
         return added(_elements(axes) for axes in graph.axes.values())
 
     def __str__(self) -> str:

@@ -210,7 +210,7 @@ def _limits(cuts: Cuts, site: Site, ins: list[Axes], outs: list[Axes]) -> dict[s
 
 
 def _conv_groups(cuts: Cuts, site: Site, ins: list[Axes], outs: list[Axes]) -> dict[str, Any]:
-    """Channels in, by those in a group."""
+    """Number of groups of a convolution: its input channels by those of one group."""
     del outs
     spec = site.eqn.params["dimension_numbers"]
     of_in, of_group = (

@@ -74,6 +74,9 @@ class Cuts:
 
     def settle(self) -> dict[str, str]:
         """Finds what stands for the groups by now; returns those that nothing does, and why."""
+        # Unification may have made one dimension of several, or several of one, since the plan was
+        # laid on. A group is cut only if one dimension stands for it, no mark bars that, and it is
+        # no dimension that the plan leaves whole.
         whole = set(itertools.chain.from_iterable(map(_standing, self._others)))
         owners: dict[SymbolicDim, str] = {}
         self._kept, self._broken = {}, {}
@@ -89,6 +92,7 @@ class Cuts:
             else:
                 self._kept[factor] = np.asarray(channels, int)
                 owners[factor] = name
+        # Two groups that became one dimension must agree on every channel, whichever is met first.
         for name in self._plan.sizes:
             for factor in _standing(self._groups[name]):
                 if factor in owners and not self._alike(owners[factor], name):
@@ -120,7 +124,7 @@ class Cuts:
         return len(self.positions(axis))
 
     def shape(self, axes: Axes) -> tuple[int, ...]:
-        """Of a value."""
+        """Shape of a value after the cuts."""
         return tuple(map(self.size, axes))
 
     def _channels(self, factor: SymbolicDim) -> tuple[np.ndarray, int]:

@@ -63,7 +63,7 @@ def groups(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) ->
 
 @dataclass(frozen=True)
 class Graph:
-    """The groups of a function.
+    """The groups of channels of a function, and what cannot be removed.
 
     Attributes:
         dims: What is known of its dimensions; `dims.at(place)` has the axes of every equation.
@@ -82,12 +82,12 @@ class Graph:
 
     @property
     def refused(self) -> tuple[Refused, ...]:
-        """What cannot be removed, and why."""
+        """Axes that cannot be removed, each with its reason."""
         return self.dims.refused
 
     @functools.cached_property
     def by_name(self) -> dict[str, DimGroup]:
-        """The groups by name."""
+        """The groups, keyed by name."""
         return {group.name: group for group in self.groups}
 
     def table(self) -> str:
@@ -95,7 +95,7 @@ class Graph:
         return self.dims.table()
 
     def __str__(self) -> str:
-        """The table."""
+        """The table of groups as text."""
         return self.table()
 
     @functools.cached_property
@@ -228,7 +228,7 @@ def plan_of(
     exact_only: bool = True,
     empty: Collection[str] = (),
 ) -> CompactionPlan:
-    """A plan that keeps given channels.
+    """Makes a plan that keeps the given channels.
 
     Args:
         graph: The groups of a function.

@@ -59,7 +59,7 @@ def save_plan(path: str | os.PathLike[str], plan: CompactionPlan) -> None:
 
 
 def load_plan(path: str | os.PathLike[str], params: Any = None) -> CompactionPlan:
-    """Reads a plan.
+    """Reads a plan from a file.
 
     Args:
         path: Of a file that `save_plan` wrote.

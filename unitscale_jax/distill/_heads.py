@@ -25,7 +25,7 @@ class Head(NamedTuple):
         return times(self.h, self.w) / temperature
 
     def rows(self, start: Any, size: int) -> "Head":
-        """The head with some of the rows."""
+        """The head restricted to some of its rows."""
         return Head(lax.dynamic_slice_in_dim(self.h, start, size), self.w)
 
     def columns(self, start: Any, size: int) -> "Head":

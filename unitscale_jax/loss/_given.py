@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax.loss._mean import Denominators
-from unitscale_jax.loss._rows import check_key, row_count
+from unitscale_jax.loss._rows import check_row_keys, row_count
 from unitscale_jax.loss._split import Part
 from unitscale_jax.typing import Batch, Key, State
 
@@ -47,7 +47,7 @@ class Given(NamedTuple):
                 one per row, denominators are no scalars by name, the scale is no real scalar.
         """
         rows = row_count(batch)
-        check_key(self.key, rows)
+        check_row_keys(self.key, rows)
         given = self._replace(scale=_scalar("scale", self.scale))
         if given.denominators is not None:
             given = given._replace(denominators=_denominators(given.denominators))

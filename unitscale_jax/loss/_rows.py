@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from unitscale_jax import tree as trees
+from unitscale_jax.errors import check_key
 from unitscale_jax.typing import Batch, Key
 
 
@@ -33,23 +34,15 @@ def row_keys(key: Key, rows: int, *, start: Any = 0) -> Key:
 
 def keys_of_rows(key: Key | None, rows: int, *, start: Any = 0) -> Key | None:
     """`key` if it holds one key per row, or its `row_keys` if it is a single one, or `None`."""
-    check_key(key, rows)
+    check_row_keys(key, rows)
     return row_keys(key, rows, start=start) if key is not None and not key.shape else key
 
 
-def check_key(key: Key | None, rows: int) -> None:
-    """Raises `ValueError` unless `key` is `None`, a typed key, or one for each row."""
+def check_row_keys(key: Key | None, rows: int) -> None:
+    """Raises `TypeError` for what is no typed key, `ValueError` unless it is one or one per row."""
     if key is None:
         return
-    if not hasattr(key, "dtype"):
-        raise ValueError(
-            f"`key` is {key!r}; expected a typed key. Make it with jax.random.key(seed)."
-        )
-    if not jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):
-        raise ValueError(
-            f"`key` is an array of {jnp.result_type(key)}; expected a typed key. Make it with "
-            "jax.random.key(seed), or wrap an old one with jax.random.wrap_key_data."
-        )
+    check_key(key)
     if key.shape not in ((), (rows,)):
         raise ValueError(
             f"`key` has shape {key.shape}; expected one key, or one per row, ({rows},)."

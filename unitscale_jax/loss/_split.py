@@ -94,5 +94,5 @@ def gather_rows(stacked: Any, rows: int) -> Any:
 
 
 def first(stacked: Part) -> Part:
-    """The first part."""
+    """Takes the first part of a stacked batch."""
     return jax.tree.map(lambda x: x[0], stacked)

@@ -113,7 +113,7 @@ class Packed:
     forms: tuple["Form", ...]
 
     def __len__(self) -> int:
-        """How many trees there are."""
+        """Number of packed trees."""
         return len(self.forms)
 
     @property
@@ -140,7 +140,7 @@ class Form:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tree."""
+        """Number of bytes of one tree."""
         return sum(trees.nbytes(jax.ShapeDtypeStruct(*leaf)) for leaf in self.leaves)
 
 
@@ -177,7 +177,7 @@ def pack(forest: Sequence[Any]) -> Packed:
 
 
 def unpack(packed: Packed, i: int, row: Any = None) -> Any:
-    """The tree that a row stands for.
+    """Restores the tree that a row was packed from.
 
     Args:
         packed: Of `pack`, or a device's part of it inside of a `shard_map`.
@@ -265,7 +265,7 @@ def _call(fn: Apply, i: int, params: Params, inputs: tuple[Any, ...], *, row: in
 
 
 def _share(how: How, weights: Any, mine: Any, y: jax.Array) -> jax.Array:
-    """What a sub-model adds to the sum."""
+    """Contribution of one sub-model to the sum."""
     if how == "vote":
         return jax.nn.one_hot(jnp.argmax(y, axis=-1), y.shape[-1], dtype=jnp.int32)
     if how != "weighted":

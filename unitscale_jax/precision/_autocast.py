@@ -277,7 +277,9 @@ def _products(to: Products) -> tuple[np.dtype, np.dtype]:
     """The dtypes of a product's operands and of its result."""
     given, result = to if isinstance(to, tuple) else (to, None)
     given = np.dtype(given)
-    result = np.dtype(result if result is not None else jnp.bfloat16 if _is_8bit(given) else given)
+    if result is None:  # a sum of products of 8 bits needs more than 8
+        result = jnp.bfloat16 if _is_8bit(given) else given
+    result = np.dtype(result)
     for dtype in (given, result):
         if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits > 32:
             raise ValueError(

@@ -16,6 +16,7 @@ import optax
 from jax import lax
 
 from unitscale_jax import formats, tree as trees
+from unitscale_jax.errors import check_key
 from unitscale_jax.optimizer import (
     LossScaleState,
     LowPrecisionState,
@@ -121,7 +122,7 @@ def _kahan(params: Params, updates: Params, owed: Params) -> tuple[Params, Param
 
 
 def _nearest(x: jax.Array) -> jax.Array:
-    """The nearest bfloat16, as float32.
+    """Rounds to the nearest bfloat16, kept as float32.
 
     Not a cast there and back: XLA may take such a pair for excess precision and remove it, and with
     it all that Kahan's sum has to keep.
@@ -144,8 +145,8 @@ def _check_rounding(rounding: str, key: Key | None) -> None:
             "stochastic rounding draws random bits and got no key. Pass key=jax.random.key(seed), "
             "or choose rounding='kahan', which draws none."
         )
-    if key is not None and not jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):
-        raise TypeError(f"key is {key!r}, not a typed key. Make it by jax.random.key(seed).")
+    if key is not None:
+        check_key(key)
 
 
 def _check_params(params: Params | None) -> None:

@@ -140,7 +140,7 @@ class DtypePlan(Flow[KnownDtype]):
         return self.ops.get(name, "keep")
 
     def constant(self, value: Any) -> KnownDtype:
-        """Constants adapt."""
+        """A constant takes the dtype of what it meets."""
         given = getattr(value, "dtype", None)
         if given is None:
             return KnownDtype(jnp.result_type(value))
@@ -163,7 +163,7 @@ class DtypePlan(Flow[KnownDtype]):
                 self._change(site)
 
     def on_outputs(self, site: Site, outputs: list[KnownDtype]) -> None:
-        """Keeps what calls and loops return."""
+        """Records the dtypes that calls and loops return."""
         if bodies(site.eqn):
             self.results[site.place] = outputs
 
@@ -172,7 +172,7 @@ class DtypePlan(Flow[KnownDtype]):
         self.carries[site.place] = values
 
     def visit(self, site: Site, inputs: list[KnownDtype]) -> list[KnownDtype]:
-        """Decides on an equation."""
+        """Decides on the dtypes of one equation."""
         outcome = self._outcome(site, inputs)
         self.decisions[site.place] = outcome.decision
         if self.ops.get(site.name) == "low":
@@ -340,7 +340,7 @@ def _back(decision: Decision, site: Site, inputs: list[KnownDtype]) -> Decision:
 
 
 def _uniform(site: Site, dtype: Any, why: str) -> Decision:
-    """Every float in one dtype."""
+    """Gives every float one dtype."""
     cast = lambda traced: dtype if is_float(traced) else None
     results = tuple(cast(d) or d for d in site.results)
     return Decision(tuple(cast(d) for d in site.operands), results, why)

@@ -90,7 +90,7 @@ closest: 'bfloat16'. Use float16, bfloat16, float32 or float64.
         return cls(**fields)
 
     def __repr__(self) -> str:
-        """What you would type."""
+        """The call that makes this policy."""
         names = [f"{field}={getattr(self, field).name!r}" for field in FIELDS]
         overrides = tuple((p, np.dtype(dtype).name) for p, dtype in rules.pairs_of(self.overrides))
         if overrides:

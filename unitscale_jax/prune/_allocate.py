@@ -44,7 +44,7 @@ class Layer:
 
     @property
     def copies(self) -> int:
-        """How many indices there are."""
+        """Number of indices of the stacked axes."""
         return math.prod(self.stacked)
 
 
@@ -234,7 +234,11 @@ def _by_layer(layers: Sequence[Layer], counts: np.ndarray) -> Counts:
 
 
 def _scaled(sizes: np.ndarray, ratios: np.ndarray, total: int) -> np.ndarray:
-    """Shares e * ratio * size, those above their size cut and e solved again for the rest."""
+    """Shares e * ratio * size, those above their size cut and e solved again for the rest.
+
+    Cutting a share leaves more for the others, so e only grows from one round to the next: what was
+    cut once stays cut, and there are at most as many rounds as sizes.
+    """
     raw, dense = sizes * ratios, np.zeros(len(sizes), bool)
     while not dense.all():
         e = (total - sizes[dense].sum()) / raw[~dense].sum() if raw[~dense].any() else 0.0
@@ -246,7 +250,11 @@ def _scaled(sizes: np.ndarray, ratios: np.ndarray, total: int) -> np.ndarray:
 
 
 def _shifted(sizes: np.ndarray, d: np.ndarray, total: int) -> np.ndarray:
-    """Shares (d + c) * size within 0 and size, c by bisection: the sum grows with it."""
+    """Shares (d + c) * size within 0 and size, c by bisection: the sum grows with it.
+
+    Clipping makes the sum piecewise linear in c, and 100 halvings of an interval of length 2 reach
+    the last bit of float64 long before they end.
+    """
     cut = lambda c: np.clip(d + c, 0, 1) * sizes
     low, high = -1.0, 1.0  # 0 <= d <= 1, so these give nothing and everything
     for _ in range(100):
@@ -257,6 +265,8 @@ def _shifted(sizes: np.ndarray, d: np.ndarray, total: int) -> np.ndarray:
 
 def _apportion(shares: np.ndarray, sizes: np.ndarray, total: int) -> np.ndarray:
     """Integers that sum to the total, by largest remainder, ties to the earlier."""
+    # Remainders are compared to six digits: equal shares must tie, and the rounding of float64
+    # would decide between them otherwise.
     counts = np.minimum(np.floor(shares), sizes).astype(np.int64)
     order = np.argsort(-np.round(shares - counts, 6), kind="stable")
     while counts.sum() < total:

@@ -33,12 +33,12 @@ class Unstructured:
     """
 
     def units(self, name: str, shape: Shape) -> Shape:
-        """The shape of the units' scores."""
+        """Shape of the scores of the units."""
         del name
         return shape
 
     def pooled(self, scores: jax.Array) -> jax.Array:
-        """Scores of units."""
+        """Each weight is a unit, so the scores stay."""
         return scores
 
     def spread(self, keep: jax.Array, shape: Shape) -> jax.Array:
@@ -91,7 +91,7 @@ class NofM:
         return shape
 
     def mask(self, scores: jax.Array) -> jax.Array:
-        """The mask of weights."""
+        """Returns the mask of the weights."""
         assert self.axis is not None
         return n_of_m(scores, self.n, self.m, self.axis)
 
@@ -135,7 +135,7 @@ class Block:
         return tuple(size // side for size, side in zip(shape, sides, strict=True))
 
     def pooled(self, scores: jax.Array) -> jax.Array:
-        """float32 sums over tiles."""
+        """Sums the scores over each tile, in float32."""
         sides = self._sides(scores.shape)
         tiled = [
             n for size, side in zip(scores.shape, sides, strict=True) for n in (size // side, side)
@@ -144,7 +144,7 @@ class Block:
         return jnp.sum(scores.astype(jnp.float32).reshape(tiled), axis=inner)
 
     def spread(self, keep: jax.Array, shape: Shape) -> jax.Array:
-        """Each tile's bit, over the tile."""
+        """Repeats the bit of each tile over its weights."""
         sides = self._sides(shape)
         open_up = tuple(range(1, 2 * len(shape), 2))
         tiled = [n for size, side in zip(shape, sides, strict=True) for n in (size // side, side)]
@@ -181,7 +181,7 @@ class Channel:
         _check_axis(self, self.axis)
 
     def units(self, name: str, shape: Shape) -> Shape:
-        """How many channels there are."""
+        """One score for each channel."""
         return (_size_of(name, shape, self.axis),)
 
     def pooled(self, scores: jax.Array) -> jax.Array:
@@ -243,7 +243,7 @@ class Balanced:
         return self.parts, *self.pattern.units(name, self._part(shape))
 
     def pooled(self, scores: jax.Array) -> jax.Array:
-        """Scores of units, part by part."""
+        """Sums the scores of weights into scores of units, part by part."""
         return jax.vmap(self.pattern.pooled)(self._cut(scores))
 
     def spread(self, keep: jax.Array, shape: Shape) -> jax.Array:

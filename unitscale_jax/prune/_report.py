@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ParamSparsity:
-    """What is left of one parameter.
+    """How many weights of one parameter are left.
 
     Attributes:
         name: Its path.
@@ -32,7 +32,7 @@ class ParamSparsity:
 
     @property
     def sparsity(self) -> float:
-        """The share that is gone."""
+        """Fraction of the weights that are pruned."""
         return 1 - self.kept / self.size if self.size else 0.0
 
 
@@ -53,7 +53,7 @@ class SparsityReport:
 
     @property
     def masked(self) -> ParamSparsity:
-        """The parameters with a mask."""
+        """Total over the parameters that have a mask."""
         return _sum("masked", [row for row in self.rows if row.masked])
 
     def table(self) -> "Table":

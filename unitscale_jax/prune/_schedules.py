@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 @dataclass(frozen=True)
 class OneShot:
-    """The whole sparsity at one step.
+    """Reaches the whole sparsity at one step.
 
     Attributes:
         at: The step.
@@ -39,7 +39,7 @@ class OneShot:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The steps of updates."""
+        """Steps at which masks are updated."""
         return (self.at,)
 
     def sparsities(self, target: float) -> tuple[float, ...]:
@@ -85,7 +85,7 @@ class Cubic:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The steps of updates."""
+        """Steps at which masks are updated."""
         return _span(self.start, self.end, self.every)
 
     def sparsities(self, target: float) -> tuple[float, ...]:
@@ -96,7 +96,7 @@ class Cubic:
 
 @dataclass(frozen=True)
 class Linear:
-    """Gradual pruning at an even pace.
+    """Raises the sparsity by equal amounts, from one update to the next.
 
     Attributes:
         start: The first step.
@@ -125,7 +125,7 @@ class Linear:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The steps of updates."""
+        """Steps at which masks are updated."""
         return _span(self.start, self.end, self.every)
 
     def sparsities(self, target: float) -> tuple[float, ...]:
@@ -136,7 +136,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Steps:
-    """A table of one's own.
+    """Takes steps and sparsities from a table.
 
     Attributes:
         steps: Increasing steps of updates.

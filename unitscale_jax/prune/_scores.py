@@ -39,7 +39,7 @@ class Score(NamedTuple):
 
 
 def magnitude() -> Score:
-    """|w|: small weights go.
+    """Scores weights by |w|: small weights are pruned first.
 
     Example:
         >>> magnitude().value((), None, jnp.array([1.0, -2.0]), 1).tolist()
@@ -86,7 +86,7 @@ def random(seed: int) -> Score:
 
 
 class FisherState(NamedTuple):
-    """State of `fisher`.
+    """State of `fisher`: sums of squared gradients.
 
     Attributes:
         steps: Gradients seen, int32.

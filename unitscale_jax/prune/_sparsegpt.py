@@ -57,7 +57,7 @@ class Pruned:
 
 @dataclass(frozen=True)
 class SparseGPTReport:
-    """Errors by parameter.
+    """Errors of the pruned products, one row per parameter.
 
     Attributes:
         errors: Parameter -> errors of its products, on the batches calibrated on.

@@ -202,7 +202,7 @@ class Absmax(Calibrator):
         return jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0.0)
 
     def measure(self, axes: AxisNumbers) -> Measure:
-        """The ends themselves."""
+        """Measures the smallest and largest number themselves."""
         return extremes(axes)
 
 
@@ -344,7 +344,7 @@ class MSE(Calibrator):
 
     @property
     def ratios(self) -> np.ndarray:
-        """The fractions, from 1 down."""
+        """Fractions of the largest magnitude that are tried, from 1 down."""
         return np.linspace(1.0, self.least, self.steps, dtype=np.float32)
 
     def bound(self, x: jax.Array, axes: AxisNumbers, error: Any) -> jax.Array:
@@ -406,12 +406,12 @@ class Fixed(Calibrator):
 
     @property
     def low(self) -> float:
-        """The lower end."""
+        """Lower end of the range."""
         return -self.first if self.second is None else self.first
 
     @property
     def high(self) -> float:
-        """The upper end."""
+        """Upper end of the range."""
         return self.first if self.second is None else self.second
 
     def bound(self, x: jax.Array, axes: AxisNumbers, error: Any) -> jax.Array:
@@ -421,7 +421,7 @@ class Fixed(Calibrator):
         return jnp.full([1 if axis in axes else n for axis, n in enumerate(x.shape)], m)
 
     def bounds(self, x: jax.Array, axes: AxisNumbers) -> tuple[jax.Array, jax.Array]:
-        """The given ends."""
+        """The given ends, whatever the numbers are."""
         shape = [1 if axis in axes else n for axis, n in enumerate(x.shape)]
         return jnp.full(shape, np.float32(self.low)), jnp.full(shape, np.float32(self.high))
 

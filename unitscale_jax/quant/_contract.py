@@ -193,6 +193,12 @@ def _across(product: Product, side: int, t: QTensor, other: jax.Array) -> jax.Ar
 
 
 def _across_dot(product: Dot, side: int, t: QTensor, other: jax.Array) -> jax.Array | None:
+    """A scale along summed dimensions, as a factor of the operand that it is summed with.
+
+    sum_k (s_k q_k) x_k = sum_k q_k (s_k x_k): a scale that differs along k cannot leave the sum,
+    and may go to the other side instead, which has a dimension for each k and each batch. One that
+    differs along a dimension of this side alone has no place there.
+    """
     if any(t.scale.shape[d] != 1 for d in product.free(side)):
         return None
     # Batch and contracted dimensions, none of the other's free ones.
@@ -203,6 +209,7 @@ def _across_dot(product: Dot, side: int, t: QTensor, other: jax.Array) -> jax.Ar
     by = repeat_groups(t.scale, whole)
     by = by.transpose(*mine, *product.free(side))
     by = by.reshape(by.shape[: len(mine)])
+    # `broadcast_in_dim` takes dimensions in ascending order only.
     order = sorted(range(len(theirs)), key=lambda k: theirs[k])
     by = by.transpose(order)
     return jax.lax.broadcast_in_dim(by, _embedded(by, other, sorted(theirs)), sorted(theirs))

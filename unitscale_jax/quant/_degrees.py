@@ -110,6 +110,12 @@ class Degrees(Flow[Degree]):
         return carry
 
     def visit(self, site: Site, inputs: list[Degree]) -> list[Degree]:
+        """Passes degrees through one equation.
+
+        A degree is meant for values that have the channels on exactly one axis. What has them on
+        none cannot be scaled by channel, so its degree must be zero; what has them twice, or all
+        layers of a stack at once, has no single power, and its degree must be zero as well.
+        """
         ins, outs = self.graph.at(site.place)
         removed = frozenset(self._removed(site))
         factors = frozenset(self.factors) - removed

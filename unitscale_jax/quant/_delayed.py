@@ -72,15 +72,15 @@ class AmaxHistory(Mapping[str, Ring]):
         return self.rings[name]
 
     def __iter__(self) -> Iterator[str]:
-        """Names of parameters."""
+        """Iterates over the names of parameters."""
         return iter(self.rings)
 
     def __len__(self) -> int:
-        """How many parameters."""
+        """Number of parameters that have a history."""
         return len(self.rings)
 
     def update(self, stats: Mapping[str, Stat]) -> "AmaxHistory":
-        """The history after one more step.
+        """Returns the history after one more step.
 
         Args:
             stats: What `observed` measured in the step, of the same parameters.

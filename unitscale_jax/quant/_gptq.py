@@ -60,7 +60,7 @@ class Rounded:
 
 @dataclass(frozen=True)
 class GPTQReport:
-    """Errors by parameter.
+    """Errors of the quantized products, one row per parameter.
 
     Attributes:
         errors: Parameter -> errors of its products, on the batches calibrated on.
@@ -71,7 +71,7 @@ class GPTQReport:
     kept: tuple[str, ...]
 
     def __str__(self) -> str:
-        """A table."""
+        """The rows as a table of text."""
         width = max(map(len, self.errors), default=0)
         rows = [f"{'':<{width}}  nearest     gptq  unseen"]
         rows += [
@@ -187,8 +187,13 @@ def _on_device(
     made = jax.vmap(lambda w, h: _columns(w, h, spec.w, tiles, damp))(columns, h)
     regular = made.pop("regular").all()
     codes = from_matrices(made["codes"][:, np.argsort(order)], layout, shape)
-    small = lambda n: [n if d == axes[-1] else 1 if d in axes else m for d, m in enumerate(shape)]
-    laid = lambda x: from_matrices(x, layout, small(x.shape[1]))
+
+    def laid(x: jax.Array) -> jax.Array:
+        """Scales as they lie beside the codes: one for each tile, none along the other axes."""
+        like = [1 if d in axes else size for d, size in enumerate(shape)]
+        like[axes[-1]] = x.shape[1]
+        return from_matrices(x, layout, like)
+
     rest = {name: laid(x) for name, x in made.items() if name != "codes"}
     t = QTensor(codes, **rest, spec=spec, axes=spec.w.axes, dtype=np.dtype(w.dtype))
     if spec.x is not None and not spec.x.symmetric:

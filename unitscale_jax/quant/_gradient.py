@@ -260,5 +260,5 @@ def _backward_spec(product: Product, other: QTensor, spec: DotSpec) -> DotSpec:
 
 
 def draw(key: Key | None, place: tuple[int, ...]) -> Key | None:
-    """A key for the equation at a place."""
+    """Derives the random key of the equation at a place."""
     return None if key is None else jax.random.fold_in(key, zlib.crc32(repr(place).encode()))

@@ -74,7 +74,7 @@ class Account:
         return f"{site.name} of {' and '.join(rule_names(site, self.origins(site)[:2]))}"
 
     def __str__(self) -> str:
-        """All that was left, and why."""
+        """The parameters that stayed in floats, with reasons, as text."""
         each = (f"{self.named(left.site)} ({left.why})" for left in self.left)
         return "; ".join(dict.fromkeys(each))
 

@@ -56,17 +56,17 @@ class Learned(trees.Compound):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the array."""
+        """Shape of the master array."""
         return tuple(self.master.shape)
 
     @property
     def dtype(self) -> DType:
-        """The dtype of the array."""
+        """Dtype of the master array."""
         return np.dtype(self.master.dtype)
 
     @property
     def values(self) -> Any:
-        """The float array."""
+        """The float array, without its scales."""
         return self.master
 
     def with_values(self, values: Any) -> "Learned":
@@ -100,7 +100,7 @@ class Learned(trees.Compound):
         return replace(self, master=master, scale=scale, x_scale=x_scale)
 
     def __repr__(self) -> str:
-        """Shape, spec and dtype."""
+        """Shape, spec and dtype, in place of the arrays."""
         shape = getattr(self.master, "shape", self.master)
         return f"Learned({shape}, {self.spec}, axes={self.spec.w.axes})"
 

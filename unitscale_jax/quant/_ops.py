@@ -72,7 +72,7 @@ def scales(m: jax.Array, spec: QSpec) -> tuple[jax.Array, jax.Array]:
 
 @functools.partial(_inlined, static_argnames="spec")
 def symmetric(x: jax.Array, m: jax.Array, spec: QSpec, key: Key | None = None) -> Any:
-    """Codes and scale.
+    """Returns codes and scale of a symmetric grid.
 
     Args:
         x: float32.

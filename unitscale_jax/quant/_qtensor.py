@@ -97,7 +97,7 @@ class QTensor(trees.Compound):
         return replace(self, **new, **statics)
 
     def arrays(self) -> dict[str, Any]:
-        """The arrays it has, by name."""
+        """The arrays that are present, by field name."""
         every = {name: getattr(self, name) for name in ARRAYS}
         return {name: x for name, x in every.items() if x is not None}
 

@@ -242,7 +242,7 @@ class DeviceSummed:
 
 
 class _Quantizer(Rewriter):
-    """Replays a program on codes."""
+    """Replays a program with codes in place of parameters."""
 
     def __init__(
         self,
@@ -311,7 +311,7 @@ class _Quantizer(Rewriter):
         return super().step(site, operands)
 
     def evaluate(self, site: Site, operands: list[Any]) -> list[Any]:
-        """Every equation without a body."""
+        """Evaluates an equation without a body, by codes where it has some."""
         if any(isinstance(x, DeviceSummed) for x in operands):
             return [x.total for x in operands]
         if site.place in self.linear:

@@ -56,11 +56,9 @@ def grouped(product: Product, side: int, t: QTensor) -> bool:
 
 def reach(t: QTensor) -> int:
     """The largest magnitude of a factor: a code, or a code times the integer of its group."""
-    return (
-        127
-        if t.multiplier is not None
-        else (t.spec.w.reach if t.spec.w.symmetric else 2 ** (t.spec.w.grid.bits - 1))
-    )
+    if t.multiplier is not None:
+        return 127
+    return t.spec.w.reach if t.spec.w.symmetric else 2 ** (t.spec.w.grid.bits - 1)
 
 
 def _of_values(product: Product, sides: list[Any]) -> jax.Array:
@@ -197,5 +195,5 @@ class _Tile(Dot):
         object.__setattr__(self, "_shapes", [p.shape for p in pieces])
 
     def shape(self, side: int) -> tuple[int, ...]:
-        """Shape of a cut operand."""
+        """Shape of one operand of the tile."""
         return self._shapes[side]  # type: ignore[attr-defined]

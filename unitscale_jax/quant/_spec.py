@@ -111,8 +111,9 @@ class QSpec:
     @property
     def code_dtype(self) -> Any:
         """The dtype codes are kept in: int4 up to four bits, int8 above, or an 8-bit float."""
-        name = ("int4" if self.grid.bits <= 4 else "int8") if self.is_integer else self.grid.dtype
-        return formats_dtype(str(name))
+        if not self.is_integer:
+            return formats_dtype(str(self.grid.dtype))
+        return formats_dtype("int4" if self.grid.bits <= 4 else "int8")
 
     @property
     def most_multiplier(self) -> int:
@@ -195,7 +196,7 @@ class DotSpec:
 
 @functools.cache
 def formats_dtype(name: str) -> Any:
-    """A dtype of codes by name."""
+    """Looks up the dtype of codes by name."""
     import jax.numpy as jnp
 
     return np.dtype(getattr(jnp, name))

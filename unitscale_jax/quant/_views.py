@@ -263,7 +263,9 @@ def _segment(t: QTensor, x: Any, before: Sequence[int], new: Sequence[int]) -> l
     if count == math.prod(t.shape[d] for d in before):
         return list(new)
     alone = sum(t.shape[d] > 1 for d in before) == sum(n > 1 for n in new) == 1
-    return [count if n > 1 else 1 for n in new] if alone else None  # groups along one axis
+    if not alone:  # groups lie along one axis, and several would share them
+        return None
+    return [count if n > 1 else 1 for n in new]
 
 
 def _range_moved(site: Site, r: Any, t: QTensor, starts: Sequence[Any]) -> list[Any] | None:

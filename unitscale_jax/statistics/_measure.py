@@ -67,7 +67,7 @@ class Operand(Protocol):
 
     @property
     def symmetric(self) -> bool:
-        """Whether its range is [-m, m]."""
+        """Whether the range is [-m, m]."""
         ...
 
     def measure(self, axes: tuple[int, ...]) -> Measure:
@@ -138,7 +138,7 @@ def host(tree: Any) -> Any:
 
 
 def on_host(tree: Any) -> bool:
-    """Whether all arrays are NumPy's."""
+    """Whether all arrays are NumPy arrays."""
     return all(isinstance(x, np.ndarray | np.generic) for x in jax.tree.leaves(tree))
 
 

@@ -38,7 +38,7 @@ from unitscale_jax.trace.rewrite import captured
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Observer:
-    """Measures what meets one parameter.
+    """Accumulates the statistics of what meets one parameter.
 
     Attributes:
         name: Of the parameter.

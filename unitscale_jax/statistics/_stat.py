@@ -181,7 +181,7 @@ class Stat:
         return host(both) if on_host((self, other)) else both
 
     def _pair(self, mine: tuple[Any, Any], theirs: tuple[Any, Any], later: bool) -> Any:
-        """The numbers of one layer."""
+        """Merges two measurements of one layer, kind by kind."""
         out = {}
         for kind, a in mine[1].items():
             measure, b = self._measure(kind, mine[1]), theirs[1][kind]
@@ -226,11 +226,11 @@ class Outline:
         self.args, self.kwargs = jax.tree.map(form, (args, dict(kwargs)))
 
     def __eq__(self, other: object) -> bool:
-        """Whether both are outlines."""
+        """All outlines are equal, so that merged statistics have one structure."""
         return isinstance(other, Outline)
 
     def __hash__(self) -> int:
-        """One for all."""
+        """One hash for all outlines, since all are equal: inputs do not tell statistics apart."""
         return hash(Outline)
 
     def __repr__(self) -> str:
@@ -272,7 +272,7 @@ class Stats(dict[str, Stat]):
 
     @classmethod
     def tree_unflatten(cls, static: Any, stats: Iterable[Stat]) -> "Stats":
-        """The inverse."""
+        """Rebuilds the statistics from their leaves, for JAX."""
         names, inputs = static
         return cls(dict(zip(names, stats, strict=True)), inputs)
 

@@ -164,7 +164,7 @@ def _before(counts: jax.Array) -> jax.Array:
 def _check(
     params: Params, x: Any, chosen: Any, gates: Any, capacity: int | None, mesh_axis: str
 ) -> int:
-    """How many experts a device has."""
+    """Checks the arguments and returns the number of experts per device."""
     if chosen.shape != gates.shape or chosen.shape[:-1] != x.shape[:-1]:
         raise ValueError(
             f"expert_parallel got x {x.shape}, chosen {chosen.shape} and gates {gates.shape}; "

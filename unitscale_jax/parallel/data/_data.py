@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from unitscale_jax import rules, tree as trees
-from unitscale_jax.errors import expected
+from unitscale_jax.errors import expected, uneven_rows
 from unitscale_jax.loss import (
     Denominators,
     Given,
@@ -300,8 +300,6 @@ def _check_filled(
     fixed = scalar_terms(grad_fn.loss, params, batch, given)
     if fixed:
         raise ValueError(
-            f"{n} devices do not divide {rows} rows, and term {fixed[0]!r} sums its rows itself, "
-            "so those that fill up the last device cannot be left out. Return one number per row, "
-            f"us.Mean(total=losses, weight=counts), or give {rows + -rows % n} rows, some of "
-            "weight 0."
+            f"{uneven_rows(f'{n} devices', rows, fixed[0])}, or give {rows + -rows % n} rows, some "
+            "of weight 0."
         )

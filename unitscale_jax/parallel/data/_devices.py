@@ -57,7 +57,7 @@ class Outputs:
         return [x for k, x in pairs if k != "concat"], [x for k, x in pairs if k == "concat"]
 
     def outputs(self, sums: list[Any], stacks: list[Any], rows: int) -> Any:
-        """Both as the loss returned them."""
+        """Terms and auxiliary outputs as the loss returned them."""
         assert self._reduction is not None  # set while the body was traced
         each = {True: iter(x[:rows] for x in stacks), False: iter(sums)}
         found = [next(each[kind == "concat"]) for kind in self._reduction.kinds]

@@ -33,7 +33,7 @@ class Feedback:
     state: Any = None
 
     def after(self, lost: list[Any], aux: Any) -> "Feedback":
-        """That of the next step."""
+        """The feedback of the next step."""
         return Feedback(jax.tree.structure(self.error).unflatten(lost), aux)
 
 

@@ -109,7 +109,7 @@ def _kept(primitive: Any, *_: Any, **params: Any) -> bool:
 )
 @dataclass(frozen=True)
 class ParamShare:
-    """A device's share of an array.
+    """One device's share of a parameter, gathered where it is used.
 
     Attributes:
         local: The share.
@@ -126,7 +126,7 @@ class ParamShare:
     dtype: Any = field(default=None, metadata=dict(static=True))
 
     def whole(self) -> jax.Array:
-        """The array."""
+        """Gathers the shares of all devices into the parameter."""
         axis = self.local.ndim + self.dim
         others = spec_of(self.others[len(self.others) - self.local.ndim :])
         own = self.local.dtype
@@ -230,16 +230,16 @@ class _Gatherer(Rewriter):
         return evaluate(*flat)
 
     def carried(self, site: Site, carry: list[Any], step: Any) -> list[Any]:
-        """What a loop carries is whole."""
+        """A loop's carry is gathered before the loop."""
         del site, step
         return [_whole(x) for x in carry]
 
     def partitioned(self, operand: Any, placement: Any) -> Any:
-        """A share lies where it lies."""
+        """A share keeps its place in a call."""
         return None if isinstance(operand, ParamShare) else placement
 
     def returned(self, site: Site, results: list[Any]) -> list[Any]:
-        """What leaves a body is whole."""
+        """The results of a body are gathered."""
         del site
         return [_whole(x) for x in results]
 

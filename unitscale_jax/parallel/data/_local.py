@@ -24,7 +24,7 @@ class Local(NamedTuple):
 
 
 def direct(grad_fn: Grad) -> Local:
-    """The station as it is."""
+    """Evaluates the gradient station as it is."""
 
     def weigh(params: Params, part: Part, state: State) -> Any:
         return weights_of(grad_fn.loss, params, part.batch, Given(state).of(part))

@@ -76,7 +76,7 @@ class DivisionGraph:
         return found
 
     def of(self, path: str) -> DimSet:
-        """The dimensions of a parameter."""
+        """The dimensions of one parameter."""
         return factors_of(self.dims.axes(path))
 
     def roles_of(self, factor: SymbolicDim) -> set[Role]:

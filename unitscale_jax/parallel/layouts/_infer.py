@@ -126,7 +126,7 @@ class Sum:
 
 @dataclass(frozen=True)
 class Inferred(Layout):
-    """A layout that `infer` has found.
+    """A layout that `infer` has found, with the sums that it costs.
 
     Attributes:
         sums: Which sums over devices to expect of values and gradients. Sums in the backward pass
@@ -136,7 +136,7 @@ class Inferred(Layout):
     sums: tuple[Sum, ...] = field(repr=False)
 
     def table(self) -> str:
-        """That of the layout, and the sums."""
+        """The table of the layout, followed by the sums of the forward pass."""
         lines = [super().table()]
         for one in self.sums:
             times = "" if one.times == 1 else f" x {one.times or '?'}"
@@ -151,7 +151,7 @@ def _placed(
     against: dict[SymbolicDim, str],
     mesh_axis: str,
 ) -> tuple[P, str]:
-    """Where a parameter is, and why."""
+    """The spec of a parameter, and the reason for it."""
     axes, own = graph.dims.axes(name), graph.of(name)
     divided = next((factor for factor in chosen if factor in own), None)
     if divided is not None:

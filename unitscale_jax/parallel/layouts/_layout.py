@@ -187,7 +187,7 @@ class Layout:
         return "\n".join(f"{n:{a}}  {s:{b}}  {p:{c}}  {k:>{d}}  {r}" for n, s, p, k, r in rows)
 
     def __str__(self) -> str:
-        """The table."""
+        """The table of parameters and specs as text."""
         return self.table()
 
     @functools.cached_property
@@ -234,7 +234,7 @@ def shard(tree: Any, layout: Layout) -> Any:
 
 
 def abstract(tree: Any) -> Any:
-    """Shapes and dtypes of a tree."""
+    """Replaces the arrays of a tree by their shapes and dtypes."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), tree)
 
 
@@ -283,7 +283,7 @@ def no_axis(mesh_axis: str, mesh: Mesh | AbstractMesh) -> str:
 
 
 def _chosen(name: str, shape: tuple[int, ...], choice: Choice, mesh_axis: str) -> P:
-    """A rule's choice as a spec."""
+    """Turns the choice of a rule into a spec."""
     rank = len(shape)
     if isinstance(choice, P):
         spec = choice

@@ -36,7 +36,7 @@ NONE: frozenset[Any] = frozenset()
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """An operand of a product.
+    """One operand of a product, as a layout has to know it.
 
     Attributes:
         shape: Its shape.
@@ -51,7 +51,7 @@ class Side:
 
 @dataclass(frozen=True, eq=False)
 class LayoutProduct:
-    """A product.
+    """A product, with the parameters that reach either side.
 
     Attributes:
         site: Where.
@@ -108,7 +108,7 @@ def meets(traced: Traced, dims: Dims, open_to: Iterable[SymbolicDim]) -> Meets:
 
 @dataclass(frozen=True)
 class Seen:
-    """What is known of a value.
+    """Knowledge of a value: its parameters, and the streams it is on.
 
     Attributes:
         params: The parameters it is computed from.
@@ -131,7 +131,9 @@ class Seen:
     @property
     def level(self) -> int:
         """How far from parameters: 0 made of nothing else, 1 rows of one, 2 an activation."""
-        return 0 if not self.active else 1 if self.rows else 2
+        if not self.active:
+            return 0
+        return 1 if self.rows else 2
 
 
 @dataclass
@@ -145,7 +147,7 @@ class _Walk(Flow[Seen]):
     reaching: dict[Place, frozenset[str]] = field(default_factory=dict)
 
     def constant(self, value: Any) -> Seen:
-        """Nothing."""
+        """A constant has no parameters and is on no stream."""
         del value
         return Seen()
 
@@ -246,7 +248,7 @@ class _Walk(Flow[Seen]):
 
 
 def factors_of(axes: Iterable[tuple[tuple[SymbolicDim, ...], ...]]) -> DimSet:
-    """All dimensions of a value."""
+    """Collects the dimensions of all axes of a value."""
     return frozenset(factor for axis in axes for term in axis for factor in term)
 
 

@@ -34,7 +34,7 @@ def spec_of(axes: Sequence[Held]) -> P:
 
 
 def merge_specs(a: P, b: P) -> P:
-    """Two specs of one array as one.
+    """Merges two specs of one array.
 
     Raises:
         ValueError: Both hold the same dimension, or both have the same mesh axis.
@@ -81,7 +81,7 @@ def zero_spec(shape: Sequence[int], mesh_axis: str, n: int, taken: P = WHOLE) ->
 
 
 def axes_of(spec: P) -> list[str]:
-    """All mesh axes of a spec."""
+    """Lists the mesh axes of a spec."""
     return [axis for entry in held(spec, 0) for axis in entry]
 
 
@@ -104,6 +104,6 @@ def fitted(spec: P, shape: Sequence[int], sizes: Mapping[str, int]) -> P:
 
 
 def local_shape(spec: P, shape: Sequence[int], sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape that one device holds."""
+    """Shape of the part of an array that one device holds."""
     pairs = zip(held(spec, len(shape)), shape, strict=True)
     return tuple(size // math.prod(sizes[axis] for axis in by) for by, size in pairs)

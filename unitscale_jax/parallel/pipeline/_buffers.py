@@ -29,12 +29,12 @@ def stored(buffer: Any, slot: Array, value: Any, where: Array) -> Any:
 
 
 def taken(buffer: Any, slot: Array) -> Any:
-    """What is in a slot."""
+    """Reads one slot of a buffer."""
     return jax.tree.map(lambda b: lax.dynamic_index_in_dim(b, slot, keepdims=False), buffer)
 
 
 def added(total: Any, more: Any) -> Any:
-    """Sums in the dtype of the total."""
+    """Adds gradients to a total, in the dtype of the total."""
     return jax.tree.map(lambda t, m: t + m.astype(t.dtype), total, more)
 
 

@@ -17,7 +17,7 @@ from unitscale_jax.typing import Key, Params, State
 
 @dataclass(frozen=True)
 class Model:
-    """The pieces; see `pipelined`.
+    """The pieces of a model in a pipeline; see `pipelined`.
 
     A key of row i that `first`, layer l and `head` receive is `fold_in(key of row i, place)`, with
     the places 0, 1 + l and 1 + number of layers: the same for every number of parts and stages.
@@ -29,7 +29,7 @@ class Model:
     loss: Callable[..., Any]
 
     def enter(self, rest: Params, part: Part, state: State) -> Any:
-        """The input of the first layer."""
+        """Computes the input of the first layer."""
         return self.first(rest, part.batch, **_given(state, _folded(part.key, 0)))
 
     def chunk(self, layers: Any, x: Any, part: Part, state: State, start: Any) -> Any:
@@ -45,7 +45,7 @@ class Model:
         return jax.lax.scan(step, x, (layers, numbers))[0]
 
     def leave(self, rest: Params, x: Any, part: Part, state: State, layers: int) -> Any:
-        """What the model returns."""
+        """Computes the model's output from that of the last layer."""
         given = _given(state, _folded(part.key, 1 + layers))
         return self.head(rest, x, part.batch, **given)
 
@@ -56,11 +56,11 @@ class Model:
         return self.leave(rest, x, part, state, math.prod(stages.shape))
 
     def whole(self, stages: Stages, rest: Params, part: Part, state: State) -> Any:
-        """The loss without a pipeline."""
+        """The loss of the whole model on one device."""
         return self.value(self.outputs(stages, rest, part, state), part, state)
 
     def value(self, out: Any, part: Part, state: State) -> Any:
-        """The terms of the loss."""
+        """Evaluates the terms of the loss."""
         terms = self.loss(out, part.batch, **_given(state, None))
         if isinstance(terms, tuple):
             raise ValueError(

@@ -63,7 +63,7 @@ class TickTable:
 
 
 def training(schedule: Schedule, *, stash: bool) -> TickTable:
-    """The plan of a training step.
+    """The tick table of a training step.
 
     The forward pass of the last chunk is the first half of its backward pass, so it has no orders
     of its own. With `stash` backward passes read residuals, else they need the input again.
@@ -81,7 +81,7 @@ def training(schedule: Schedule, *, stash: bool) -> TickTable:
 
 
 def serving(schedule: Schedule) -> TickTable:
-    """The plan of a forward pass alone."""
+    """The tick table of a forward pass alone."""
     at = _Jobs(schedule, schedule.forward)
     sources = _slots(at.span(lambda s, job: (at.arrival(s, job), at.when["F"][s, job])))
     return TickTable([(at.orders("F", sources, {}, {}), None)], _length(sources), 1, 1)

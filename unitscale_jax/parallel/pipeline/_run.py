@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from unitscale_jax.errors import uneven_rows
 from unitscale_jax.loss import (
     Denominators,
     Given,
@@ -212,9 +213,7 @@ class Run:
             return
         if fixed := scalar_terms(self._whole, params, batch, given):
             raise ValueError(
-                f"{parts} parts do not divide {rows} rows, and term {fixed[0]!r} sums its rows "
-                "itself, so the rows that fill up the last part cannot be left out. Return one "
-                "number per row, us.Mean(total=losses, weight=counts), or choose `parts` among the "
+                f"{uneven_rows(f'{parts} parts', rows, fixed[0])}, or choose `parts` among the "
                 f"divisors of {rows}."
             )
 

@@ -65,12 +65,12 @@ class Schedule:
     repeats: int = 1
 
     def __post_init__(self) -> None:
-        """Checks the numbers."""
+        """Checks the numbers of parts, stages and repeats."""
         _check(self.name, self.stages, self.parts, self.repeats)
 
     @functools.cached_property
     def ticks(self) -> Sequence[Tick]:
-        """The ticks of a training step."""
+        """The ticks of a training step, in order."""
         if self.name == "1f1b":
             return _one_forward_one_backward(self.stages, self.parts)
         forward = _in_turn(self.stages, self.parts, self.repeats)
@@ -115,7 +115,7 @@ class Schedule:
         return most
 
     def __str__(self) -> str:
-        """The table."""
+        """The schedule as a table of text."""
         rows = [["tick", *map(str, range(len(self.ticks)))]]
         rows += [
             [f"stage {s}", *(self._cell(tick, s) for tick in self.ticks)]

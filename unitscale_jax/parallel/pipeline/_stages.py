@@ -40,7 +40,7 @@ class Stages:
         return repeats, stages, layers
 
     def beside(self) -> Any:
-        """The container without its layers."""
+        """The container without its stacked layers."""
         return self._kind(self.others)
 
     def like(self, layers: Any, others: Mapping[Entry, Any]) -> "Stages":
@@ -69,7 +69,7 @@ class Stages:
 
     @classmethod
     def tree_unflatten(cls, outline: Any, children: Sequence[Any]) -> "Stages":
-        """For JAX."""
+        """Rebuilds the object from its leaves, for JAX."""
         beside, *rest = outline
         layers, *others = children
         return cls(layers, dict(zip(beside, others, strict=True)), *rest)

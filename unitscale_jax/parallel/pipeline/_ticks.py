@@ -27,7 +27,7 @@ from unitscale_jax.typing import Params
 
 
 class Inputs(NamedTuple):
-    """What every stage has whole.
+    """Arrays that every stage has whole.
 
     Attributes:
         rest: Parameters other than the layers'.
@@ -41,7 +41,7 @@ class Inputs(NamedTuple):
 
 
 class _Carry(NamedTuple):
-    """What goes from tick to tick.
+    """Values that go from one tick to the next.
 
     Attributes:
         sources: Inputs that wait, leaves `(slots, ...)`.
@@ -68,7 +68,7 @@ class _Carry(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """One device's share of a pipeline.
+    """One device's stage of a pipeline, and how it runs a tick.
 
     Attributes:
         model: The pieces of the model.
@@ -166,7 +166,7 @@ class Stage:
         return carry._replace(sources=sources, kept=kept, ahead=self._sent(y, 1)), y
 
     def _backward(self, carry: _Carry, job: Orders) -> _Carry:
-        """The backward half of a tick."""
+        """Runs the backward half of a tick."""
         cotangents = stored(carry.cotangents, job.into, carry.back, job.arrives)
         arrived = lambda: (carry.terms, carry.rest, taken(cotangents, job.cotangent))
 
@@ -265,7 +265,7 @@ class Stage:
 
     @property
     def _count(self) -> int:
-        """How many layers the model has."""
+        """Number of layers of the model."""
         return self._repeats * self.stages * jax.tree.leaves(self.layers)[0].shape[1]
 
     @property

@@ -27,7 +27,7 @@ K = TypeVar("K", bound=Hashable)
 
 @dataclass(frozen=True)
 class OpRow:
-    """One equation in the bill.
+    """One row of a cost table: an equation and what it adds.
 
     Attributes:
         site: The equation where it stands; `site.place` is its key.

@@ -31,7 +31,7 @@ class OpCost:
     transcendentals: int = 0
 
     def __add__(self, other: "OpCost") -> "OpCost":
-        """Both, one after the other."""
+        """The cost of both, one after the other."""
         return OpCost(
             self.flops + other.flops,
             self.bytes + other.bytes,
@@ -39,7 +39,7 @@ class OpCost:
         )
 
     def __mul__(self, times: int) -> "OpCost":
-        """The same, a number of times."""
+        """The cost of the same work, repeated."""
         return OpCost(self.flops * times, self.bytes * times, self.transcendentals * times)
 
 
@@ -106,7 +106,7 @@ def _put(eqn: Equation) -> int:
 
 
 def _put_combined(eqn: Equation) -> int:
-    """What stood there is read as well."""
+    """Bytes of a combining scatter, which reads the old values as well."""
     return _put(eqn) + _nbytes(update(eqn))
 
 

@@ -233,7 +233,7 @@ def _sort(eqn: Equation) -> Work:
 
 
 def _top_k(eqn: Equation) -> Work:
-    """Comparisons of a heap of k."""
+    """Counts the comparisons of a heap of k entries."""
     k = max(1, shape(eqn.outvars[0])[-1])
     return size(eqn.invars[0]) * math.ceil(math.log2(k + 1)), 0
 

@@ -40,12 +40,12 @@ Rule: TypeAlias = Callable[[Equation, list[Axes]], Sequence[Axes]]
 
 
 def shapes(eqn: Equation) -> list[Sequence[int]]:
-    """Of the results."""
+    """Shapes of the results, one per output."""
     return [shape(v) for v in eqn.outvars]
 
 
 def shape(v: Any) -> Sequence[int]:
-    """Of a variable or a literal."""
+    """Shape of a variable or a literal."""
     return getattr(v.aval, "shape", ())  # a token has none
 
 
@@ -55,7 +55,7 @@ def others(rank: int, *taken: Sequence[int]) -> list[int]:
 
 
 def opaque(eqn: Equation, ins: list[Axes]) -> list[Axes]:
-    """What is safe for any primitive."""
+    """Couples nothing and pins every axis: safe for any primitive."""
     why = eqn.primitive.name
     for axes in ins:
         pin(axes, why)
@@ -203,7 +203,9 @@ def _slice(eqn: Equation, ins: list[Axes]) -> list[Axes]:
         if stride != 1 or start == end:
             return cut_to(axis, -(-(end - start) // stride), "stride")
         sizes = [n for n in (start, end - start, size(axis) - end) if n]
-        return pieces(axis, sizes)[1 if start else 0] if len(sizes) > 1 else axis
+        if len(sizes) == 1:
+            return axis
+        return pieces(axis, sizes)[1 if start else 0]
 
     strides = strides or [1] * len(starts)
     return [tuple(map(sliced, ins[0], starts, ends, strides))]

@@ -57,7 +57,7 @@ def settled(values: Iterable[Axes]) -> list[Axes]:
 
 
 class Couplings(Flow[Axes]):
-    """The walk that unifies axes.
+    """The walk that unifies the axes of a program.
 
     Attributes:
         record: For each equation without a body, by place: axes of its operands, of its results.
@@ -66,7 +66,7 @@ class Couplings(Flow[Axes]):
     """
 
     def __init__(self) -> None:
-        """A walk that has met nothing."""
+        """Starts a walk with no couplings."""
         self.record: dict[Place, tuple[list[Axes], list[Axes]]] = {}
         self.calls: dict[Place, tuple[list[Axes], list[Axes]]] = {}
         self.unknown: Counter[str] = Counter()
@@ -77,13 +77,13 @@ class Couplings(Flow[Axes]):
         return new_axes(np.shape(value), "constant")
 
     def join(self, a: Axes, b: Axes) -> Axes:
-        """The same axes, from now on."""
+        """Unifies the axes of two values, since either may be the result."""
         for x, y in zip(a, b, strict=True):
             unify(x, y)
         return a
 
     def visit(self, site: Site, inputs: list[Axes]) -> list[Axes]:
-        """By the table."""
+        """Applies the rule of the primitive."""
         rule = RULES.get(site.name, opaque)
         if rule is opaque:
             self.unknown[site.name] += 1

@@ -136,7 +136,7 @@ class Dims:
         return " ".join(_name(member, self._axes) for member in of.members)
 
     def __str__(self) -> str:
-        """The table."""
+        """The table of dimensions as text."""
         return self.table()
 
 

@@ -18,7 +18,7 @@ from typing import TypeAlias
 
 
 class SymbolicDim:
-    """A dimension; compared by identity.
+    """A dimension without a name; two are equal only if they are one object.
 
     Attributes:
         size: Its number of channels, above 1.
@@ -37,7 +37,7 @@ class SymbolicDim:
 
     def __repr__(self) -> str:
         """Its size, and its marks."""
-        return f"Factor({self.size}{''.join(f', {m!r}' for m in sorted(self.marks))})"
+        return f"SymbolicDim({self.size}{''.join(f', {m!r}' for m in sorted(self.marks))})"
 
 
 DimProduct: TypeAlias = tuple[SymbolicDim, ...]
@@ -59,7 +59,7 @@ def new_axes(shape: Sequence[int], *marks: str) -> Axes:
 
 
 def size(axis: Axis) -> int:
-    """How many positions an axis has."""
+    """Number of positions of an axis."""
     return sum(_product(term) for term in axis)
 
 
@@ -86,7 +86,7 @@ def expanded(axis: Axis) -> Axis:
 
 
 def factors(axis: Axis) -> set[SymbolicDim]:
-    """All factors of an axis."""
+    """Collects the symbolic dimensions of an axis."""
     return set(itertools.chain.from_iterable(expanded(axis)))
 
 
@@ -98,8 +98,15 @@ def pin(axes: Sequence[Axis], why: str) -> None:
 
 
 def unify(x: Axis, y: Axis) -> None:
-    """Makes two axes of one size the same dimension."""
+    """Makes two axes of one size the same dimension.
+
+    Both are first cut until their terms end at the same positions: (a + b) against (c + d + e) of
+    sizes 4 + 8 and 4 + 2 + 6 makes b = d + e. Then terms are unified pair by pair, as products.
+    """
     assert size(x) == size(y), f"axes of sizes {size(x)} and {size(y)} are not the same dimension"
+    # Cutting x may refine a dimension that stands in y as well (and the other way round), which
+    # moves the ends of both, so they are compared anew. Every turn refines some dimension into
+    # smaller ones, of which there are finitely many.
     while (x := expanded(x)) and _ends(x) != _ends(y := expanded(y)):
         if not (_cut(x, _ends(y)) and _cut(y, _ends(x))):
             return pin([x, y], "sums that do not line up")
@@ -176,7 +183,7 @@ def _refine(factor: SymbolicDim, parts: Sequence[Sequence[int]]) -> None:
 
 
 def _merge(a: SymbolicDim, b: SymbolicDim) -> None:
-    """Makes two factors of one size one."""
+    """Makes one dimension of two that have one size."""
     if a is b:
         return
     if b.parts is None:
@@ -195,6 +202,8 @@ def _cut(axis: Axis, ends: Sequence[int]) -> bool:
         cuts = [start, *(at for at in ends if start < at < end), end]
         if len(cuts) == 2:
             continue
+        # Positions of a product count row-major, so a cut falls between two channels of the first
+        # factor, or no expression has it: (4, 6) can be cut at 12, and not at 10.
         sizes, rest = [b - a for a, b in itertools.pairwise(cuts)], _product(term[1:])
         if any(n % rest for n in sizes):
             return False
@@ -204,6 +213,11 @@ def _cut(axis: Axis, ends: Sequence[int]) -> bool:
 
 
 def _unify_products(left: DimProduct, right: DimProduct) -> None:
+    """Unifies two products of one size from the left: (12, 2) against (3, 4, 2) makes 12 = 3 · 4.
+
+    What is left when sizes do not divide, or a sum stands in the way, is pinned: it is one
+    dimension in truth, and no expression says which channels of one are those of the other.
+    """
     todo, other = list(left), list(right)
     while (a := _first(todo)) and (b := _first(other)):
         if a.size == b.size:
@@ -211,6 +225,7 @@ def _unify_products(left: DimProduct, right: DimProduct) -> None:
             todo.pop(0)
             other.pop(0)
             continue
+        # The first factor varies slowest, so the smaller one is the leading part of the larger.
         small, large = sorted((a, b), key=lambda factor: factor.size)
         if large.size % small.size or large.parts is not None:
             break
@@ -290,13 +305,18 @@ def _grouped(term: DimProduct, sizes: Sequence[int]) -> list[Axis] | None:
 
 
 def _grouped_sum(terms: Sequence[DimProduct], sizes: Sequence[int]) -> list[Axis] | None:
-    """a·r + b·r as (a + b, r): every term must end in the same product."""
+    """a·r + b·r as (a + b, r): every term must end in the same product.
+
+    So fused kernels q, k, v of heads are reshaped: (4·64 + 2·64 + 2·64) to (4 + 2 + 2, 64), where
+    the 64 of all three becomes one dimension.
+    """
     inner = math.prod(sizes[1:])
     if any(_product(term) % inner for term in terms):
         return None
     halves = [_grouped(term, [_product(term) // inner, inner]) for term in terms]
     if any(half is None for half in halves):
         return None
+    # The reshape lines the ends of all terms up, so they are one dimension from now on.
     outer, (tail, *others) = zip(*[half for half in halves if half is not None], strict=True)
     for other in others:
         unify(tail, other)

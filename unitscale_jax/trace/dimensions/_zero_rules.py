@@ -43,7 +43,7 @@ class KnownZeros(NamedTuple):
     wild: frozenset[AxisKey] = frozenset()
 
     def at(self, key: AxisKey) -> State:
-        """What it is at a key."""
+        """State of the value at one key."""
         if EVERYWHERE in self.zero or key in self.zero:
             return "zero"
         return "wild" if key in self.wild else "any"
@@ -63,11 +63,11 @@ class ZeroOperands:
 
     @property
     def name(self) -> str:
-        """Of the primitive."""
+        """Name of the primitive."""
         return self.eqn.primitive.name
 
     def factors(self, operand: int, axis: int) -> set[SymbolicDim]:
-        """Of an axis of an operand."""
+        """Symbolic dimensions of one axis of an operand."""
         return {factor for term in self.ins[operand][axis] for factor in term}
 
     def at(self, operand: int, axis: int, factor: SymbolicDim) -> State:
@@ -84,7 +84,7 @@ SUMS = frozenset({"reduce_sum", "reduce_or", "reduce_xor"})
 
 
 def mixes_nothing(call: ZeroOperands) -> Mixed:
-    """What most primitives do."""
+    """The rule of most primitives: an output position depends on its own inputs."""
     del call
     return iter(())
 
@@ -219,7 +219,9 @@ def _conv(call: ZeroOperands, i: int, k: int) -> list[int]:
         return []
     # A channel is made of the kernel that computes it; in a depthwise one, of one channel as well.
     depthwise = not call.factors(1, dims.rhs_spec[1])
-    return [dims.rhs_spec[0]] if i == 1 else [dims.lhs_spec[1]] if depthwise else []
+    if i == 1:
+        return [dims.rhs_spec[0]]
+    return [dims.lhs_spec[1]] if depthwise else []
 
 
 def _gathered(call: ZeroOperands, i: int, k: int) -> list[int]:

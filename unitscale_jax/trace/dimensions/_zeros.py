@@ -36,7 +36,7 @@ from unitscale_jax.trace.program._walk import Flow, Place, Site
 
 
 class Zeros(Flow[KnownZeros]):
-    """The walk that carries zeros.
+    """The walk that carries knowledge of zeros through a program.
 
     Attributes:
         leaks: For a factor, what mixes its channels with others although they are not zero.
@@ -55,7 +55,7 @@ class Zeros(Flow[KnownZeros]):
         return KnownZeros(frozenset(self._keys(axes)))
 
     def constant(self, value: Any) -> KnownZeros:
-        """Zero, or nothing in particular."""
+        """A concrete zero is zero everywhere; of other constants nothing is known."""
         if not is_concrete(value) or np.ndim(value):
             return NOTHING
         if jnp.issubdtype(jnp.result_type(value), jax.dtypes.extended):
@@ -63,8 +63,13 @@ class Zeros(Flow[KnownZeros]):
         return ZERO if value == 0 else NOTHING
 
     def join(self, a: KnownZeros, b: KnownZeros) -> KnownZeros:
-        """What holds of both."""
-        zero = b.zero if a == ZERO else a.zero if b == ZERO else a.zero & b.zero
+        """Keeps the zeros that both values have."""
+        # A value that is zero everywhere is zero at each key of the other, so these are shared.
+        zero = a.zero & b.zero
+        if a == ZERO:
+            zero = b.zero
+        elif b == ZERO:
+            zero = a.zero
         return KnownZeros(zero, a.wild | b.wild)
 
     def unstacked(self, site: Site, x: KnownZeros) -> KnownZeros:

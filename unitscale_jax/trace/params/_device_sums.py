@@ -33,7 +33,7 @@ class DeviceSum:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The mesh axes."""
+        """Mesh axes that are summed over."""
         params = self.site.eqn.params
         return tuple(params["axes" if "axes" in params else "axis_name"])
 

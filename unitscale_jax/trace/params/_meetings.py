@@ -172,12 +172,12 @@ class _Holding(Flow[_Known]):
     stacks: dict[tuple[Place, str], int | None] = field(default_factory=dict)
 
     def constant(self, value: Any) -> _Known:
-        """A constant holds none."""
+        """A constant holds no parameter."""
         del value
         return _Known()
 
     def join(self, a: _Known, b: _Known) -> _Known:
-        """Either of two values."""
+        """Keeps what both values hold."""
         return _Known(tuple(dict.fromkeys((*a.helds, *b.helds))), a.active or b.active)
 
     def unstacked(self, site: Site, x: _Known) -> _Known:
@@ -224,7 +224,12 @@ def _kind(site: Site) -> Kind | None:
 
 
 def _moved(site: Site, inputs: Sequence[_Known]) -> list[_Known] | None:
-    """What the results of a move hold; None for any other equation."""
+    """What the results of a move hold; None for any other equation.
+
+    Each axis of a result comes from some axes of the operand (`moved_axes`), and with them from the
+    parameter's own. A cut, which leaves positions out or repeats them, is remembered by its axes:
+    along these the operand is no longer the parameter, position by position.
+    """
     sources = moved(site, inputs)
     if sources is None:
         return None
@@ -237,7 +242,9 @@ def _moved(site: Site, inputs: Sequence[_Known]) -> list[_Known] | None:
     out = []
     for values in sources:
         active = any(x.active for x in values)
-        beside = len(values) > 1 and active  # a class token among activations is no kernel
+        # A parameter that is joined with activations (a class token before the patches) becomes
+        # rows of an activation; joined with parameters it is still a kernel.
+        beside = len(values) > 1 and active
         helds = dict.fromkeys(held for x in values for held in x.helds)
         out.append(_Known(() if beside else tuple(map(laid_out, helds)), active))
     return out
@@ -272,5 +279,5 @@ def _contracted(meeting: Meeting) -> Sequence[int]:
 
 
 def single(axes: Own) -> int | None:
-    """The only one of some axes."""
+    """The only member of a set of axes; None if there are several."""
     return next(iter(axes)) if len(axes) == 1 else None

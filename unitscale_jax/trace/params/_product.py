@@ -53,7 +53,7 @@ class Product(abc.ABC):
         return self.site.bind([left, right, *self.extra])[0]
 
     def shape(self, side: int) -> tuple[int, ...]:
-        """Shape of an operand."""
+        """Shape of an operand, as traced."""
         return self.site.shapes[side]
 
     @property
@@ -94,7 +94,7 @@ class Dot(Product):
         return self.site.eqn.params["dimension_numbers"]
 
     def contracted(self, side: int) -> tuple[int, ...]:
-        """The contracting dimensions."""
+        """Dimensions of an operand that the product sums over."""
         return tuple(self.numbers[0][side])
 
     def free(self, side: int) -> list[int]:
@@ -136,7 +136,7 @@ class Conv(Product):
         return tuple(d for d in range(len(self.shape(side))) if d != kept)
 
     def channels(self, side: int) -> tuple[int, ...]:
-        """The input features."""
+        """Dimension of the input features."""
         return (self.numbers.lhs_spec[1] if side == 0 else self.numbers.rhs_spec[1],)
 
     def placed(self, s: jax.Array, side: int) -> jax.Array:

@@ -21,7 +21,7 @@ from unitscale_jax.trace.rewrite._notes import scope_without_notes
 
 @dataclass(frozen=True)
 class Origin:
-    """What a value is made of.
+    """The inputs that a value is computed from.
 
     Attributes:
         holds: Names of the parameters whose numbers it holds, moved but not computed with: one, or
@@ -74,7 +74,7 @@ def provenance(
 
 
 def parameter(name: str) -> Origin:
-    """The origin of a parameter itself.
+    """The origin of a parameter that nothing was done to.
 
     Example:
         >>> from unitscale_jax.trace import trace
@@ -120,7 +120,7 @@ class Provenance(Flow[Origin]):
         return [Origin(_held(values), parameters, active) for values in sources]
 
     def join(self, a: Origin, b: Origin) -> Origin:
-        """Either of two values."""
+        """The origin of a value that is either of two."""
         holds = a.holds if a.holds == b.holds else frozenset()
         return Origin(holds, a.parameters | b.parameters, a.active or b.active)
 

@@ -33,7 +33,9 @@ def at_zero(name: str, params: dict[str, Any], states: Sequence[State]) -> State
     if name == "select_n":
         return all_zero(rest)
     if name == "integer_pow" and first == "zero":
-        return "zero" if params["y"] > 0 else "wild" if params["y"] < 0 else "any"
+        if params["y"] < 0:
+            return "wild"
+        return "zero" if params["y"] > 0 else "any"
     if name in IDENTITIES or name in SHIFTS:
         return first
     return all_zero(states) if name in VANISHING else "any"
@@ -48,4 +50,6 @@ def all_zero(states: Sequence[State]) -> State:
 
 def any_zero(states: Sequence[State]) -> State:
     """Zero if one of some values that are multiplied is."""
-    return "wild" if "wild" in states else "zero" if "zero" in states else "any"
+    if "wild" in states:
+        return "wild"
+    return "zero" if "zero" in states else "any"

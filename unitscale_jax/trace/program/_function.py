@@ -29,7 +29,7 @@ class Arguments:
 
     @classmethod
     def of(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> "Arguments":
-        """Those of `fn(*args, **kwargs)`."""
+        """The arguments of `fn(*args, **kwargs)`."""
         leaves, structure = jax.tree.flatten((tuple(args), dict(kwargs)))
         return cls(leaves, tuple(k for k, x in enumerate(leaves) if is_array(x)), structure)
 

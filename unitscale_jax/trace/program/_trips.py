@@ -26,7 +26,7 @@ class Count(NamedTuple):
 
 
 class Test(NamedTuple):
-    """A comparison of two counts."""
+    """A comparison of two counters."""
 
     name: str
     left: Count
@@ -86,16 +86,27 @@ def _line(
 
 
 def _until(name: str, gap: int, step: int) -> int | None:
-    """The first t at which `gap + step t` no longer stands in a relation to zero."""
-    if name == "eq":
-        return 0 if gap else 1 if step else None
-    if name == "ne":
-        crosses = gap == 0 or (step != 0 and gap % step == 0 and -gap // step > 0)
-        return -gap // step if gap and crosses else 0 if crosses else None
-    if name in ("gt", "ge"):
+    """The first t >= 0 at which `gap + step t` no longer stands in a relation to zero.
+
+    `gap` is one side of the comparison less the other before the first turn, and `step` what a turn
+    adds to it. None where the relation holds for ever, and so the loop does not end.
+    """
+    if name == "eq":  # holds at t = 0 alone, unless nothing moves
+        if gap:
+            return 0
+        return 1 if step else None
+    if name == "ne":  # ends where the line meets zero exactly, which it may step over
+        if gap == 0:
+            return 0
+        meets = step != 0 and gap % step == 0 and -gap // step > 0
+        return -gap // step if meets else None
+    if name in ("gt", "ge"):  # gap > 0 is -gap < 0
         gap, step = -gap, -step
+    # Now gap < 0, or gap <= 0, has to fail: the line must rise by so much, rounded up to turns.
     missing = -gap + (name in ("le", "ge"))
-    return 0 if missing <= 0 else -(-missing // step) if step > 0 else None
+    if missing <= 0:
+        return 0
+    return -(-missing // step) if step > 0 else None
 
 
 def _in_range(side: Count, line: tuple[int, int], turns: int, init: Sequence[Any]) -> bool:

@@ -68,7 +68,7 @@ class Site:
 
     @property
     def name(self) -> str:
-        """The name of the primitive."""
+        """Name of the primitive."""
         return self.eqn.primitive.name
 
     @_Once

@@ -29,7 +29,7 @@ Pick: TypeAlias = Callable[[Site, list[Any], list[Any]], Any]
 )
 @dataclass(frozen=True)
 class Capture:
-    """What was picked at one equation.
+    """A value that was picked at one equation.
 
     Attributes:
         value: The picked pytree; in a scan each array has a leading axis, of nested scans the outer

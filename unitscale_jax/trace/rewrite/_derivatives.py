@@ -92,7 +92,14 @@ def custom_jvp(rewriter: Any, site: Site, operands: list[Any]) -> Sequence[Any]:
 
 
 def custom_vjp(rewriter: Any, site: Site, operands: list[Any]) -> Sequence[Any]:
-    """The same value and the user's two passes, all rewritten."""
+    """The same value and the user's two passes, all rewritten.
+
+    JAX keeps the user's functions and not their equations, so each pass is traced here by
+    differentiating the original call: `pull` records its forward pass, whose residuals are the
+    leaves of the pullback, and `push` its backward pass, by putting traced leaves back into that
+    pullback. Both are then replayed by the rules. Operands that nothing differentiates by are
+    constants of both traces, so that rules which assert what is perturbed find what they expect.
+    """
     flat, structure = jax.tree.flatten(operands)
     avals, master = [v.aval for v in site.eqn.invars], _master_leaves(rewriter, structure)
     dtypes = [jnp.result_type(x) for x in flat]

@@ -84,7 +84,7 @@ class Rewriter:
     """
 
     def __init__(self, rules: RewriteRules, default: Rule | None = None) -> None:
-        """A rewriter by `rules`."""
+        """Makes a rewriter from a table of rules."""
         self.rules, self.default = rules, default
         self._touched: dict[int, tuple[Jaxpr, bool]] = {}  # by identity, which the jaxpr keeps
 
