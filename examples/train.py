@@ -107,8 +107,9 @@ def main(steps):
     folder = pathlib.Path("runs", "train")
     checkpoints = us.Checkpoints(folder)
     first = 0
-    if checkpoints.steps() and checkpoints.steps()[-1] < steps:
-        first, run = checkpoints.restore(run)
+    if checkpoints.steps():
+        first, run = checkpoints.restore(run)  # a finished run takes no step and is served again
+        print(f"step {first:5d}  goes on from {folder}")
     for step in range(first, steps):
         starts = np.random.default_rng(step).integers(0, len(train) - LENGTH, ROWS)
         run["params"], run["opt_state"], mean, _ = step_fn(
