@@ -1,4 +1,4 @@
-"""Wires: the numbers in which gradients travel between devices.
+"""Compression: the numbers in which gradients travel between devices.
 
     sum_i x_i  =  sum_i dq(q(x_i))  +  rounding,    each x_i rounded once, added up in float32
 
@@ -10,6 +10,7 @@ the largest in its block. What rounding took away can be kept and added to the n
 feedback: Seide et al. 2014; 1-bit Adam, arXiv 2102.02888).
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -22,11 +23,16 @@ from unitscale_jax.mesh_axes import devices_over
 
 Compression: TypeAlias = Literal["bfloat16", "int8"]
 BLOCK = 2048
-"""Numbers that share a scale: a scale of 4 bytes is then 0.2 % of their codes."""
+"""How many numbers share a scale: its 4 bytes are then 0.2 % of the bytes of their codes."""
 
 
 class CompressedSum(NamedTuple):
-    """A sum over devices, and what rounding took away here; None where none is done."""
+    """A sum over devices, and what rounding took away on this device.
+
+    Attributes:
+        total: The sum, or this device's share of it, in the dtype of what was added up.
+        lost: The exact numbers of this device less those it sent, float32; None if uncompressed.
+    """
 
     total: jax.Array
     lost: jax.Array | None
@@ -56,15 +62,17 @@ def summed(
     n, exact = devices_over(mesh_axis), x.astype(jnp.float32)
     shares = _dealt(exact, n) if dim is None else _cut(exact, n, dim)  # (n, share), row j for j
     sent = _encoded(shares, compress)
-    swap = lambda codes: lax.all_to_all(codes, mesh_axis, 0, 0, tiled=True)
-    own = jnp.sum(_decoded([swap(codes) for codes in sent], shares.shape), axis=0)
+    received = [lax.all_to_all(codes, mesh_axis, 0, 0, tiled=True) for codes in sent]
+    own = jnp.sum(_decoded(received, shares.shape), axis=0)
     lost = shares - _decoded(sent, shares.shape)
     if dim is not None:
         return CompressedSum(_kept(own, x, n, dim), _uncut(lost, x, dim))
     mine = _encoded(own[None], compress)
-    gather = lambda codes: lax.all_gather(codes, mesh_axis, axis=0, tiled=True, to="invarying")
-    total = _decoded([gather(codes) for codes in mine], shares.shape)
-    # What the second rounding takes is lost for all; this device, whose share it was, keeps it.
+    # Typed as the same on all devices, which it is: all decode the same codes.
+    gather = functools.partial(lax.all_gather, axis=0, tiled=True, to="invarying")
+    total = _decoded([gather(codes, mesh_axis) for codes in mine], shares.shape)
+    # The second rounding loses numbers of the sum, once for all devices. One device has to keep
+    # them for its next gradient, and not all n: it is the one whose share of the sum this is.
     again = own - _decoded(mine, (1, *own.shape))[0]
     here = jnp.arange(n)[:, None] == lax.axis_index(mesh_axis)
     return CompressedSum(
@@ -76,26 +84,30 @@ def summed(
 
 
 def _cut(x: jax.Array, n: int, dim: int) -> jax.Array:
+    """Deals an array out along a dimension: `(n, size / n)`, row j the share of device j."""
     return jnp.moveaxis(x, dim, 0).reshape(n, -1)
 
 
 def _uncut(shares: jax.Array, like: jax.Array, dim: int) -> jax.Array:
+    """Puts the shares of all devices together again: the inverse of `_cut`."""
     moved = (like.shape[dim], *like.shape[:dim], *like.shape[dim + 1 :])
     return jnp.moveaxis(shares.reshape(moved), 0, dim)
 
 
 def _kept(share: jax.Array, like: jax.Array, n: int, dim: int) -> jax.Array:
+    """Shapes one row of `_cut` as the share of an array along a dimension."""
     moved = (like.shape[dim] // n, *like.shape[:dim], *like.shape[dim + 1 :])
     return jnp.moveaxis(share.reshape(moved), 0, dim).astype(like.dtype)
 
 
 def _dealt(x: jax.Array, n: int) -> jax.Array:
-    """The numbers of an array of any shape in n rows, the last filled up with zeros."""
+    """Deals the numbers of an array of any shape out in n rows, the last filled up with zeros."""
     share = -(-x.size // n)
     return jnp.pad(x.reshape(-1), (0, n * share - x.size)).reshape(n, share)
 
 
 def _whole(shares: jax.Array, like: jax.Array) -> jax.Array:
+    """Puts an array together from its rows: the inverse of `_dealt`."""
     return shares.reshape(-1)[: like.size].reshape(like.shape)
 
 
@@ -103,13 +115,15 @@ def _whole(shares: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _encoded(rows: jax.Array, compress: Compression) -> list[jax.Array]:
-    """Rows `(n, k)` as what travels, each array with leading axis n."""
+    """Rounds rows `(n, k)` to what travels: arrays with leading axis n, codes and their scales."""
     if compress == "bfloat16":
         return [rows.astype(jnp.bfloat16)]
     n, k = rows.shape
     blocks = jnp.pad(rows, ((0, 0), (0, -k % min(k, BLOCK)))).reshape(n, -1, min(k, BLOCK))
     largest = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True)
-    tiny = largest < np.float32(2.0**-119)  # below, the scale would be flushed; NaN is not below
+    # Below 2^-119 the scale, a 127th, may be subnormal, and devices flush that to zero: such a
+    # block is sent as zeros. A NaN is not below, so it makes a scale of NaN, which voids its block.
+    tiny = largest < np.float32(2.0**-119)
     scale = jnp.where(tiny, 1, largest * np.float32(1 / 127))
     inverse = jnp.where(tiny, 0, np.float32(127) / largest)
     codes = jnp.clip(jnp.round(blocks * inverse), -127, 127).astype(jnp.int8)
@@ -117,7 +131,7 @@ def _encoded(rows: jax.Array, compress: Compression) -> list[jax.Array]:
 
 
 def _decoded(arrays: Sequence[Any], shape: tuple[int, ...]) -> jax.Array:
-    """The inverse of `_encoded`, up to rounding: float32 rows `(n, k)`; of a NaN a block of NaN."""
+    """Restores float32 rows `(n, k)`, up to rounding; a NaN comes back as a block of NaN."""
     if len(arrays) == 1:
         return arrays[0].astype(jnp.float32)
     codes, scale = arrays

@@ -95,19 +95,21 @@ def reduced(
     def call(params: Params, batch: Batch, given: Given) -> tuple[Terms, Any, Params]:
         n, rows = axis_size(mesh_axis, "reduced"), row_count(batch)
         part = filled(Part(batch, keys_of_rows(given.key, rows), given.valid), rows, n)
-        kept = given.state if isinstance(given.state, Feedback) else None
-        given = given._replace(state=given.state if kept is None else kept.state).of(part)
+        feedback = given.state if isinstance(given.state, Feedback) else None
+        given = given._replace(state=given.state if feedback is None else feedback.state).of(part)
         _check_filled(grad_fn, params, part.batch, given, rows, n)
-        check_feedback(kept, params, compress, n)
+        check_feedback(feedback, params, compress, n)
         combine = Outputs(reduce, mesh_axis)
-        if n == 1 and gather == "step" and kept is None:  # no collective, not even of one device
+        if (
+            n == 1 and gather == "step" and feedback is None
+        ):  # no collective, not even of one device
             terms, aux, grads = grad_fn.call(params, batch, given)
             combine.check(aux, part)
             return terms, aux, grads
         cuts, scale = _cuts(params, layout, mesh_axis, n), jnp.asarray(given.scale)
         shares = [cut.spec for cut in cuts]
         leaves, structure = jax.tree.flatten(params)
-        errors = None if kept is None else jax.tree.leaves(kept.error)
+        errors = None if feedback is None else jax.tree.leaves(feedback.error)
 
         def mapped(local: Local) -> tuple[Any, ...]:
             one = _OneDevice(local, mesh_axis, zero, gather, compress, params, cuts)
@@ -130,13 +132,15 @@ def reduced(
         try:
             terms, grads, lost, sums, stacks = mapped(direct(grad_fn))
         except TypeError as refused:
+            # JAX refuses a loop whose carry starts alike on all devices and ends differently, as
+            # that of a recurrent layer. Traced where the axis is not manual, it has no such type.
             try:
                 local = replayed(grad_fn, params, part, given.state, scale, mesh_axis)
-            except Exception:  # then it is not for the axis that it was refused
+            except Exception:  # the station fails without the axis too, so the axis is not to blame
                 raise refused from None
             terms, grads, lost, sums, stacks = mapped(local)
         aux = combine.outputs(sums, stacks, rows)
-        aux = aux if kept is None else kept.after(lost, aux)
+        aux = aux if feedback is None else feedback.after(lost, aux)
         return terms, aux, structure.unflatten(grads)
 
     return Grad(loss=grad_fn.loss, call=call)
@@ -146,7 +150,13 @@ def reduced(
 
 
 class _Cut(NamedTuple):
-    """Where a parameter is cut over the data axis, and how it lies over the other axes."""
+    """Where a parameter is cut over the data axis, and how it lies over the other axes.
+
+    Attributes:
+        dim: The dimension that is cut; None where every device keeps the whole parameter.
+        spec: The data axis alone, as the `shard_map` over it takes it.
+        others: All other mesh axes, which stay with the partitioner.
+    """
 
     dim: int | None
     spec: P
@@ -155,7 +165,7 @@ class _Cut(NamedTuple):
 
 @dataclass(frozen=True)
 class _OneDevice:
-    """What a device does, inside of the `shard_map`; its options are those of `reduced`."""
+    """The work of one device inside the `shard_map`; the options are those of `reduced`."""
 
     local: Local
     over: str
@@ -173,7 +183,7 @@ class _OneDevice:
         denominators: Denominators | None,
         scale: jax.Array,
     ) -> tuple[Terms, Any, list[jax.Array]]:
-        """Terms, outputs and gradients of this device's rows, for the weights of all."""
+        """Evaluates this device's rows, their terms divided by the weights of all devices' rows."""
         if self.zero == 3 and self.gather == "step":
             pairs = zip(leaves, self.cuts, strict=True)
             leaves = [_gathered_leaf(x, cut, self.over) for x, cut in pairs]
@@ -187,17 +197,18 @@ class _OneDevice:
     def sums(
         self, grads: list[jax.Array], errors: list[jax.Array] | None, scale: jax.Array
     ) -> tuple[list[Any], list[Any]]:
-        """The gradients of all rows, or shares of them, and what wires took away."""
+        """Adds up gradients over devices: `(totals or shares of them, what compression lost)`."""
         add = functools.partial(_added_up, mesh_axis=self.over, compress=self.compress, scale=scale)
-        if errors is not None:  # one device that overflows voids the step of all
+        if errors is not None:
+            # One device that overflows voids the step of all, so all keep the errors they had.
             finite = lax.pmin(trees.is_finite(grads).astype(jnp.int32), self.over) > 0
             add = functools.partial(add, finite=finite)
         totals, lost = [], []
         owed = [None] * len(grads) if errors is None else errors
         named = zip(trees.names(self.params), grads, self.cuts, owed, strict=True)
         for name, grad, cut, error in named:
-            if self.gather == "layer" and cut.dim is not None:  # its gather's transpose has done it
-                whole, left = grad, None
+            if self.gather == "layer" and cut.dim is not None:
+                whole, left = grad, None  # the transpose of its gather has added it up already
             else:
                 dim = cut.dim if self.zero else None
                 whole, left = add(name, grad, cut, error, dim=dim)
@@ -207,6 +218,7 @@ class _OneDevice:
 
 
 def _cuts(params: Params, layout: Layout | None, mesh_axis: str, n: int) -> list[_Cut]:
+    """Decides for each parameter where the data axis of `n` devices cuts it."""
     leaves = trees.named_leaves(params)
     if layout is None:
         specs = {name: zero_spec(jnp.shape(x), mesh_axis, n) for name, x in leaves.items()}
@@ -227,6 +239,11 @@ def _cuts(params: Params, layout: Layout | None, mesh_axis: str, n: int) -> list
 
 
 def _cut(both: P, mesh_axis: str) -> _Cut:
+    """Takes a spec apart: `P("tp", "dp")` is `P(None, "dp")` of rows and `P("tp")` of the others.
+
+    One dimension under two axes, as in `P(("dp", "tp"))`, cannot be taken apart, since one of them
+    is manual and the other one the partitioner's.
+    """
     by = held(both, len(both))
     dim = next((k for k, axes in enumerate(by) if mesh_axis in axes), None)
     if dim is None:
@@ -236,16 +253,19 @@ def _cut(both: P, mesh_axis: str) -> _Cut:
             f"dimension {dim} is to be held by {by[dim]}, and {mesh_axis!r}, which is manual here, "
             "must hold a dimension alone. Leave it out of the layout; ZeRO finds a free dimension."
         )
-    return _Cut(
-        dim, P(*[None] * dim, mesh_axis), spec_of([a if k != dim else () for k, a in enumerate(by)])
-    )
+    others = spec_of([() if k == dim else axes for k, axes in enumerate(by)])
+    return _Cut(dim, P(*[None] * dim, mesh_axis), others)
 
 
 def _gathered_leaf(share: jax.Array, cut: _Cut, mesh_axis: str) -> jax.Array:
+    """Makes a parameter whole from the shares of all devices."""
     if cut.dim is None:
         return share
-    whole = lambda x: lax.all_gather(x, mesh_axis, axis=cut.dim, tiled=True)
-    return under(cut.others, whole)(share)
+
+    def gather(x: jax.Array) -> jax.Array:
+        return lax.all_gather(x, mesh_axis, axis=cut.dim, tiled=True)
+
+    return under(cut.others, gather)(share)
 
 
 def _added_up(
@@ -260,18 +280,23 @@ def _added_up(
     dim: int | None,
     finite: jax.Array | bool = True,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The gradient of all rows, or a share of it, and what compression took away on this device."""
+    """Adds up one gradient over devices.
+
+    Returns:
+        The gradient of all rows, or this device's share of it; and with an `error` what compression
+        takes away on this device, to be added to the next gradient.
+    """
     if mesh_axis not in varying_axes(grad):
         raise ValueError(
             f"the gradient of {name!r} is reduced over {mesh_axis!r} already, and would be counted "
             f"once per device. Leave {mesh_axis!r} out of `mesh_axis=` of what is inside `reduced`."
         )
+    add = functools.partial(summed, mesh_axis=mesh_axis, compress=compress, dim=dim)
     if error is None:
-        return under(cut.others, lambda g: summed(g, mesh_axis, compress, dim=dim).total)(
-            grad
-        ), None
+        return under(cut.others, lambda g: add(g).total)(grad), None
+    # Gradients carry the loss scale, which may change before the next step; errors do not carry it.
     owed = error[0] * scale.astype(jnp.float32)
-    total, lost = under(cut.others, lambda g: summed(g, mesh_axis, compress, dim=dim))(grad + owed)
+    total, lost = under(cut.others, add)(grad + owed)
     left = lost / scale.astype(jnp.float32)
     return total, jnp.where(finite, left, error[0])[None]
 
@@ -295,6 +320,10 @@ def _check_options(grad_fn: Grad, zero: int, gather: str, compress: str | None) 
 def _check_filled(
     grad_fn: Grad, params: Params, batch: Batch, given: Given, rows: int, n: int
 ) -> None:
+    """Raises `ValueError` if rows that fill up the last device would count in a term of the loss.
+
+    They get weight 0 where the loss returns a term per row. A sum over rows includes them.
+    """
     if rows % n == 0:
         return
     fixed = scalar_terms(grad_fn.loss, params, batch, given)

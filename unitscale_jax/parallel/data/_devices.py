@@ -12,11 +12,15 @@ from unitscale_jax.mesh_axes import varying, varying_axes
 
 
 def filled(part: Part, rows: int, n: int) -> Part:
-    """Rows in a number that n divides; those that were added repeat the last and do not count."""
+    """Fills rows up to a multiple of n; the added ones repeat the last row and do not count."""
     missing = -rows % n
     if not missing:
         return part
-    more = lambda x: jnp.concatenate([x, jnp.broadcast_to(x[-1:], (missing, *x.shape[1:]))])
+
+    # The last row in place of zeros, for which a loss or its gradient may not be finite.
+    def more(x: jax.Array) -> jax.Array:
+        return jnp.concatenate([x, jnp.broadcast_to(x[-1:], (missing, *x.shape[1:]))])
+
     counted = jnp.ones(rows, bool) if part.valid is None else part.valid
     valid = jnp.concatenate([counted, jnp.zeros(missing, bool)])
     return Part(jax.tree.map(more, part.batch), jax.tree.map(more, part.key), valid)
@@ -26,12 +30,12 @@ class Outputs:
     """Auxiliary outputs of all devices: sums leave whole, rows as they lie."""
 
     def __init__(self, kinds: rules.Rules[str], mesh_axis: str) -> None:
-        """By rules on their names, over a mesh axis."""
+        """Takes rules on the names of outputs, and the mesh axis that holds the rows."""
         self._kinds, self._over = kinds, mesh_axis
         self._reduction: Reduction | None = None
 
     def check(self, aux: Any, part: Part) -> Reduction:
-        """How outputs of these rows combine; ValueError if one of them cannot."""
+        """Finds how outputs of these rows combine; raises `ValueError` if one of them cannot."""
         rows = row_count(part.batch)
         reduction = reduction_of(aux, self._kinds, rows, uneven=part.valid is not None)
         if "last" in reduction.kinds:
@@ -42,7 +46,7 @@ class Outputs:
         return reduction
 
     def __call__(self, aux: Any, part: Part) -> tuple[list[Any], list[Any]]:
-        """`(what is the same on all devices, rows)`."""
+        """Combines the outputs of this device: `(those that are the same on all devices, rows)`."""
         rows = row_count(part.batch)
         self._reduction = reduction = self.check(aux, part)
         aux = varying(aux, [self._over])
@@ -51,13 +55,16 @@ class Outputs:
         found = jax.tree.leaves(
             reduction.finish(sums, whole, rows, [self._over]), is_leaf=lambda x: isinstance(x, Mean)
         )
-        alike = lambda x: Mean(x.total, x.weight, same(x.coef, self._over))
-        found = [alike(x) if isinstance(x, Mean) else x for x in found]
+        found = [self._with_one_coef(x) if isinstance(x, Mean) else x for x in found]
         pairs = list(zip(reduction.kinds, found, strict=True))
         return [x for k, x in pairs if k != "concat"], [x for k, x in pairs if k == "concat"]
 
+    def _with_one_coef(self, mean: Mean) -> Mean:
+        """A `Mean` whose coefficient is typed as the same on all devices."""
+        return Mean(mean.total, mean.weight, same(mean.coef, self._over))
+
     def outputs(self, sums: list[Any], stacks: list[Any], rows: int) -> Any:
-        """Terms and auxiliary outputs as the loss returned them."""
+        """Puts outputs together as the loss returned them, without the rows that filled it up."""
         assert self._reduction is not None  # set while the body was traced
         each = {True: iter(x[:rows] for x in stacks), False: iter(sums)}
         found = [next(each[kind == "concat"]) for kind in self._reduction.kinds]
@@ -65,11 +72,11 @@ class Outputs:
 
 
 def total(term: Mean, mesh_axis: str) -> Mean:
-    """A term of the loss, of all devices."""
+    """Adds up a term of the loss over all devices."""
     whole, weight = lax.psum(varying((term.total, term.weight), [mesh_axis]), mesh_axis)
     return Mean(whole, weight, same(term.coef, mesh_axis))
 
 
 def same(x: jax.Array, mesh_axis: str) -> jax.Array:
-    """A number that all devices have alike, typed so."""
+    """Types a number that all devices have alike as the same on all of them."""
     return lax.pmax(x, mesh_axis) if mesh_axis in varying_axes(x) else x

@@ -1,4 +1,4 @@
-"""Error feedback: what narrow wires round away, kept for the next gradient.
+"""Error feedback: what compression rounds away, kept for the next gradient.
 
     sent_t = q(g_t + e_(t-1)),    e_t = g_t + e_(t-1) - sent_t
 
@@ -19,13 +19,13 @@ from unitscale_jax.typing import Params, State
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Feedback:
-    """What wires have rounded away, to be added to the next gradient; made by `feedback`.
+    """What compression has rounded away, to be added to the next gradient; made by `feedback`.
 
     Given as `state=` to a gradient that is `reduced` with `compress`; the next one is its auxiliary
     output. It does not carry the loss scale, and a step that overflows leaves it as it was.
 
     Attributes:
-        error: In the structure of the parameters, float32 `(n, *shape)`: of each device its own.
+        error: A pytree like the parameters, float32 `(n, *shape)`, one row for each device.
         state: The model's state, and in an auxiliary output the model's auxiliary outputs.
     """
 
@@ -33,12 +33,12 @@ class Feedback:
     state: Any = None
 
     def after(self, lost: list[Any], aux: Any) -> "Feedback":
-        """The feedback of the next step."""
+        """Makes the feedback of the next step, around the auxiliary outputs of this one."""
         return Feedback(jax.tree.structure(self.error).unflatten(lost), aux)
 
 
 def feedback(params: Params, mesh_axis: str = "dp", state: State = None) -> Feedback:
-    """Nothing rounded away yet; called under `jax.set_mesh(mesh)`.
+    """Makes the feedback of the first step, all zeros; called under `jax.set_mesh(mesh)`.
 
     Args:
         params: The parameters, or their shapes.
@@ -51,8 +51,12 @@ def feedback(params: Params, mesh_axis: str = "dp", state: State = None) -> Feed
         (4, 3, 5)
     """
     n = axis_size(mesh_axis, "feedback")
-    make = lambda: jax.tree.map(lambda x: jnp.zeros((n, *jnp.shape(x)), jnp.float32), params)
-    return Feedback(jax.jit(make, out_shardings=P(mesh_axis))(), state)
+
+    def zeros() -> Params:
+        return jax.tree.map(lambda x: jnp.zeros((n, *jnp.shape(x)), jnp.float32), params)
+
+    # Compiled, so that every device makes its own row: n rows may not fit on one of them.
+    return Feedback(jax.jit(zeros, out_shardings=P(mesh_axis))(), state)
 
 
 def check_feedback(feedback: Feedback | None, params: Params, compress: str | None, n: int) -> None:

@@ -50,7 +50,7 @@ def gathered(fn: Callable[..., Any], layout: Layout, mesh_axis: str = "dp") -> C
             zero=3, gather="layer")`, or a `shard_map` of your own.
 
     Returns:
-        A function of the same signature that takes shares, and whose derivative is that of them. It
+        A function of the same signature that takes shares, and whose gradient is one of shares. It
         is traced once per call. Inside a scan, `remat` or `jit` a share stays one until it is used;
         elsewhere (branches, other loops, custom derivatives) it is gathered before.
 
@@ -95,7 +95,12 @@ def gathered(fn: Callable[..., Any], layout: Layout, mesh_axis: str = "dp") -> C
 
 
 def _kept(primitive: Any, *_: Any, **params: Any) -> bool:
-    """Whether the backward pass gets a result as it was; else it is computed again."""
+    """Whether the forward pass keeps a result for the backward pass; else it is computed again.
+
+    A policy of `jax.checkpoint`. A gathered parameter is not kept, or all layers would be whole at
+    once at the end of the forward pass; neither is what only moves one (a cast, a transpose), of
+    the same size. All other results are kept, as if there were no policy.
+    """
     inside = primitives_of(params)
     moves = MOVES | {"all_gather"}
     gathers = "all_gather" in inside and inside <= moves | {"shard_map"}
@@ -133,9 +138,11 @@ class ParamShare:
         return _gather(self.over, axis, others, self.dtype or own, own)(self.local)
 
     def of_each_row(self) -> "ParamShare | None":
-        """Of a share that is some rows, the like share of all rows; None if no dimension will do.
+        """Trades a share that is some layers for a share of every layer, or returns None.
 
-        An all-to-all, whose transpose is another: both ways it sends no more than a share.
+        A loop over the layers can take such a share one layer at a time. The trade is an
+        all-to-all, whose transpose is another: both ways it sends no more than a share. None means
+        that the axis divides no other dimension of the parameter.
         """
         rank, n = self.local.ndim, devices_over(self.over)
         others = self.others[len(self.others) - rank :]
@@ -143,7 +150,10 @@ class ParamShare:
         if not free:
             return None
         dim = len(free)  # the last that `free` names, counted with the rows
-        trade = lambda x: lax.all_to_all(x, self.over, dim, 0, tiled=True)
+
+        def trade(x: jax.Array) -> jax.Array:
+            return lax.all_to_all(x, self.over, dim, 0, tiled=True)
+
         return replace(self, local=under(spec_of(others), trade)(self.local), dim=dim - rank)
 
 
@@ -151,9 +161,17 @@ class ParamShare:
 def _gather(
     mesh_axis: str, axis: int, others: P, dtype: Any, own: Any
 ) -> Callable[[jax.Array], jax.Array]:
-    """A cast and a gather; the other way a cast back and a scattered sum."""
-    whole = lambda x: lax.all_gather(x.astype(dtype), mesh_axis, axis=axis, tiled=True)
-    share = lambda g: lax.psum_scatter(g.astype(own), mesh_axis, scatter_dimension=axis, tiled=True)
+    """Makes a cast and a gather whose transpose is a cast back and a scattered sum.
+
+    JAX's own transpose sums in the dtype of the cast, and sums of bfloat16 lose digits. Cached, so
+    that layers of one shape share one function.
+    """
+
+    def whole(x: jax.Array) -> jax.Array:
+        return lax.all_gather(x.astype(dtype), mesh_axis, axis=axis, tiled=True)
+
+    def share(ct: jax.Array) -> jax.Array:
+        return lax.psum_scatter(ct.astype(own), mesh_axis, scatter_dimension=axis, tiled=True)
 
     @jax.custom_vjp
     def gather(x: jax.Array) -> jax.Array:
@@ -167,6 +185,11 @@ def _gather(
 
 
 def _shares(params: Any, layout: Layout, laid: Layout, mesh_axis: str) -> list[Any]:
+    """Wraps the leaves that the layout divides over the axis; the others are whole arrays.
+
+    Raises:
+        ValueError: A leaf has not the shape of a share.
+    """
     n, out = devices_over(mesh_axis), []
     for name, leaf in trees.named_leaves(params).items():
         by = held(laid.by_name[name], leaf.ndim)
@@ -212,19 +235,25 @@ class _Gatherer(Rewriter):
         return super().step(site, operands)
 
     def _apart(self, site: Site, operands: list[Any]) -> Sequence[Any]:
-        """What is rematerialized keeps what the user says, and no more.
+        """Replays a `jax.checkpoint` of the user's, which keeps what the user says, and no more.
 
-        JAX would let the policy around decide for what is inside too, and keep nearly all of it.
-        With a derivative of its own it is closed to that policy.
+        JAX would let the policy of `gathered_fn` decide for what is inside too, and keep nearly all
+        of it. As a function with a derivative of its own, the body is closed to that policy.
         """
         own = site.eqn.params["policy"]
         if own is not None:
-            both = lambda *args, **params: _kept(*args, **params) and own(*args, **params)
+
+            def both(*args: Any, **params: Any) -> bool:
+                return _kept(*args, **params) and own(*args, **params)
+
             changed = site.eqn.params | {"policy": both}
             site = replace(site, eqn=site.eqn.replace(params=changed))
         flat, structure = jax.tree.flatten(operands)
         replay = super().step
-        remat = lambda *flat: replay(site, structure.unflatten(flat))
+
+        def remat(*flat: Any) -> Sequence[Any]:
+            return replay(site, structure.unflatten(flat))
+
         evaluate = jax.custom_vjp(remat)
         evaluate.defvjp(lambda *flat: jax.vjp(remat, *flat), lambda vjp, cts: vjp(cts))
         return evaluate(*flat)
@@ -235,7 +264,7 @@ class _Gatherer(Rewriter):
         return [_whole(x) for x in carry]
 
     def partitioned(self, operand: Any, placement: Any) -> Any:
-        """A share keeps its place in a call."""
+        """Drops the placement of a share in a call: it is that of the whole parameter."""
         return None if isinstance(operand, ParamShare) else placement
 
     def returned(self, site: Site, results: list[Any]) -> list[Any]:
@@ -244,7 +273,7 @@ class _Gatherer(Rewriter):
         return [_whole(x) for x in results]
 
     def __call__(self, *args: Any) -> list[Any]:
-        """Results of equations, none of them a share."""
+        """Evaluates equations; none of the results is a share."""
         return [_whole(x) for x in super().__call__(*args)]
 
 
@@ -257,7 +286,12 @@ def _whole(x: Any) -> Any:
 
 
 def _for_loop(x: Any, stacked: bool) -> Any:
-    """A share that a loop can take: not one along the layers, which it would take one by one."""
+    """Makes an operand one that a loop can take.
+
+    A share along the first axis is one device's layers, and a loop over layers needs all of them:
+    it is traded for a share of every layer, or gathered if no dimension will do.
+    """
     if not isinstance(x, ParamShare) or -x.dim < x.local.ndim:
         return x
-    return (x.of_each_row() if stacked else None) or x.whole()
+    traded = x.of_each_row() if stacked else None
+    return x.whole() if traded is None else traded

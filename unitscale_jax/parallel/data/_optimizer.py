@@ -24,8 +24,8 @@ def sharded(
     Args:
         inner: The optimizer. It sees global arrays, so norms and clipping are those of one device.
         layout: The layout of the parameters.
-        state: That of moments, and of gradients as they are used; of the parameters if left out.
-            ZeRO 1 and 2: `layout.over("dp")`; 3: the parameters lie so too.
+        state: The layout of moments, and of gradients as they are used; that of the parameters if
+            left out. ZeRO 1 and 2: `layout.over("dp")`; with ZeRO 3 the parameters lie so too.
 
     Returns:
         A transform of the same updates. After every step parameters and state lie as before it.
