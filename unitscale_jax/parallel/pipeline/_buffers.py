@@ -13,13 +13,13 @@ from unitscale_jax.typing import Array
 
 
 def blank(aval: Any, mesh_axis: str, slots: int | None = None) -> jax.Array:
-    """Zeros like an abstract array, varying over `mesh_axis` too; with a leading axis of slots."""
+    """Makes zeros like an abstract array, varying over `mesh_axis` too, in `slots` slots if any."""
     lead = () if slots is None else (slots,)
     return varying(zeros((*lead, *aval.shape), aval.dtype, like=aval), [mesh_axis])
 
 
 def stored(buffer: Any, slot: Array, value: Any, where: Array) -> Any:
-    """A buffer with `value` in a slot, or as it was."""
+    """Puts a value in one slot of a buffer where a flag says so; else the buffer is as it was."""
 
     def put(b: jax.Array, v: jax.Array) -> jax.Array:
         old = lax.dynamic_index_in_dim(b, slot, keepdims=False)
@@ -39,12 +39,12 @@ def added(total: Any, more: Any) -> Any:
 
 
 def added_at(total: Any, slot: Any, more: Any) -> Any:
-    """Sums in which `more` went to a slot; `slot` may be a Python number."""
+    """Adds gradients to one slot of the sums; `slot` may be a Python number."""
     return jax.tree.map(lambda t, m: t.at[slot].add(m.astype(t.dtype)), total, more)
 
 
 def select(skip: bool, where: Array, do: Callable[[], Any], idle: Callable[[], Any]) -> Any:
-    """What `do` returns where a condition holds, else what `idle` does, which says the types.
+    """Returns the results of `do` where a condition holds, else those of `idle`, in its types.
 
     Args:
         skip: Whether only one of the two is computed. If not, both are, and what was computed from
@@ -54,14 +54,17 @@ def select(skip: bool, where: Array, do: Callable[[], Any], idle: Callable[[], A
         idle: Of no arguments.
     """
     types = jax.eval_shape(idle)
-    typed = lambda: agree(do(), types)
+
+    def typed() -> Any:
+        return agree(do(), types)
+
     if skip:
         return lax.cond(where, typed, idle)
     return trees.select(jnp.asarray(where), typed(), idle())
 
 
 def residuals(pull: Any, known: Any) -> tuple[list[jax.Array], Callable[[list, Any], Any]]:
-    """What a derivative has saved beside what is at hand anyway, and how to put both together.
+    """Finds the arrays that a derivative saved and that will not be at hand anyway.
 
     Args:
         pull: What `jax.vjp` returned.

@@ -33,7 +33,7 @@ class Model:
         return self.first(rest, part.batch, **_given(state, _folded(part.key, 0)))
 
     def chunk(self, layers: Any, x: Any, part: Part, state: State, start: Any) -> Any:
-        """Some layers, leaves `(layers, ...)`, the first of which is number `start` of all."""
+        """Runs layers, leaves `(layers, ...)`; the first is number `start` of the whole model."""
         numbers = start + jnp.arange(len(jax.tree.leaves(layers)[0]))
         x = varying(x, axes_of((layers, x, part, state, numbers)))
 
@@ -50,13 +50,13 @@ class Model:
         return self.head(rest, x, part.batch, **given)
 
     def outputs(self, stages: Stages, rest: Params, part: Part, state: State) -> Any:
-        """What the model returns, without a pipeline: one chunk holds all layers."""
+        """Evaluates the model without a pipeline: one chunk holds all layers."""
         flat = jax.tree.map(lambda w: jnp.reshape(w, (-1, *jnp.shape(w)[3:])), stages.layers)
         x = self.chunk(flat, self.enter(rest, part, state), part, state, 0)
         return self.leave(rest, x, part, state, math.prod(stages.shape))
 
     def whole(self, stages: Stages, rest: Params, part: Part, state: State) -> Any:
-        """The loss of the whole model on one device."""
+        """Evaluates the loss of the whole model on one device."""
         return self.value(self.outputs(stages, rest, part, state), part, state)
 
     def value(self, out: Any, part: Part, state: State) -> Any:
@@ -70,7 +70,7 @@ class Model:
         return terms
 
     def tail(self, layers: int) -> Callable[..., Any]:
-        """The loss as a function of `(rest, output of the last layer)`, in the loss contract."""
+        """Makes the loss a function of `(rest, output of the last layer)`, in the loss contract."""
 
         def loss(params: Any, batch: Any, *, state: State = None, key: Key | None = None) -> Any:
             part = Part(batch, key, None)
@@ -80,7 +80,7 @@ class Model:
         return loss
 
     def check(self, stages: Stages, rest: Params, part: Part, state: State) -> None:
-        """Raises unless a layer returns the like of what it takes."""
+        """Raises `ValueError` unless a layer returns the shapes and dtypes that it takes."""
         x = jax.eval_shape(self.enter, rest, part, state)
         for name, leaf in trees.named_leaves(x).items():
             if not trees.is_floating(leaf):
@@ -90,16 +90,18 @@ class Model:
                     "masks and positions there."
                 )
         one = jax.tree.map(lambda w: w[0, 0, 0], stages.layers)
-        keyed = lambda w, x, part: self.layer(
-            w, x, part.batch, **_given(state, _folded(part.key, 1))
-        )
-        # From real arrays: JAX takes no abstract ones that differ over manual axes.
-        both = lambda rest, w, part: keyed(w, self.enter(rest, part, state), part)
-        y = jax.eval_shape(both, rest, one, part)
+
+        # It makes x from real arrays: JAX takes no abstract ones that differ over manual axes.
+        def through_one_layer(rest: Params, w: Any, part: Part) -> Any:
+            given = _given(state, _folded(part.key, 1))
+            return self.layer(w, self.enter(rest, part, state), part.batch, **given)
+
+        y = jax.eval_shape(through_one_layer, rest, one, part)
         _check_alike(x, y)
 
 
 def _check_alike(x: Any, y: Any) -> None:
+    """Raises `ValueError` unless a layer's output `y` has the structure and types of its input."""
     if jax.tree.structure(x) != jax.tree.structure(y):
         raise ValueError(
             f"`layer` takes the leaves {trees.names(x)} and returns {trees.names(y)}; a pipeline "
@@ -116,10 +118,14 @@ def _check_alike(x: Any, y: Any) -> None:
 
 
 def _folded(key: Key | None, place: Any) -> Key | None:
-    return None if key is None else jax.vmap(lambda k: jax.random.fold_in(k, place))(key)
+    """The keys of all rows for one place of the model."""
+    if key is None:
+        return None
+    return jax.vmap(lambda k: jax.random.fold_in(k, place))(key)
 
 
 def _given(state: State, key: Key | None) -> dict[str, Any]:
+    """The keywords of a piece of the model: those that were given, as it may not take others."""
     given = {"state": state, "key": key}
     return {name: arg for name, arg in given.items() if arg is not None}
 

@@ -50,7 +50,7 @@ class Run:
     skip: bool | None
 
     def gradients(self, params: Params, batch: Batch, given: Given) -> tuple[Terms, Any, Params]:
-        """Terms, no auxiliary outputs, and gradients; see `Grad`."""
+        """Evaluates terms, no auxiliary outputs, and gradients, as a `Grad` does."""
         stages, rest, together = taken_apart(params)
         schedule = self._schedule(self.schedule, stages, self.parts)
         rows = row_count(batch)
@@ -76,7 +76,7 @@ class Run:
     def apply(
         self, params: Params, inputs: Batch, *, state: State = None, key: Key | None = None
     ) -> Any:
-        """The outputs of `head`, a row for each row."""
+        """Evaluates the model: the outputs of `head`, one for each row of the inputs."""
         if self._size() == 1:
             stages, rest, _ = taken_apart(params)
             part = Part(inputs, keys_of_rows(key, row_count(inputs)), None)
@@ -85,7 +85,7 @@ class Run:
         return gather_rows(outputs, row_count(inputs))
 
     def loss(self, params: Params, batch: Batch, /, **state_and_key: Any) -> dict[str, Any]:
-        """The terms of the loss, per row where it returns them per row.
+        """Evaluates the terms of the loss, per row where it returns them per row.
 
         What does not depend on parameters, weights above all, is computed beside the pipeline, so
         that whoever needs only that computes nothing else.
@@ -112,7 +112,7 @@ class Run:
     # --------------------------------------------------------------------------------- pieces
 
     def _alone(self, params: Params, parts: Part, given: Given) -> tuple[Terms, Any, Params]:
-        """The gradient where one device holds all layers: part by part, and no pipeline."""
+        """Evaluates the gradient on one device that holds all layers, part by part."""
         grad_fn = value_and_grad(self._whole)
 
         def of_part(part: Part) -> tuple[Terms, Params]:
@@ -135,7 +135,7 @@ class Run:
     def _outputs(
         self, finish: Callable[..., Any], params: Params, batch: Batch, state: State, key: Any
     ) -> Any:
-        """`finish(rest, x, part, state, layers)` of every part, on all stages."""
+        """Evaluates `finish(rest, x, part, state, layers)` of every part, on all stages."""
         count, rows = self._parts_of(batch), row_count(batch)
         stages, rest, _ = taken_apart(params)
         name: Name = "circular" if stages.shape[0] > 1 else "gpipe"
@@ -146,7 +146,10 @@ class Run:
 
         def body(stage: Stage, loops: Any) -> Any:
             layers = math.prod(stages.shape)
-            of_part = lambda rest, x, part: finish(rest, x, part, stage.inputs.given.state, layers)
+
+            def of_part(rest: Params, x: Any, part: Part) -> Any:
+                return finish(rest, x, part, stage.inputs.given.state, layers)
+
             return _added_up(stage.outputs(plan, loops, of_part), self.axis)
 
         return self._mapped(body, plan, stages, inputs, False, P())
@@ -160,7 +163,7 @@ class Run:
         stash: bool,
         out_specs: Any,
     ) -> Any:
-        """`body(stage, orders of its loops)` on every stage."""
+        """Evaluates `body(stage, orders of its loops)` on every stage."""
         size = stages.shape[1]
         _check_order(self.axis)
         skip = not shared_axes(self.axis) if self.skip is None else self.skip
@@ -194,11 +197,11 @@ class Run:
         return axis_size(self.axis, "pipelined")
 
     def _parts_of(self, batch: Batch) -> int:
-        """In how many parts a forward pass takes a batch, which may be smaller than in training."""
+        """The number of parts of a forward pass, whose batch may be smaller than in training."""
         return min(self.parts, row_count(batch))
 
     def _named_whole(self, params: Params, batch: Batch, state: State, key: Key | None) -> Any:
-        """The loss as on one device, by name of its terms."""
+        """Evaluates the loss as on one device, by name of its terms."""
         stages, rest, _ = taken_apart(params)
         return _named(self.model.whole(stages, rest, Part(batch, key, None), state))
 
@@ -207,7 +210,10 @@ class Run:
         return self._named_whole(params, batch, get("state"), get("key"))
 
     def _check_rows(self, params: Params, batch: Batch, given: Given, parts: int) -> None:
-        """Rows that fill up the last part can only be left out of terms that are per row."""
+        """Raises `ValueError` if rows that fill up the last part would count in a term of the loss.
+
+        They get weight 0 where the loss returns a term per row. A sum over rows includes them.
+        """
         rows = row_count(batch)
         if rows % parts == 0:
             return
@@ -219,7 +225,10 @@ class Run:
 
 
 def _check_order(mesh_axis: str) -> None:
-    """XLA of JAX 0.12 aborts the process on manual axes that are not in the order of the mesh."""
+    """Raises `ValueError` where XLA of JAX 0.12 would abort the process.
+
+    It does on manual axes that are not in the order of the mesh, beside one of the partitioner's.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     names, around = list(mesh.axis_names), set(mesh.manual_axes)
     after = [name for name in names[names.index(mesh_axis) :] if name in around]
@@ -235,22 +244,23 @@ def _check_order(mesh_axis: str) -> None:
 
 
 def _weights(loss: Any, params: Params, parts: Part, given: Given) -> Denominators:
-    """What each term weighs on all parts, before any gradient."""
+    """Sums the weight of each term over all parts, before any gradient."""
     one = first_of(parts)
     of_part = weight_slice(loss, params, one.batch, given.of(one))
-    step = lambda _, part: (None, of_part(part.batch, given.of(part)))
+
+    def step(carry: None, part: Part) -> tuple[None, Any]:
+        return carry, of_part(part.batch, given.of(part))
+
     return jax.tree.map(jnp.sum, lax.scan(step, None, parts)[1])
 
 
 def _added_up(tree: Any, mesh_axis: str) -> Any:
-    """What one stage has and the others have zeros for, on all of them, whatever its dtype."""
+    """Brings what one stage has to all stages, where the others have zeros."""
 
     def add(x: jax.Array) -> jax.Array:
-        return (
-            lax.psum(x.astype(jnp.uint8), mesh_axis) != 0
-            if x.dtype == bool
-            else lax.psum(x, mesh_axis)
-        )
+        if x.dtype == bool:  # which has no sum
+            return lax.psum(x.astype(jnp.uint8), mesh_axis) != 0
+        return lax.psum(x, mesh_axis)
 
     return jax.tree.map(add, tree)
 
@@ -264,17 +274,18 @@ def _is_mean(node: Any) -> bool:
 
 
 def _named(terms: Any) -> dict[str, Any]:
+    """Names the terms of a loss; a single one is "loss"."""
     named = terms if isinstance(terms, Mapping) else {"loss": terms}
     return {str(name): term for name, term in named.items()}
 
 
 def _beside(terms: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What a `Mean` says beside its total."""
+    """Collects weight and coefficient of each term that is a `Mean`."""
     return {name: (m.weight, m.coef) for name, m in terms.items() if _is_mean(m)}
 
 
 def _joined(found: jax.Array, outline: Any, beside: Any, rows: int) -> Any:
-    """A term of the whole batch, of what it is for each part."""
+    """Joins the values of a term for each part to its value for the whole batch."""
     if not _is_mean(outline):
         return jnp.mean(found)
     total = gather_rows(found, rows) if outline.total.shape else jnp.sum(found, axis=0)

@@ -34,12 +34,12 @@ class Job(NamedTuple):
 
 
 Tick: TypeAlias = Mapping[tuple[int, Pass], Job]
-"""What each stage does in a tick; one that is not there idles."""
+"""The job of each stage and pass in a tick; a stage that is not in it idles."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Who does what when; it prints as a table of stages and ticks.
+    """Which stage runs which part at which tick; it prints as a table of stages and ticks.
 
     Attributes:
         name: "gpipe", "circular" or "1f1b".
@@ -85,7 +85,7 @@ class Schedule:
         return _in_turn(self.stages, self.parts, self.repeats)
 
     def bubble(self, *, skip_idle: bool = True) -> tuple[int, int]:
-        """How much of the time a stage idles, as a fraction `(idle, all)` in lowest terms.
+        """Computes the share of time a stage idles, as a fraction `(idle, all)` in lowest terms.
 
         A forward and a backward pass count the same. Law: `(S - 1) / (V M + S - 1)` for all three
         schedules; without skipping, every tick of 1f1b costs both passes, and it is
@@ -103,7 +103,7 @@ class Schedule:
 
     @functools.cached_property
     def in_flight(self) -> int:
-        """Most passes of parts that wait on one stage for their backward pass."""
+        """The most parts that ever wait on one stage for their backward pass."""
         return max(map(self._in_flight, range(self.stages)))
 
     def _in_flight(self, stage: int) -> int:
@@ -115,7 +115,7 @@ class Schedule:
         return most
 
     def __str__(self) -> str:
-        """The schedule as a table of text."""
+        """Writes the schedule as a table of text."""
         rows = [["tick", *map(str, range(len(self.ticks)))]]
         rows += [
             [f"stage {s}", *(self._cell(tick, s) for tick in self.ticks)]
@@ -128,13 +128,18 @@ class Schedule:
         return "\n".join([*(line.rstrip() for line in lines), f"{says} in flight"])
 
     def _cell(self, tick: Tick, stage: int) -> str:
-        jobs = [(which, tick[stage, which]) for which in ("F", "B") if (stage, which) in tick]
-        mark = lambda job: f"{job.part}.{job.repeat}" if self.repeats > 1 else f"{job.part}"
-        return " ".join(which + mark(job) for which, job in jobs)
+        """Writes the jobs of one stage in one tick, as "F1 B0", or "F1.2" with the chunk."""
+        found = []
+        for which in ("F", "B"):
+            job = tick.get((stage, which))
+            if job is not None:
+                chunk = f".{job.repeat}" if self.repeats > 1 else ""
+                found.append(f"{which}{job.part}{chunk}")
+        return " ".join(found)
 
 
 def _in_turn(stages: int, parts: int, repeats: int) -> Sequence[Tick]:
-    """Forward passes of all parts through all chunks, repeat after repeat."""
+    """Forward passes of all parts through all chunks, repeat after repeat, one tick a stage."""
     ticks: list[dict[tuple[int, Pass], Job]] = [{} for _ in range(repeats * parts + stages - 1)]
     for s in range(stages):
         for r in range(repeats):
@@ -144,6 +149,11 @@ def _in_turn(stages: int, parts: int, repeats: int) -> Sequence[Tick]:
 
 
 def _one_forward_one_backward(stages: int, parts: int) -> Sequence[Tick]:
+    """Forward and backward passes, each cotangent sent back as soon as the last stage has it.
+
+    The backward pass of part m starts on the last stage in the tick of its forward pass there, and
+    comes down by one stage a tick: stage s waits 2 (S - 1 - s) ticks, so at most 2 S - 1 parts.
+    """
     ticks: list[dict[tuple[int, Pass], Job]] = [{} for _ in range(parts + 2 * stages - 2)]
     for s in range(stages):
         for m in range(parts):

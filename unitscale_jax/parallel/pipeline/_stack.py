@@ -6,6 +6,7 @@ Layers go in order of repeats first: chunk `r * stages + s` is the r-th of stage
 permutation of numbers, no arithmetic, so a checkpoint holds named layers and serves any mesh.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,7 +23,7 @@ from unitscale_jax.rules import Pattern, text_of
 def stack(
     tree: Any, pattern: Pattern, stages: int, repeats: int = 1, *, axis: int | None = None
 ) -> Any:
-    """Stacks named layers into stages.
+    """Stacks named layers into the stages of a pipeline.
 
     Args:
         tree: Parameters: Linen's dicts, an `nnx.State`, or any pytree of dicts, lists and tuples.
@@ -56,8 +57,10 @@ def stack(
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise ValueError(expected(f"`{noun}`", number, "a positive int"))
     seen: list[str] = []
-    found = lambda node, named: _stages(node, named, pattern, stages, repeats, axis)
-    stacked = _walk(tree, "", found, seen)
+    to_stages = functools.partial(
+        _stages, pattern=pattern, stages=stages, repeats=repeats, axis=axis
+    )
+    stacked = _walk(tree, "", to_stages, seen)
     if not any(isinstance(node, Stages) for node in _nodes(stacked)):
         rules.match([(pattern, True)], seen, noun="layer")  # says which names are closest
         raise ValueError(
@@ -68,7 +71,7 @@ def stack(
 
 
 def unstack(tree: Any) -> Any:
-    """Named layers again: the inverse of `stack`, for whatever `Stages` are anywhere in a tree.
+    """Restores named layers: the inverse of `stack`, for all `Stages` anywhere in a tree.
 
     Args:
         tree: Parameters, gradients, the state of an optimizer: anything stacked.
@@ -79,27 +82,29 @@ def unstack(tree: Any) -> Any:
         >>> jax.tree.map(jnp.shape, unstack(stacked))
         {'a': (2,), 'layers': [(3,), (3,)]}
     """
-    undo = lambda node: node.unstacked() if isinstance(node, Stages) else node
+
+    def undo(node: Any) -> Any:
+        return node.unstacked() if isinstance(node, Stages) else node
+
     return jax.tree.map(undo, tree, is_leaf=lambda node: isinstance(node, Stages))
 
 
 # -------------------------------------------------------------------------------------- the walk
 
-_Found = Callable[[Any, list[tuple[Entry, str, Any]]], Any]
+_ToStages = Callable[[Any, list[tuple[Entry, str, Any]]], Any]
 
 
-def _walk(node: Any, name: str, found: _Found, seen: list[str]) -> Any:
-    """The tree with each container of layers replaced by what `found` makes of it, if anything."""
+def _walk(node: Any, name: str, to_stages: _ToStages, seen: list[str]) -> Any:
+    """Replaces each container of layers by its `Stages`, and notes all names that it has seen."""
     children, structure = children_of(node)
     if children is None:
         return node
-    inside = lambda word: "/".join(filter(None, (name, word)))
-    named = [(key, inside(word), child) for key, word, child in children]
+    named = [(key, "/".join(filter(None, (name, word))), child) for key, word, child in children]
     seen += [full for _, full, _ in named]
-    made = found(node, named)
-    if made is not None:
-        return made
-    return structure.unflatten([_walk(child, full, found, seen) for _, full, child in named])
+    stacked = to_stages(node, named)
+    if stacked is not None:
+        return stacked
+    return structure.unflatten([_walk(child, full, to_stages, seen) for _, full, child in named])
 
 
 def _nodes(tree: Any) -> list[Any]:
@@ -114,7 +119,7 @@ def _stages(
     repeats: int,
     axis: int | None,
 ) -> Stages | None:
-    """The `Stages` of a container some of whose entries match; None if none does."""
+    """Makes the `Stages` of a container some of whose entries match; None if none does."""
     hit = [entry for entry in named if rules.matches(pattern, entry[1])]
     kind = _kind(node)
     if not hit or kind is None:
@@ -142,12 +147,13 @@ def _stages(
             f"each need a multiple of {stages * repeats}. Choose `stages * repeats` among the "
             f"divisors of {count}, or move layers into `first` or `head` by a narrower pattern."
         )
-    cut = lambda x: jnp.reshape(x, (repeats, stages, count // (stages * repeats), *x.shape[1:]))
-    return Stages(jax.tree.map(cut, layers), others, word, keys, kind)
+    chunks = (repeats, stages, count // (stages * repeats))
+    cut = jax.tree.map(lambda x: jnp.reshape(x, (*chunks, *x.shape[1:])), layers)
+    return Stages(cut, others, word, keys, kind)
 
 
 def _kind(node: Any) -> Callable | None:
-    """What makes a container like this of a dict of its entries."""
+    """Finds the function that makes a container like this one of a dict of its entries."""
     if isinstance(node, Mapping):
         return type(node)
     return {list: _as_list, tuple: _as_tuple}.get(type(node))
@@ -162,6 +168,7 @@ def _as_tuple(entries: Mapping[int, Any]) -> tuple:
 
 
 def _single(hit: list, pattern: Pattern) -> Any:
+    """The one entry that matches, a stack of layers already."""
     if len(hit) != 1:
         raise ValueError(
             f"{text_of(pattern)!r} matches {len(hit)} entries of one container, {hit[0][1]!r} and "
@@ -171,7 +178,7 @@ def _single(hit: list, pattern: Pattern) -> Any:
 
 
 def _stacked(names: list[str], layers: list[Any]) -> Any:
-    """Layers of one structure as one tree with a leading axis of layers."""
+    """Stacks layers of one structure on a new leading axis."""
     outline = jax.tree.structure(layers[0])
     first = trees.named_leaves(layers[0])
     for name, layer in zip(names, layers, strict=True):
@@ -193,6 +200,7 @@ def _stacked(names: list[str], layers: list[Any]) -> Any:
 
 
 def _count(layers: Any, name: str) -> int:
+    """Counts layers, the same number in every leaf of a stack."""
     found = {leaf: jnp.shape(x)[:1] for leaf, x in trees.named_leaves(layers).items()}
     if len(set(found.values())) != 1:
         raise ValueError(
@@ -207,6 +215,6 @@ def _aval(x: Any) -> str:
 
 
 def _natural(name: str) -> list[Any]:
-    """Orders "layer_10" after "layer_9"."""
+    """A key for sorting names by their numbers: "layer_10" after "layer_9"."""
     pieces = re.split(r"(\d+)", name)
     return [int(piece) if k % 2 else piece for k, piece in enumerate(pieces)]

@@ -1,5 +1,6 @@
 """A stack of layers where named ones were, and a tree of parameters taken apart around it."""
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -15,7 +16,7 @@ Entry: TypeAlias = Any
 
 @jax.tree_util.register_pytree_with_keys_class
 class Stages:
-    """What stands where named layers were: the layers as one stack, and what was beside them.
+    """A container of named layers as one stack of them, beside its other entries.
 
     Made by `stack`. Its leaves are named as those of the layers were, the layer's own word replaced
     by the pattern's ("decoder/layer_*/mlp/kernel"), so a rule written for named layers with a `*`
@@ -29,7 +30,7 @@ class Stages:
     def __init__(
         self, layers: Any, others: Mapping[Entry, Any], word: Entry, keys: Any, kind: Callable
     ) -> None:
-        """Not called by users; `keys` are the layers', or along which axis they were stacked."""
+        """Takes the keys of the layers, or the axis of a scanned stack; `stack` calls it."""
         self.layers, self.others = layers, dict(others)
         self._word, self._keys, self._kind = word, keys, kind
 
@@ -44,24 +45,31 @@ class Stages:
         return self._kind(self.others)
 
     def like(self, layers: Any, others: Mapping[Entry, Any]) -> "Stages":
-        """The same outline around other arrays."""
+        """Makes a container of this outline around other arrays."""
         return Stages(layers, others, self._word, self._keys, self._kind)
 
     def unstacked(self) -> Any:
-        """The container as it was; a scalar, such as a flag of the stack, goes to every layer."""
-        is_stack = lambda x: jnp.ndim(x) >= 3
-        joined = lambda x: jnp.reshape(x, (-1, *jnp.shape(x)[3:])) if is_stack(x) else x
-        layers = jax.tree.map(joined, self.layers)
+        """Makes the container as it was before `stack`.
+
+        A leaf without the three axes of a stack, such as the flag of a loss scale whose state was
+        made for the stack, says the same of every layer, and every layer gets it.
+        """
+        flat = jax.tree.map(_joined, self.layers)  # leaves (all layers, ...), once for all of them
         if isinstance(self._keys, int):
-            back = lambda x, old: jnp.moveaxis(x, 0, self._keys) if is_stack(old) else x
-            whole = jax.tree.map(back, layers, self.layers)
+            whole = self._where_stacked(lambda x: jnp.moveaxis(x, 0, self._keys), flat)
             return self._kind({**self.others, self._word: whole})
-        pick = lambda i: lambda x, old: x[i] if is_stack(old) else x
-        one = lambda i: jax.tree.map(pick(i), layers, self.layers)
-        return self._kind({**self.others, **{key: one(i) for i, key in enumerate(self._keys)}})
+        named = {
+            key: self._where_stacked(operator.itemgetter(i), flat)
+            for i, key in enumerate(self._keys)
+        }
+        return self._kind({**self.others, **named})
+
+    def _where_stacked(self, fn: Callable[[Any], Any], flat: Any) -> Any:
+        """Maps the leaves that are stacks; others stay, as they say the same of every layer."""
+        return jax.tree.map(lambda x, old: fn(x) if _is_stack(old) else x, flat, self.layers)
 
     def tree_flatten_with_keys(self) -> tuple[Sequence[tuple[DictKey, Any]], Any]:
-        """For JAX: children and what they do not say."""
+        """Lists the leaves and the outline around them, for JAX."""
         beside = sorted(self.others)
         children = [(DictKey(self._word), self.layers)]
         children += [(DictKey(key), self.others[key]) for key in beside]
@@ -79,8 +87,17 @@ class Stages:
         return f"Stages({self._word!r}: {self.layers!r}, others={self.others!r})"
 
 
+def _is_stack(x: Any) -> bool:
+    return jnp.ndim(x) >= 3
+
+
+def _joined(x: Any) -> jax.Array:
+    """A stack `(repeats, stages, layers of a chunk, ...)` as `(layers, ...)`; no stack as it is."""
+    return jnp.reshape(x, (-1, *jnp.shape(x)[3:])) if _is_stack(x) else x
+
+
 def taken_apart(tree: Any) -> tuple[Stages, Any, Callable[[Any, Any], Any]]:
-    """`(stages, everything else, a function that puts the two together)`.
+    """Splits parameters: `(stages, everything else, a function that puts the two together)`.
 
     Everything else has the outline of the parameters without the layers.
 
@@ -107,8 +124,11 @@ def taken_apart(tree: Any) -> tuple[Stages, Any, Callable[[Any, Any], Any]]:
 
 
 def children_of(node: Any) -> Any:
-    """`[(key, word, child), ...]` of one level of a tree and its structure; None of a leaf."""
-    one_level = lambda x: x is not node
+    """Lists one level of a tree: `[(key, word, child), ...]` and its structure; None for a leaf."""
+
+    def one_level(x: Any) -> bool:
+        return x is not node
+
     pairs, structure = jax.tree_util.tree_flatten_with_path(node, is_leaf=one_level)
     if not pairs or not pairs[0][0]:  # nothing inside, or itself a leaf
         return None, structure

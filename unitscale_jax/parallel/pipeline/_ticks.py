@@ -45,9 +45,9 @@ class _Carry(NamedTuple):
 
     Attributes:
         sources: Inputs that wait, leaves `(slots, ...)`.
-        ahead: What the stage before has sent.
+        ahead: The output that the stage before has sent.
         cotangents: Cotangents that wait.
-        back: What the stage after has sent.
+        back: The cotangent that the stage after has sent.
         kept: Residuals that wait, a list.
         layers: Gradients of this stage's layers.
         rest: Gradients of the other parameters, of this stage alone.
@@ -73,11 +73,11 @@ class Stage:
     Attributes:
         model: The pieces of the model.
         axis: The mesh axis of the stages.
-        stages: Its size.
+        stages: The size of that axis.
         skip: Whether a bubble is skipped.
         stash: Whether residuals are kept from forward to backward.
-        layers: Its chunks of layers, leaves `(repeats, layers, ...)`.
-        inputs: What every stage has whole.
+        layers: The chunks of layers of this stage, leaves `(repeats, layers, ...)`.
+        inputs: The arrays that every stage has whole.
     """
 
     model: Model
@@ -89,25 +89,28 @@ class Stage:
     inputs: Inputs
 
     def typed(self) -> "Stage":
-        """The same, all of it typed as differing between stages, so that nothing is reduced yet."""
+        """Types all arrays as differing between stages, so that no gradient is summed in a loop."""
         layers, inputs = varying((self.layers, self.inputs), [self.axis])
         return dataclasses.replace(self, layers=layers, inputs=inputs)
 
     def gradients(self, plan: TickTable, loops: Any) -> tuple[Terms, Any, Params]:
-        """`(terms, gradients of the layers, gradients of the rest)`.
+        """Runs a training step: `(terms, gradients of the layers, gradients of the rest)`.
 
-        Terms and gradients of the rest are to be added up over stages.
+        Terms and gradients of the rest are those of this stage, for the caller to add up.
         """
         x, kept, terms = jax.eval_shape(self._outlines)
-        wide = lambda w: zeros(w.shape, trees.wide(w.dtype), like=w)
+
+        def accumulator(w: Any) -> jax.Array:
+            return zeros(w.shape, trees.wide(w.dtype), like=w)
+
         carry = _Carry(
             sources=self._blanks(x, plan.sources),
             ahead=self._blanks(x),
             cotangents=self._blanks(x, plan.cotangents),
             back=self._blanks(x),
             kept=self._blanks(kept, plan.kept),
-            layers=jax.tree.map(wide, self.layers),
-            rest=jax.tree.map(wide, self.inputs.rest),
+            layers=jax.tree.map(accumulator, self.layers),
+            rest=jax.tree.map(accumulator, self.inputs.rest),
             terms=self._blanks(terms),
         )
 
@@ -122,12 +125,22 @@ class Stage:
         return carry.terms, carry.layers, carry.rest
 
     def outputs(self, plan: TickTable, loops: Any, finish: Callable[[Any, Any, Part], Any]) -> Any:
-        """Outputs of `finish(rest, output of the last layer, part)`, leaves `(parts, ...)`.
+        """Runs a forward pass: the results of `finish`, leaves `(parts, ...)`.
 
-        They are zeros on all stages but the last.
+        Args:
+            plan: The tick table.
+            loops: The orders of its loops, as this device holds them.
+            finish: Called as `finish(rest, output of the last layer, part)`.
+
+        Returns:
+            The results on the last stage, zeros on the others.
         """
-        out = lambda: finish(self.inputs.rest, self._start(), self._part(0))
-        x, out = jax.eval_shape(lambda: (self._start(), varying(out(), self._over)))
+
+        def finished(y: Any, part: Part) -> Any:
+            return varying(finish(self.inputs.rest, y, part), self._over)
+
+        x = jax.eval_shape(self._start)
+        out = jax.eval_shape(lambda: finished(self._start(), self._part(0)))
         count = len(jax.tree.leaves(self.inputs.parts)[0])
         carry = _Carry(
             self._blanks(x, plan.sources), self._blanks(x), outputs=self._blanks(out, count)
@@ -136,9 +149,11 @@ class Stage:
         def tick(carry: _Carry, orders: Any) -> tuple[_Carry, None]:
             job = jax.tree.map(lambda column: column[0], orders)[0]
             carry, y = self._forward(carry, job)
-            part = lambda: finish(self.inputs.rest, y, self._part(job.part))
-            done = lambda: stored(carry.outputs, job.part, varying(part(), self._over), job.last)
-            return carry._replace(outputs=self._when(job.last, done, lambda: carry.outputs)), None
+
+            def keep() -> Any:
+                return stored(carry.outputs, job.part, finished(y, self._part(job.part)), job.last)
+
+            return carry._replace(outputs=self._when(job.last, keep, lambda: carry.outputs)), None
 
         for orders in loops:
             carry, _ = lax.scan(tick, carry, orders)
@@ -147,7 +162,8 @@ class Stage:
     # ------------------------------------------------------------------------- halves of a tick
 
     def _forward(self, carry: _Carry, job: Orders) -> tuple[_Carry, Any]:
-        """The forward half of a tick, and its output."""
+        """Runs the forward half of a tick: `(carry, output of the chunk)`."""
+        # Before the chunk runs: an input that arrives now may be the one it takes.
         sources = stored(carry.sources, job.into, carry.ahead, job.arrives)
 
         def run() -> Any:
@@ -160,28 +176,38 @@ class Stage:
             new, _ = residuals(pull, (w, part))
             return x, y, stored(carry.kept, job.kept, new, job.run)
 
-        idle = lambda: (self._empty(sources), self._empty(sources), carry.kept)
+        def idle() -> Any:
+            return self._empty(sources), self._empty(sources), carry.kept
+
         x, y, kept = self._when(job.run, run, idle)
+        # The first stage makes its input here; the backward half finds it in the slot, like others.
         sources = stored(sources, job.source, x, job.run)
         return carry._replace(sources=sources, kept=kept, ahead=self._sent(y, 1)), y
 
     def _backward(self, carry: _Carry, job: Orders) -> _Carry:
         """Runs the backward half of a tick."""
         cotangents = stored(carry.cotangents, job.into, carry.back, job.arrives)
-        arrived = lambda: (carry.terms, carry.rest, taken(cotangents, job.cotangent))
+
+        def arrived() -> Any:
+            return carry.terms, carry.rest, taken(cotangents, job.cotangent)
 
         def run() -> Any:
             part, w = self._part(job.part), self._weights(job)
-            enter = lambda rest: self._entered(part, rest)
             x = taken(carry.sources, job.source)
             y, pull = self._again(carry.kept, w, x, part, job)
             terms, rest, dy = self._when(job.last, lambda: self._turned(carry, y, part), arrived)
             dw, dx = pull(dy)
-            through = lambda: added(rest, jax.vjp(enter, self.inputs.rest)[1](dx)[0])
-            rest = self._when(job.first, through, lambda: rest)
-            return terms, rest, added_at(carry.layers, self._repeat(job), dw), dx
 
-        idle = lambda: (carry.terms, carry.rest, carry.layers, self._empty(cotangents))
+            def through_first() -> Params:
+                _, pull_rest = jax.vjp(lambda r: self._entered(part, r), self.inputs.rest)
+                return added(rest, pull_rest(dx)[0])
+
+            new_rest = self._when(job.first, through_first, lambda: rest)
+            return terms, new_rest, added_at(carry.layers, self._repeat(job), dw), dx
+
+        def idle() -> Any:
+            return carry.terms, carry.rest, carry.layers, self._empty(cotangents)
+
         terms, rest, layers, dx = self._when(job.run, run, idle)
         sent = self._sent(dx, -1)
         return carry._replace(
@@ -191,11 +217,13 @@ class Stage:
     def _again(self, kept: Any, w: Any, x: Any, part: Part, job: Orders) -> tuple[Any, Callable]:
         """A chunk's output and derivative: computed again, or from what the forward pass kept.
 
-        The output is needed, and there, on the last stage alone.
+        The output of the last chunk alone is needed, and only that one is computed: the last chunk
+        has no forward half of its own, so nothing was kept for it. Of other chunks it is zeros.
         """
         chunk = self._chunk(part, job)
         if not self.stash:
             return jax.vjp(chunk, w, x)
+        # Only the trace of `fresh` knows how to put a derivative together again.
         rebuild: list[Callable] = []
 
         def fresh() -> Any:
@@ -208,11 +236,11 @@ class Stage:
         return y, rebuild[0](new, (w, part))
 
     def _turned(self, carry: _Carry, y: Any, part: Part) -> tuple[Terms, Params, Any]:
-        """On the last stage: terms, gradients of the rest, and the cotangent that goes back."""
+        """Turns round on the last stage: terms, gradients of the rest, cotangent to send back."""
         value, pull, terms = jax.vjp(self._objective(part), self.inputs.rest, y, has_aux=True)
         rest, dy = pull(jnp.ones_like(value))
-        add = lambda old, new: Mean(old.total + new.total, old.weight + new.weight, new.coef)
-        return {n: add(carry.terms[n], m) for n, m in terms.items()}, added(carry.rest, rest), dy
+        sums = {name: _mean_sum(carry.terms[name], mean) for name, mean in terms.items()}
+        return sums, added(carry.rest, rest), dy
 
     # ----------------------------------------------------------------------------- the pieces
 
@@ -248,7 +276,7 @@ class Stage:
         return objective
 
     def _outlines(self) -> Any:
-        """What an input, residuals and the terms of a part look like."""
+        """Computes an input, residuals and terms of one part; called for their shapes alone."""
         part, x = self._part(0), self._start()
         kept: list[Any] = []
         if self.stash:
@@ -265,7 +293,7 @@ class Stage:
 
     @property
     def _count(self) -> int:
-        """Number of layers of the model."""
+        """The number of layers of the whole model."""
         return self._repeats * self.stages * jax.tree.leaves(self.layers)[0].shape[1]
 
     @property
@@ -280,10 +308,15 @@ class Stage:
         return jax.tree.map(lambda x: _buffers.blank(x, self.axis, slots), tree)
 
     def _empty(self, buffer: Any) -> Any:
-        """Zeros of the shape of one slot."""
+        """Makes zeros of the shape of one slot of a buffer."""
         return jax.tree.map(lambda x: zeros(x.shape[1:], x.dtype, like=x), buffer)
 
     def _sent(self, tree: Any, step: int) -> Any:
-        """Each stage's value as the next stage, or with a step of -1 the one before, sees it."""
+        """Sends a value to the next stage, or with a step of -1 to the one before."""
         ring = [(i, (i + step) % self.stages) for i in range(self.stages)]
         return jax.tree.map(lambda x: lax.ppermute(x, self.axis, ring), tree)
+
+
+def _mean_sum(total: Mean, part: Mean) -> Mean:
+    """Adds a part's term to a total. The coefficient is the same in all parts."""
+    return Mean(total.total + part.total, total.weight + part.weight, part.coef)
