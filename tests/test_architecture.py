@@ -138,7 +138,7 @@ QUESTIONS = {
     "where is it inferred which dimension goes over which mesh axis": "parallel/layouts/_infer.py",
     "where is the one reduction of a data-parallel step": "parallel/data/_data.py",
     "where is one pipeline tick run": "parallel/pipeline/_ticks.py",
-    "where is ring attention": "parallel/collectives/_sequence.py",
+    "where is ring attention": "parallel/collectives/_ring.py",
     "where does a checkpoint become visible at once": "checkpoint/_files.py",
     "which file imports flax": "bridge.py",
     "where is the sentence for a misspelt name": "errors.py",

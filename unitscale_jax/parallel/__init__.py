@@ -6,11 +6,12 @@ partitioner's. The types of varying axes place the transposed collectives.
 
 from unitscale_jax.parallel._launch import initialize, watchdog
 from unitscale_jax.parallel.collectives._experts import Load, expert_parallel
-from unitscale_jax.parallel.collectives._sequence import (
+from unitscale_jax.parallel.collectives._ring import (
     ring_attention,
+)
+from unitscale_jax.parallel.collectives._stripe import (
     row_positions,
     stripe,
-    ulysses_attention,
     unstripe,
 )
 from unitscale_jax.parallel.collectives._tensor import (
@@ -20,6 +21,9 @@ from unitscale_jax.parallel.collectives._tensor import (
     ring_matmul,
     ring_scatter,
     row,
+)
+from unitscale_jax.parallel.collectives._ulysses import (
+    ulysses_attention,
 )
 from unitscale_jax.parallel.collectives._vocabulary import (
     vocab_argmax,

@@ -37,7 +37,7 @@ def merged(
     Args:
         fns: A function `fn(params, *inputs)` for each sub-model, in order; or one for all of them.
         how: What becomes of the n outputs:
-            "sum", "mean": of them.
+            "sum", "mean": their sum, their mean.
             "concat": along the last axis, whose sizes may differ.
             "weighted": `sum_i weights[.., i] * y_i`; see `weights` below.
             "vote": how many outputs have their largest number at each place of the last axis,
@@ -122,7 +122,7 @@ class Packed:
         return sum(trees.nbytes(x) // x.shape[0] for x in self.rows.values())
 
     def __repr__(self) -> str:
-        """Bytes, and how many of them only fill rows up."""
+        """Says how many bytes there are, and how many of them only fill rows up."""
         used = sum(form.nbytes for form in self.forms)
         total = self.row_bytes * len(self)
         return (
@@ -180,9 +180,9 @@ def unpack(packed: Packed, i: int, row: Any = None) -> Any:
     """Restores the tree that a row was packed from.
 
     Args:
-        packed: Of `pack`, or a device's part of it inside of a `shard_map`.
-        i: Which tree: how the row is read.
-        row: Which row, if it is another: inside of a `shard_map` rows count from the device's own.
+        packed: The result of `pack`, or a device's part of it inside of a `shard_map`.
+        i: The number of the tree, which says how the row is read.
+        row: The row, if its number is another: a device in a `shard_map` counts its own rows.
 
     Returns:
         A pytree as it was packed.
@@ -198,6 +198,7 @@ def unpack(packed: Packed, i: int, row: Any = None) -> Any:
 
 
 def _rows(forest: list[list[jax.Array]], name: str) -> jax.Array:
+    """Makes one row of each tree's numbers of one dtype, filled up to the longest."""
     dtype = np.dtype(name)
     flat = [[jnp.ravel(x) for x in leaves if x.dtype == dtype] for leaves in forest]
     rows = [jnp.concatenate(parts) if parts else jnp.zeros(0, dtype) for parts in flat]
@@ -214,7 +215,7 @@ def _body(
     inputs: tuple[Any, ...],
     weights: Any,
 ) -> Any:
-    """Outputs of the device's sub-models, merged as far as it goes without the others."""
+    """Evaluates the device's sub-models and merges what they return, by one sum over devices."""
     count = len(models)
     each = count // devices_over(mesh_axis)
     inputs, weights = varying((inputs, weights), [mesh_axis])
@@ -238,8 +239,16 @@ def _one_of(
     row: int,
     inputs: tuple[Any, ...],
 ) -> Any:
-    """The output of the sub-model whose parameters are in a row, on whichever device."""
-    widest = jax.tree.map(lambda *ys: max(y.shape[-1] for y in ys) if ys[0].ndim else 0, *outs)
+    """Evaluates the sub-model whose parameters are in one row of this device.
+
+    Every device compiles the branches of all devices and runs its own. `models` are those that
+    stand in this row, one for each device.
+    """
+
+    def width(*ys: Any) -> int:
+        return max(y.shape[-1] for y in ys) if ys[0].ndim else 0
+
+    widest = jax.tree.map(width, *outs)
 
     def of(model: Callable[..., Any], params: Params, inputs: tuple[Any, ...]) -> Any:
         y = model(params, inputs, row=row)
@@ -256,16 +265,16 @@ def _one_of(
 
 
 def _call(fn: Apply, i: int, params: Params, inputs: tuple[Any, ...], *, row: int) -> Any:
-    own = (
-        unpack(params, i, row)
-        if isinstance(params, Packed)
-        else jax.tree.map(lambda x: x[row], params)
-    )
+    """Evaluates sub-model `i`, whose parameters are in a row of the device."""
+    if isinstance(params, Packed):
+        own = unpack(params, i, row)
+    else:
+        own = jax.tree.map(lambda x: x[row], params)
     return jax.tree.map(jnp.asarray, fn(own, *inputs))
 
 
 def _share(how: How, weights: Any, mine: Any, y: jax.Array) -> jax.Array:
-    """Contribution of one sub-model to the sum."""
+    """Computes what one sub-model adds to the sum."""
     if how == "vote":
         return jax.nn.one_hot(jnp.argmax(y, axis=-1), y.shape[-1], dtype=jnp.int32)
     if how != "weighted":
@@ -279,6 +288,7 @@ def _padded(y: jax.Array, widest: int) -> jax.Array:
 
 
 def _concatenated(y: jax.Array, *outs: Any) -> jax.Array:
+    """Joins outputs `(n, .., widest)` along their last axes, without what filled them up."""
     parts = [y[i, ..., : out.shape[-1]] for i, out in enumerate(outs)]
     return jnp.concatenate(parts, axis=-1)
 
@@ -288,7 +298,7 @@ def _function(fns: Apply | Sequence[Apply], i: int) -> Apply:
 
 
 def _count(params: Params, fns: Apply | Sequence[Apply]) -> int:
-    """How many sub-models there are, of which parameters and functions agree."""
+    """Counts sub-models; raises `ValueError` unless parameters and functions have as many."""
     leaves = trees.named_leaves(params)
     counts = {name: (np.shape(x) or (0,))[0] for name, x in leaves.items()}
     count = len(params) if isinstance(params, Packed) else next(iter(counts.values()), 0)
@@ -326,7 +336,7 @@ def _check_weights(how: How, weights: Any, count: int) -> None:
 
 
 def _check_outputs(how: How, outs: list[Any]) -> None:
-    """Outputs are alike; of "concat" but for their last axes."""
+    """Raises `ValueError` unless outputs are alike; for "concat" last axes may differ."""
     first, names = outs[0], trees.names(outs[0])
     for i, out in enumerate(outs):
         if jax.tree.structure(out) != jax.tree.structure(first):
@@ -339,10 +349,12 @@ def _check_outputs(how: How, outs: list[Any]) -> None:
 
 
 def _check_output(how: How, i: int, name: str, y: Any, like: Any) -> None:
-    cut = (lambda shape: shape[:-1]) if how == "concat" else (lambda shape: shape)
+    """Raises `ValueError` unless one output of sub-model `i` is like that of the first."""
     if how in ("concat", "vote") and not like.ndim:
         raise ValueError(f"output {name!r} is a scalar, and {how!r} is along its last axis.")
-    if (cut(y.shape), y.ndim, y.dtype) != (cut(like.shape), like.ndim, like.dtype):
+    compared = slice(-1) if how == "concat" else slice(None)
+    shape, expected = y.shape[compared], like.shape[compared]
+    if (shape, y.ndim, y.dtype) != (expected, like.ndim, like.dtype):
         raise ValueError(
             f"sub-model {i} returns {name!r} as {y.dtype}{list(y.shape)}, and the first as "
             f"{like.dtype}{list(like.shape)}. {how!r} merges outputs of one shape and dtype; "

@@ -80,8 +80,8 @@ def expert_parallel(
     wide = trees.wide(out.dtype)
     weights = gates.reshape(choices.shape).astype(wide)
     y = jnp.sum(found.astype(wide) * weights[..., None], axis=1).astype(out.dtype)
-    sum_over = lambda count: lax.psum(count, mesh_axis)
-    return y.reshape(*x.shape[:-1], -1), Load(sum_over(route.asked), sum_over(route.kept))
+    load = Load(lax.psum(route.asked, mesh_axis), lax.psum(route.kept, mesh_axis))
+    return y.reshape(*x.shape[:-1], -1), load
 
 
 @jax.tree_util.register_dataclass
@@ -105,19 +105,28 @@ class Load:
 
 
 class _Route(NamedTuple):
-    """Where the rows of a device go: a buffer has `slots` places for each device of the axis."""
+    """Where the rows of a device go: a buffer has `slots` places for each device of the axis.
 
-    row: jax.Array  # (n slots,): which row is in a place; beyond the last row: none
-    place: jax.Array  # (rows, k): in which place a choice is; beyond the last place: dropped
-    sizes: jax.Array  # (n, experts / n): how many rows go to each expert
-    asked: jax.Array  # (experts,)
-    kept: jax.Array  # (experts,)
+    Attributes:
+        row: `(n slots,)`, which row is in a place; a number beyond the last row means none.
+        place: `(rows, k)`, in which place a choice is; beyond the last place it is dropped.
+        sizes: `(n, experts / n)`, how many rows go to each expert.
+        asked: `(experts,)`, how many rows chose each expert.
+        kept: `(experts,)`, how many of these the capacity keeps.
+    """
+
+    row: jax.Array
+    place: jax.Array
+    sizes: jax.Array
+    asked: jax.Array
+    kept: jax.Array
 
 
 def _route(choices: jax.Array, local: int, mesh_axis: str, capacity: int | None) -> _Route:
     """Sorts choices by expert; those of one device's experts stand together, the earlier first."""
     n, (rows, k) = devices_over(mesh_axis), choices.shape
     most = rows if capacity is None else min(capacity, rows)
+    # A row's choices are different experts, of which a device has `local`; each takes `most` rows.
     slots = min(rows * min(k, local), local * most)
     flat = choices.reshape(-1)
     asked = _counts(flat, n * local)
@@ -126,6 +135,7 @@ def _route(choices: jax.Array, local: int, mesh_axis: str, capacity: int | None)
 
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     expert = flat[order]
+    # Counted within its expert: the sort is stable, so a capacity drops the later rows.
     rank = jnp.arange(rows * k, dtype=jnp.int32) - _before(asked)[expert]
     first = (_before(sizes) + slots * jnp.arange(n, dtype=jnp.int32)[:, None]).reshape(-1)
     place = jnp.where(rank < most, first[expert] + rank, n * slots)
@@ -137,7 +147,7 @@ def _route(choices: jax.Array, local: int, mesh_axis: str, capacity: int | None)
 def _there_and_back(
     fn: Callable[..., jax.Array], params: Params, flat: jax.Array, route: _Route, mesh_axis: str
 ) -> jax.Array:
-    """What the experts make of each place: `(n slots, out)`."""
+    """Sends rows to their experts and the results back: one for each place, `(n slots, out)`."""
     trade = functools.partial(lax.all_to_all, axis_name=mesh_axis, split_axis=0, concat_axis=0)
     sent = jnp.take(flat, route.row, axis=0, mode="fill", fill_value=0)
     received, sizes = trade(sent, tiled=True), trade(route.sizes, tiled=True)
@@ -152,12 +162,13 @@ def _there_and_back(
 
 
 def _counts(experts: jax.Array, length: int) -> jax.Array:
+    """How often each expert was chosen, `(length,)` int32."""
     zeros = jnp.zeros(length, jnp.int32)
     return zeros.at[experts].add(1)
 
 
 def _before(counts: jax.Array) -> jax.Array:
-    """Sums of what comes before, along the last axis."""
+    """Sums the counts that come before each one, along the last axis."""
     return jnp.cumsum(counts, axis=-1, dtype=jnp.int32) - counts
 
 

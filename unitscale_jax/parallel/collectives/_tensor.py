@@ -77,7 +77,7 @@ def row(h: Array, w: Array, bias: Array | None = None, *, mesh_axis: str) -> jax
 
 
 def enter_sequence(x: Array, mesh_axis: str, *, dim: int = -2) -> jax.Array:
-    """Gathers rows before a `column`.
+    """Gathers the rows of all devices, as a `column` needs them.
 
     Args:
         x: `(.., rows / n, width)`, the device's rows.
@@ -93,7 +93,7 @@ def enter_sequence(x: Array, mesh_axis: str, *, dim: int = -2) -> jax.Array:
 
 
 def exit_sequence(partial: Array, mesh_axis: str, *, dim: int = -2) -> jax.Array:
-    """Sums over the axis what a split contraction left, each device keeping its rows of the sum.
+    """Sums a split contraction over the axis, each device keeping its rows of the sum.
 
     Norms, residuals and dropout between the layers then hold 1 / n of the activations, for the
     bytes of the sum alone.
@@ -183,8 +183,12 @@ def ring_scatter(h: Array, w: Array, mesh_axis: str, *, dim: int = -2) -> jax.Ar
     dim = _rows_dim(h, dim, "ring_scatter")
     n, me = devices_over(mesh_axis), lax.axis_index(mesh_axis)
     rows = check_rows(h.shape[dim], mesh_axis, "ring_scatter")
-    # The sum that ends here was begun by the next device, and each has added what it has of it.
-    piece = lambda k: lax.dynamic_slice_in_dim(h, (me - k - 1) % n * rows, rows, dim)
+
+    def piece(k: int) -> jax.Array:
+        # The sum for device d is begun by d + 1 and ends at d, after n - 1 messages. So at step k
+        # this device has the sum for the device k + 1 places before it.
+        return lax.dynamic_slice_in_dim(h, (me - k - 1) % n * rows, rows, dim)
+
     total = jnp.tensordot(piece(0), w, 1)
     for k in range(1, n):
         total = lax.ppermute(total, mesh_axis, around(n)) + jnp.tensordot(piece(k), w, 1)
@@ -192,12 +196,12 @@ def ring_scatter(h: Array, w: Array, mesh_axis: str, *, dim: int = -2) -> jax.Ar
 
 
 def around(n: int) -> list[tuple[int, int]]:
-    """Each device to the next, as `ppermute` takes it."""
+    """Pairs each device with the next one, as `ppermute` takes it."""
     return [(i, (i + 1) % n) for i in range(n)]
 
 
 def check_rows(rows: int, mesh_axis: str, name: str) -> int:
-    """How many rows each device of an axis gets.
+    """Computes how many rows each device of an axis gets.
 
     Raises:
         ValueError: The axis does not divide them.

@@ -71,10 +71,9 @@ def vocab_logsumexp(logits: Array, mesh_axis: str, *, vocab: int | None = None) 
     logits = _real(logits, mesh_axis, vocab)
     # The largest is a constant of the equation, and pmax has no derivative.
     largest = lax.pmax(lax.stop_gradient(jnp.max(logits, axis=-1)), mesh_axis)
-    shift = jnp.where(jnp.isfinite(largest), largest, 0)
-    return (
-        jnp.log(lax.psum(jnp.sum(jnp.exp(logits - shift[..., None]), axis=-1), mesh_axis)) + shift
-    )
+    shift = jnp.where(jnp.isfinite(largest), largest, 0)  # of -inf everywhere: -inf - -inf is NaN
+    total = lax.psum(jnp.sum(jnp.exp(logits - shift[..., None]), axis=-1), mesh_axis)
+    return jnp.log(total) + shift
 
 
 def vocab_argmax(logits: Array, mesh_axis: str, *, vocab: int | None = None) -> jax.Array:
@@ -130,23 +129,21 @@ def vocab_embed(
     here = jnp.asarray(ids).astype(jnp.int32) - lax.axis_index(mesh_axis) * rows
     mine = (here >= 0) & (here < rows)
     found = jnp.where(mine[..., None], table[jnp.clip(here, 0, rows - 1)], 0)
-    return (
-        lax.psum(found, mesh_axis)
-        if sequence is None
-        else exit_sequence(found, mesh_axis, dim=sequence)
-    )
+    if sequence is None:
+        return lax.psum(found, mesh_axis)
+    return exit_sequence(found, mesh_axis, dim=sequence)
 
 
 def _words(logits: jax.Array, mesh_axis: str) -> jax.Array:
-    """Which words of the whole vocabulary a device has."""
+    """Numbers the words that a device has, in the whole vocabulary."""
     count = logits.shape[-1]
     return lax.axis_index(mesh_axis) * count + jnp.arange(count, dtype=jnp.int32)
 
 
 def _real(logits: Array, mesh_axis: str, vocab: int | None) -> jax.Array:
-    """Wide logits, those of words that only pad the table -inf."""
+    """Widens logits to float32 at least, and makes those of words that only pad the table -inf."""
     logits = jnp.asarray(logits)
     logits = logits.astype(trees.wide(logits.dtype))
-    return (
-        logits if vocab is None else jnp.where(_words(logits, mesh_axis) < vocab, logits, -jnp.inf)
-    )
+    if vocab is None:
+        return logits
+    return jnp.where(_words(logits, mesh_axis) < vocab, logits, -jnp.inf)

@@ -1,18 +1,16 @@
-"""Attention over a sequence that is split over a mesh axis.
+"""Ring attention: keys and values of a split sequence go around, queries stay where they are.
 
-    ring       keys and values go around; a softmax is kept as its maximum, sum and weighted values
-    Ulysses    rows are traded for heads, each device attends for some heads to all rows
-
-A ring never holds more than one other device's keys and values, in the backward pass neither: what
-is kept for it are the output and log-sum-exp of the device's own rows, and the ring is run again
-with the gradients of keys and values traveling along (Liu et al. 2023, arXiv:2310.01889; the
-recomputation: Dao et al. 2022, arXiv:2205.14135). Ulysses: Jacobs et al. 2023, arXiv:2309.14509.
-Bodies for a user's own `jax.shard_map`, as in `_tensor`; both fit Flax's `attention_fn`.
+A softmax is kept as its maximum, its sum and weighted values, to which each block is added. A ring
+never holds more than one other device's keys and values, in the backward pass neither: what is kept
+for it are the output and log-sum-exp of the device's own rows, and the ring is run again with the
+gradients of keys and values traveling along (Liu et al. 2023, arXiv:2310.01889; the recomputation:
+Dao et al. 2022, arXiv:2205.14135). A body for a user's own `jax.shard_map`, as in `_tensor`; it
+fits Flax's `attention_fn`.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from unitscale_jax import tree as trees
-from unitscale_jax.errors import check_array, check_type
+from unitscale_jax.errors import check_array
 from unitscale_jax.mesh_axes import agree, devices_over, match_vma, varying
+from unitscale_jax.parallel.collectives._stripe import positions
 from unitscale_jax.parallel.collectives._tensor import around
 from unitscale_jax.typing import Array
 
@@ -59,9 +58,9 @@ def ring_attention(
         striped: Row r of device i is row r n + i of the sequence, see `stripe`, not i rows / n + r.
             A query then sees only earlier rows of every device, causally, so that all have the
             same work and 5/8 of the products do (Brandon et al. 2023, arXiv:2311.09431).
-        scale: Of the scores; 1 / sqrt(dim) if left out.
-        dropout_rate: Of Flax; must be 0, or `deterministic` true.
-        deterministic: Of Flax.
+        scale: Factor of the scores; 1 / sqrt(dim) if left out.
+        dropout_rate: As Flax passes it; must be 0, or `deterministic` true.
+        deterministic: As Flax passes it.
 
     Returns:
         `(.., rows / n, heads, dim_v)` in the dtype of `query`; sums are float32 or wider. A query
@@ -84,101 +83,15 @@ def ring_attention(
     return out.reshape(*query.shape[:-1], value.shape[-1])
 
 
-def ulysses_attention(
-    query: Array,
-    key: Array,
-    value: Array,
-    *,
-    mesh_axis: str,
-    attention_fn: Callable[..., jax.Array] = jax.nn.dot_product_attention,
-    **options: Any,
-) -> jax.Array:
-    """Any attention over all rows of a split sequence, each device for its part of the heads.
-
-    Args:
-        query: `(.., rows / n, heads, dim)`, of the device's rows, in the order of the sequence.
-        key: `(.., rows / n, kv_heads, dim)`.
-        value: `(.., rows / n, kv_heads, dim)`.
-        mesh_axis: The manual mesh axis; it divides `heads` and `kv_heads`.
-        attention_fn: Attention of one device, such as a fused kernel, with the heads on axis -2.
-        **options: Passed to it, such as `is_causal=True`.
-
-    Returns:
-        `(.., rows / n, heads, dim)`.
-
-    Raises:
-        ValueError: The axis does not divide the heads.
-
-    Law: `attention_fn` of one device, with its gradients. Four messages of the size of the
-    device's rows, whatever n is, where a ring sends all keys and values.
-    """
-    check_array("query", query, 3)
-    n = devices_over(mesh_axis)
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.shape[-2] % n:
-            raise ValueError(
-                f"ulysses_attention got a {name} of {x.shape[-2]} heads, which {mesh_axis}={n} "
-                "does not divide. Repeat key and value heads, or use `ring_attention`, which "
-                "splits none."
-            )
-    trade = functools.partial(lax.all_to_all, axis_name=mesh_axis, tiled=True)
-    to_heads = lambda x: trade(x, split_axis=x.ndim - 2, concat_axis=x.ndim - 3)
-    out = attention_fn(to_heads(query), to_heads(key), to_heads(value), **options)
-    return trade(out, split_axis=out.ndim - 3, concat_axis=out.ndim - 2)
-
-
-def stripe(x: Array, parts: int, dim: int = 1) -> jax.Array:
-    """Deals rows out: a contiguous split of the result over n parts has row i on part i mod n.
-
-    Args:
-        x: Any array; tokens, labels and positions are dealt out alike.
-        parts: Size of the mesh axis; it divides the rows.
-        dim: That of the rows.
-
-    Returns:
-        The array with its rows reordered.
-
-    Law: `unstripe` is the inverse.
-
-    Example:
-        >>> us.parallel.stripe(jnp.arange(6), 2, dim=0).tolist()
-        [0, 2, 4, 1, 3, 5]
-    """
-    check_array("x", x, 1)
-    shape, dim = jnp.shape(x), dim % jnp.ndim(x)
-    split = jnp.reshape(x, (*shape[:dim], shape[dim] // parts, parts, *shape[dim + 1 :]))
-    return split.swapaxes(dim, dim + 1).reshape(shape)
-
-
-def unstripe(x: Array, parts: int, dim: int = 1) -> jax.Array:
-    """Puts rows back that `stripe` has dealt out.
-
-    Example:
-        >>> us.parallel.unstripe(us.parallel.stripe(jnp.arange(6), 2, dim=0), 2, dim=0).tolist()
-        [0, 1, 2, 3, 4, 5]
-    """
-    check_array("x", x, 1)
-    return stripe(x, jnp.shape(x)[dim] // parts, dim)
-
-
-def row_positions(rows: int, mesh_axis: str, *, striped: bool = False) -> jax.Array:
-    """Where in the whole sequence a device's rows stand, for embeddings of positions.
-
-    Args:
-        rows: How many the device has.
-        mesh_axis: The manual mesh axis.
-        striped: As of `ring_attention`.
-
-    Returns:
-        `(rows,)`, int32.
-    """
-    check_type("rows", rows, int, "how many rows the device has")
-    devices_over(mesh_axis)
-    return _positions(lax.axis_index(mesh_axis), rows, mesh_axis, striped)
-
-
 class _Ring(NamedTuple):
-    """What is known of a ring when it is traced."""
+    """The static side of a ring.
+
+    Attributes:
+        axis: The mesh axis.
+        causal: Whether a query sees only the rows up to its own.
+        striped: Whether a device holds every n-th row, and not neighbors.
+        scale: Factor of the scores.
+    """
 
     axis: str
     causal: bool
@@ -186,17 +99,28 @@ class _Ring(NamedTuple):
     scale: float
 
     def pieces(self, rows: int) -> list[slice]:
-        """Queries that are met together; of a striped sequence each with the keys up to its end."""
-        cut = self.causal and self.striped
-        count = next(c for c in (4, 2, 1) if rows % c == 0) if cut else 1
+        """Cuts queries into pieces, each multiplied with the keys that it may see at all.
+
+        Of a causal, striped sequence a query sees the keys of a block up to its own row. In four
+        pieces, each with the keys up to its end, (1 + 2 + 3 + 4) / 16 = 5/8 of the products are
+        left; more pieces save little more and make smaller products.
+        """
+        count = 1
+        if self.causal and self.striped:
+            count = next(c for c in (4, 2, 1) if rows % c == 0)
         return [slice(k * rows // count, (k + 1) * rows // count) for k in range(count)]
 
 
 class _Seen(NamedTuple):
-    """Which keys a query may see, beside what `causal` says."""
+    """Which keys a query may see, beside what `causal` says.
+
+    Attributes:
+        segments: `(.., rows)` of this device's rows, or None; those of keys go around with them.
+        mask: `(.., kv_heads, rows, groups, all keys)`, sizes of 1 broadcast, or None.
+    """
 
     segments: Any
-    mask: Any  # (.., kv_heads, rows, groups, all keys), sizes of 1 broadcast
+    mask: Any
 
 
 def _attend(ring: _Ring, q: Any, k: Any, v: Any, seen: _Seen) -> jax.Array:
@@ -221,7 +145,7 @@ def _attend(ring: _Ring, q: Any, k: Any, v: Any, seen: _Seen) -> jax.Array:
 
 
 def _forward(ring: _Ring, q: Any, k: Any, v: Any, seen: _Seen) -> tuple[jax.Array, jax.Array]:
-    """The output, and of each query the log-sum-exp of its scores: `(.., kv_heads, rows, groups)`.
+    """Computes the output, and each query's log-sum-exp of scores `(.., kv_heads, rows, groups)`.
 
     Scores are `(.., kv_heads, rows, groups, keys)`, as a batched product leaves them.
     """
@@ -258,28 +182,45 @@ def _forward(ring: _Ring, q: Any, k: Any, v: Any, seen: _Seen) -> tuple[jax.Arra
 def _backward(
     ring: _Ring, q: Any, k: Any, v: Any, seen: _Seen, out: Any, norm: Any, g: Any
 ) -> tuple[Any, Any, Any]:
-    """Gradients of q, k and v; those of k and v travel with them and arrive at home."""
+    """Computes gradients of q, k and v; those of k and v travel with them and arrive at home.
+
+    With weights w = exp(scores - norm) and out = w v, the derivative of the softmax is
+
+        dscores = w * (dw - sum_k w dw),    sum_k w dw = g . out
+
+    so the sum over all keys, most of which are elsewhere, comes from this device's own output.
+    """
     wide, pieces = trees.wide(q.dtype), ring.pieces(q.shape[-4])
-    both = jnp.moveaxis(jnp.sum(g.astype(wide) * out.astype(wide), axis=-1), -2, -3)
+    weighted = jnp.moveaxis(jnp.sum(g.astype(wide) * out.astype(wide), axis=-1), -2, -3)
 
     def with_piece(piece: slice, block: Any, step: Any) -> tuple[Any, Any, Any]:
         k, v, segments = _up_to(ring, piece, block)
-        of, ours = (lambda x: x[..., piece, :, :, :]), (lambda x: x[..., piece, :, None])
+
+        def of(x: jax.Array) -> jax.Array:  # (.., rows, kv_heads, groups, dim)
+            return x[..., piece, :, :, :]
+
+        def ours(x: jax.Array) -> jax.Array:  # (.., kv_heads, rows, groups), beside scores
+            return x[..., piece, :, None]
+
         scores = _scores(ring, q, k, seen, segments, piece, step)
         weights = jnp.exp(scores - ours(norm))
         dv = _einsum("...hngk,...nhgd->...khd", weights.astype(g.dtype), of(g), wide)
         dweights = _einsum("...nhgd,...khd->...hngk", of(g), v, wide)
-        dscores = (weights * (dweights - ours(both)) * ring.scale).astype(q.dtype)
+        dscores = (weights * (dweights - ours(weighted)) * ring.scale).astype(q.dtype)
         dk = _einsum("...hngk,...nhgd->...khd", dscores, of(q), wide)
         return _einsum("...hngk,...khd->...nhgd", dscores, k, wide), dk, dv
 
     def with_block(kept: Any, block: Any, step: Any) -> Any:
-        made = [with_piece(piece, block, step) for piece in pieces]
-        dq = [old + new for old, (new, _, _) in zip(kept, made, strict=True)]
-        full = lambda parts: functools.reduce(jnp.add, [_padded(x, k.shape[-3]) for x in parts])
-        return dq, (full([dk for _, dk, _ in made]), full([dv for _, _, dv in made]))
+        dqs, dks, dvs = zip(*(with_piece(piece, block, step) for piece in pieces), strict=True)
+        dq = [old + new for old, new in zip(kept, dqs, strict=True)]
+        return dq, (total(dks), total(dvs))
 
-    empty = lambda x: jnp.zeros(x.shape, trees.wide(x.dtype))
+    def total(parts: Sequence[jax.Array]) -> jax.Array:
+        return functools.reduce(jnp.add, [_padded(x, k.shape[-3]) for x in parts])
+
+    def empty(x: jax.Array) -> jax.Array:
+        return jnp.zeros(x.shape, trees.wide(x.dtype))
+
     start = [empty(q[..., piece, :, :, :]) for piece in pieces]
     block = (k, v, seen.segments)
     dq, (dk, dv) = _around(ring, with_block, start, block, (empty(k), empty(v)))
@@ -289,9 +230,24 @@ def _backward(
 def _around(
     ring: _Ring, with_block: Callable[..., Any], start: Any, block: Any, traveling: Any = None
 ) -> tuple[Any, Any]:
-    """Meets every device's block once; what is added to a block's `traveling` sums goes with it."""
+    """Sends blocks around the ring, until every device has met every block once.
+
+    Args:
+        ring: The ring.
+        with_block: Called as `with_block(kept, block, step)`; the block met at a step is that of
+            the device `step` places before. Returns what is kept, and with `traveling` sums what
+            to add to them.
+        start: What is kept at first.
+        block: The device's own keys, values and segments.
+        traveling: Sums that go around with a block, all zeros; None if there are none.
+
+    Returns:
+        `(kept, the sums of the device's own block)`.
+    """
     n = devices_over(ring.axis)
-    send = lambda tree: jax.tree.map(lambda x: lax.ppermute(x, ring.axis, around(n)), tree)
+
+    def send(tree: Any) -> Any:
+        return jax.tree.map(lambda x: lax.ppermute(x, ring.axis, around(n)), tree)
 
     def meet(kept: Any, block: Any, sums: Any, step: Any) -> tuple[Any, Any]:
         if traveling is None:
@@ -301,7 +257,7 @@ def _around(
 
     def one(carry: Any, step: Any) -> tuple[Any, None]:
         kept, block, sums = carry
-        coming = send(block)  # under the products of `meet`
+        coming = send(block)  # ahead of the products of `meet`, which hide the message
         kept, sums = meet(kept, block, sums, step)
         return (kept, coming, send(sums)), None
 
@@ -318,11 +274,11 @@ def _around(
 def _scores(
     ring: _Ring, q: Any, k: Any, seen: _Seen, segments: Any, piece: slice, step: Any
 ) -> jax.Array:
-    """`(.., kv_heads, rows, groups, keys)` of a piece, -inf where a query may not see a key."""
+    """Scores of a piece, `(.., kv_heads, rows, groups, keys)`, -inf where a query may not see."""
     part = q[..., piece, :, :, :]
     scores = _einsum("...nhgd,...khd->...hngk", part, k, trees.wide(q.dtype)) * ring.scale
     n, me = devices_over(ring.axis), lax.axis_index(ring.axis)
-    where = functools.partial(_positions, mesh_axis=ring.axis, striped=ring.striped)
+    where = functools.partial(positions, mesh_axis=ring.axis, striped=ring.striped)
     theirs = where((me - step) % n, k.shape[-3])
     if ring.causal:
         mine = where(me, q.shape[-4])[piece]
@@ -341,26 +297,25 @@ def _hidden(scores: jax.Array, seen: jax.Array) -> jax.Array:
 
 
 def _up_to(ring: _Ring, piece: slice, block: Any) -> Any:
-    """The keys and values that a piece of the queries may see at all."""
+    """Cuts a block to the keys that a piece of the queries may see at all."""
     if not (ring.causal and ring.striped):
         return block
     k, v, segments = block
-    cut = lambda x: x[..., : piece.stop, :, :]
-    return cut(k), cut(v), None if segments is None else segments[..., : piece.stop]
+    if segments is not None:
+        segments = segments[..., : piece.stop]
+    return k[..., : piece.stop, :, :], v[..., : piece.stop, :, :], segments
 
 
 def _padded(x: jax.Array, rows: int) -> jax.Array:
-    """Zeros for the keys that a piece did not see."""
+    """Adds zeros for the keys that a piece did not see."""
     missing = rows - x.shape[-3]
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, missing), (0, 0), (0, 0)]) if missing else x
-
-
-def _positions(device: Any, rows: int, mesh_axis: str, striped: bool) -> jax.Array:
-    index = jnp.arange(rows, dtype=jnp.int32)
-    return index * devices_over(mesh_axis) + device if striped else device * rows + index
+    if not missing:
+        return x
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, missing), (0, 0), (0, 0)])
 
 
 def _finite(x: jax.Array) -> jax.Array:
+    """0 in place of -inf, the maximum of no scores: -inf less -inf would be NaN."""
     return jnp.where(jnp.isfinite(x), x, 0)
 
 
@@ -369,7 +324,7 @@ def _einsum(equation: str, a: Any, b: Any, dtype: Any) -> jax.Array:
 
 
 def _of_all_keys(mask: Any, keys: int, heads: tuple[int, int], mesh_axis: str) -> Any:
-    """A mask `(.., heads, rows, all keys)` as scores are laid out."""
+    """Lays a mask `(.., heads, rows, all keys)` out as scores are."""
     if mask is None:
         return None
     n = devices_over(mesh_axis)
