@@ -11,7 +11,7 @@ from unitscale_jax.parallel.layouts._specs import axes_of, held, spec_of
 
 
 def axis_size(mesh_axis: str, who: str) -> int:
-    """The size of a mesh axis that `who` is to make manual.
+    """Finds the size of a mesh axis that `who` is to make manual.
 
     Raises:
         TypeError: It is no name.
@@ -35,13 +35,13 @@ def axis_size(mesh_axis: str, who: str) -> int:
 
 
 def shared_axes(mesh_axis: str) -> list[str]:
-    """The mesh axes beside `mesh_axis` that the partitioner divides arrays over."""
+    """Lists the mesh axes beside `mesh_axis` that the partitioner divides arrays over."""
     mesh = jax.sharding.get_abstract_mesh()
     return [a for a in mesh.auto_axes if a != mesh_axis and mesh.shape[a] > 1]
 
 
 def under(spec: P, fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn` of arrays laid out by `spec`, its axes manual too where they are automatic here.
+    """Evaluates `fn` on the pieces of arrays that lie by `spec`, all of its axes manual.
 
     In a `shard_map` that is manual over some axes only, a sum keeps what the partitioner has
     divided over the others, but a gather, a scattered sum or an all-to-all would gather it first.

@@ -41,7 +41,7 @@ class Side:
     Attributes:
         shape: Its shape.
         params: The parameters that reach it.
-        free: Its dimensions that neither are summed over nor are the other side's too.
+        free: Its dimensions that the product neither sums over nor finds on both sides.
     """
 
     shape: tuple[int, ...]
@@ -54,11 +54,11 @@ class LayoutProduct:
     """A product, with the parameters that reach either side.
 
     Attributes:
-        site: Where.
+        site: The equation.
         sides: Its two operands.
-        kernels: Those that are made of parameters; none where two activations are multiplied.
-        contracted: The dimensions it sums over.
-        shared: Those that both sides have, and the result.
+        kernels: The operands made of parameters; none where two activations are multiplied.
+        contracted: The dimensions that it sums over.
+        shared: The dimensions of both sides and of the result.
         active: Whether an input reaches it.
     """
 
@@ -72,7 +72,14 @@ class LayoutProduct:
 
 @dataclass(frozen=True, eq=False)
 class Lookup:
-    """Rows of tables, taken by tokens: by indices that are made from inputs alone."""
+    """Rows of tables, taken by tokens: by indices that are made from inputs alone.
+
+    Attributes:
+        site: The equation.
+        tables: The parameters that rows are taken from.
+        rows: The dimension that indices count.
+        whole: The other dimensions of the tables.
+    """
 
     site: Site
     tables: frozenset[str]
@@ -96,7 +103,7 @@ def meets(traced: Traced, dims: Dims, open_to: Iterable[SymbolicDim]) -> Meets:
     Args:
         traced: The function.
         dims: Its dimensions.
-        open_to: Those of which it matters whether they are streams.
+        open_to: The dimensions of which it matters whether they are streams.
     """
     params, *inputs = traced.arguments
     flow = _Walk(dims, frozenset(open_to))
@@ -152,10 +159,10 @@ class _Walk(Flow[Seen]):
         return Seen()
 
     def join(self, a: Seen, b: Seen) -> Seen:
-        """Either of two values; a carry stays what it was when the turn began.
+        """Joins what is known of two values; a carry stays what it was when the turn began.
 
-        If it knew what the turn before has done, every dimension inside of a block would have been
-        left and come back to, and not the stream alone.
+        If a carry knew what the turn before has done, every dimension inside of a block would have
+        been left and come back to, and not the stream alone.
         """
         return a if a.carried else replace(_union([a, b]), fresh=a.fresh | b.fresh)
 
@@ -165,18 +172,12 @@ class _Walk(Flow[Seen]):
             self.reaching[site.place] = _union(inputs).params
 
     def restart(self, site: Site, carry: list[Seen]) -> list[Seen]:
-        """A carry is somewhere to have been, also if it starts from zeros."""
-        at = lambda k: frozenset({f"carry {k} of {site.place}"})
-        return [
-            Seen(
-                self.reaching[site.place],
-                True,
-                fresh=x.fresh | at(k),
-                direct=x.direct,
-                carried=True,
-            )
-            for k, x in enumerate(carry)
-        ]
+        """Makes each carry a place to have been, as a parameter is, even one that starts at 0."""
+        params, carries = self.reaching[site.place], []
+        for k, x in enumerate(carry):
+            fresh = x.fresh | {f"carry {k} of {site.place}"}
+            carries.append(Seen(params, active=True, fresh=fresh, direct=x.direct, carried=True))
+        return carries
 
     def visit(self, site: Site, inputs: list[Seen]) -> list[Seen]:
         """Products sum over dimensions, lookups take rows, sums may close a stream."""
@@ -191,23 +192,32 @@ class _Walk(Flow[Seen]):
             self._added(inputs[-2:], on[-2:])
         elif site.name.startswith("reduce_") and seen.active:
             self.sums.append((site, factors_of(ins[0]) - factors_of(outs[0])))
+        # A result has been where its operands have, on the dimensions that it still has.
         all_on = frozenset().union(*on)
-        stays = lambda axes: frozenset(pair for pair in all_on if pair[0] in factors_of(axes))
-        return [replace(seen, direct=stays(axes)) for axes in outs]
+        return [replace(seen, direct=_restricted(all_on, factors_of(axes))) for axes in outs]
 
     def _on(self, x: Seen, axes: Axes) -> DimPlaces:
+        """Where an operand has been on each of its dimensions that may be a stream."""
         here = factors_of(axes) & self.open_to
         return x.direct | {(factor, where) for where in x.fresh for factor in here}
 
     def _product(
         self, site: Site, inputs: list[Seen], ins: list[Axes], on: list[DimPlaces]
     ) -> tuple[Seen, list[DimPlaces]]:
+        """Notes a product: `(what is known of its result, where each side has been and stays)`.
+
+        A product of a parameter and an activation leaves the dimensions that it sums over, on the
+        activation's side: coming back to one of them makes it a stream (`_added`). The kernel's
+        side was never on them, only made of them.
+        """
         contracted, shared, kept = _sides(site, ins)
         levels, active = [x.level for x in inputs], any(x.active for x in inputs)
         left, right = (
             Side(shape, x.params, stay - shared)
             for shape, x, stay in zip(site.shapes[:2], inputs, kept, strict=True)
         )
+        # The side nearer to parameters is the kernel. Two activations have no kernel, and in a
+        # product of two parameters, as in a factored kernel, both sides are one.
         nearest = [s for s, n in zip((left, right), levels, strict=True) if n == min(levels)]
         kernels = () if active and len(nearest) == 2 else tuple(nearest)
         self.products.append(
@@ -219,15 +229,12 @@ class _Walk(Flow[Seen]):
             for pair in pairs
             if (x.active or not active) and pair[0] in contracted
         }
-        stays = [
-            frozenset(pair for pair in pairs if pair[0] in stay)
-            for pairs, stay in zip(on, kept, strict=True)
-        ]
+        stays = [_restricted(pairs, stay) for pairs, stay in zip(on, kept, strict=True)]
         seen = _union(inputs)
         return replace(seen, rows=False, through=seen.through | gone), stays
 
     def _lookup(self, site: Site, inputs: list[Seen], ins: list[Axes]) -> Seen:
-        """Rows of parameters are parameters, whatever has chosen them."""
+        """Notes rows taken from a table; they are parameters too, whatever has chosen them."""
         table, indices = inputs
         if table.active:
             return _union(inputs)
@@ -239,12 +246,22 @@ class _Walk(Flow[Seen]):
         return Seen(table.params, indices.active, rows=indices.active)
 
     def _added(self, values: list[Seen], on: list[DimPlaces]) -> None:
-        """One side has been somewhere and stayed, the other one has summed over that."""
+        """Finds streams: one side was on a dimension and stayed, the other left it and came back.
+
+        In x + f(x) the side x was on its width, at the parameter or carry that made it, and never
+        summed over it. The side f(x) has summed over that width, at the same place, and is on it
+        again. A dimension that is found is asked about no more.
+        """
         (a, b), (on_a, on_b) = values, on
         for x, on_x, y, on_y in ((a, on_a, b, on_b), (b, on_b, a, on_a)):
-            met = (on_x - x.through) & (y.through - on_y)
-            self.streams |= {f for f, _ in met} & {f for f, _ in on_y}
+            stayed_and_left = (on_x - x.through) & (y.through - on_y)
+            self.streams |= {f for f, _ in stayed_and_left} & {f for f, _ in on_y}
         self.open_to -= self.streams
+
+
+def _restricted(places: Iterable[tuple[SymbolicDim, str]], dims: DimSet) -> DimPlaces:
+    """Keeps the places on some dimensions."""
+    return frozenset(pair for pair in places if pair[0] in dims)
 
 
 def factors_of(axes: Iterable[tuple[tuple[SymbolicDim, ...], ...]]) -> DimSet:
@@ -253,7 +270,7 @@ def factors_of(axes: Iterable[tuple[tuple[SymbolicDim, ...], ...]]) -> DimSet:
 
 
 def _union(values: Sequence[Seen]) -> Seen:
-    """What is known of a value computed from others, but for its dimensions."""
+    """Joins what is known of the operands of a value, but for where it is fresh."""
     active = [x for x in values if x.active]
     return Seen(
         frozenset().union(*(x.params for x in values)),
@@ -265,7 +282,11 @@ def _union(values: Sequence[Seen]) -> Seen:
 
 
 def _sides(site: Site, ins: list[Axes]) -> tuple[DimSet, DimSet, list[DimSet]]:
-    """What a product sums over, what both sides have besides, and what stays of each."""
+    """Finds the dimensions of a product: `(contracted, shared, those that stay of each side)`.
+
+    In groups of a convolution an input channel is beside output channels of its group alone, so a
+    dimension of groups is shared, like the batch dimension of a dot.
+    """
     params = site.eqn.params
     if site.name == "ragged_dot_general":
         (left, right), (batch, _) = params["ragged_dot_dimension_numbers"].dot_dimension_numbers

@@ -1,4 +1,4 @@
-"""Meshes, made in one place.
+"""Meshes: devices arranged along named axes, made in one place.
 
 A mesh names the axes along which devices are arranged. All axes are Auto: inside `shard_map` one is
 manual, everywhere else the partitioner's. (Explicit axes, JAX's default in `make_mesh`, refuse

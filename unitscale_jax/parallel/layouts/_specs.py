@@ -19,14 +19,14 @@ WHOLE = P()
 
 
 def held(spec: P, rank: int) -> list[Held]:
-    """The mesh axes that hold each of `rank` dimensions."""
+    """Lists the mesh axes that hold each of `rank` dimensions."""
     entries = [entry if isinstance(entry, tuple) else (entry,) for entry in spec]
     named = [tuple(axis for axis in entry if axis is not None) for entry in entries]
     return named + [()] * (rank - len(named))
 
 
 def spec_of(axes: Sequence[Held]) -> P:
-    """The spec under which mesh axes hold dimensions; the inverse of `held`."""
+    """Makes the spec under which mesh axes hold dimensions; the inverse of `held`."""
     entries = [entry[0] if len(entry) == 1 else entry or None for entry in axes]
     while entries and entries[-1] is None:
         entries.pop()
@@ -34,7 +34,7 @@ def spec_of(axes: Sequence[Held]) -> P:
 
 
 def merge_specs(a: P, b: P) -> P:
-    """Merges two specs of one array.
+    """Merges two specs of one array, each over mesh axes of its own.
 
     Raises:
         ValueError: Both hold the same dimension, or both have the same mesh axis.
@@ -59,7 +59,7 @@ def merge_specs(a: P, b: P) -> P:
 
 
 def zero_spec(shape: Sequence[int], mesh_axis: str, n: int, taken: P = WHOLE) -> P:
-    """Where ZeRO divides an array over the data axis: the first free dimension that `n` divides.
+    """Finds where ZeRO divides an array over the data axis: the first free dimension that fits.
 
     Args:
         shape: Shape of the array.
@@ -77,30 +77,37 @@ def zero_spec(shape: Sequence[int], mesh_axis: str, n: int, taken: P = WHOLE) ->
     """
     free = zip(shape, held(taken, len(shape)), strict=True)
     good = [dim for dim, (size, by) in enumerate(free) if not by and size and size % n == 0]
-    return P(*[None] * good[0], mesh_axis) if good and mesh_axis not in axes_of(taken) else WHOLE
+    if not good or mesh_axis in axes_of(taken):
+        return WHOLE
+    return P(*[None] * good[0], mesh_axis)
 
 
 def axes_of(spec: P) -> list[str]:
-    """Lists the mesh axes of a spec."""
+    """Lists all mesh axes of a spec, dimension by dimension."""
     return [axis for entry in held(spec, 0) for axis in entry]
 
 
 def repeated(spec: P) -> str | None:
-    """A mesh axis that a spec has twice, if any."""
+    """Finds a mesh axis that a spec has twice, if any."""
     axes = axes_of(spec)
     return next((axis for axis in axes if axes.count(axis) > 1), None)
 
 
 def without(spec: P, dim: int, rank: int) -> P:
-    """The spec of an array that lacks a dimension."""
+    """Makes the spec of an array that lacks one dimension."""
     return spec_of([by for k, by in enumerate(held(spec, rank)) if k != dim])
 
 
 def fitted(spec: P, shape: Sequence[int], sizes: Mapping[str, int]) -> P:
-    """The spec without what does not divide a shape: what scales take of an array's spec."""
-    pairs = zip(held(spec, len(shape)), shape, strict=True)
-    parts = lambda by: math.prod(sizes[axis] for axis in by)
-    return spec_of([() if size % parts(by) else by for by, size in pairs])
+    """Leaves out of a spec what does not divide a shape, such as that of an array's scales.
+
+    Scales have a dimension of 1, or of fewer groups, where the array has numbers of a group.
+    """
+    fitting = []
+    for by, size in zip(held(spec, len(shape)), shape, strict=True):
+        devices = math.prod(sizes[axis] for axis in by)
+        fitting.append(() if size % devices else by)
+    return spec_of(fitting)
 
 
 def local_shape(spec: P, shape: Sequence[int], sizes: Mapping[str, int]) -> tuple[int, ...]:
