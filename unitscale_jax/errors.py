@@ -11,7 +11,7 @@ Those named `check_` raise themselves: what a public function asks of its first 
 
 import difflib
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -132,6 +132,14 @@ def check_key(key: Any) -> None:
     if not hasattr(key, "dtype") or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         wanted = "a typed key. Make it with jax.random.key(seed), or from an old one with "
         raise TypeError(expected("`key`", key, f"{wanted}jax.random.wrap_key_data"))
+
+
+def keywords(given: Any) -> Mapping[str, Any]:
+    """The keywords in `kwargs=`, for those of a function that have the name of an option."""
+    if given is None:
+        return {}
+    check_type("`kwargs`", given, Mapping, "keywords of the function by name, as {'axis': 0}")
+    return given
 
 
 def check_array(what: str, got: Any, ndim: int = 0) -> None:

@@ -207,6 +207,26 @@ SLIPS = {
         "built and not its class",
     ),
     "a word for a scale": (lambda: us.StaticScale("8"), "scale is '8'; expected a power of two"),
+    "half a step": (lambda: us.DynamicScale(interval=2.5), "interval is 2.5; expected a whole"),
+    "no mesh": (lambda: us.parallel.layout(W, {}, None), "`mesh` is None; expected a mesh"),
+    "keywords that are a number": (
+        lambda: us.parallel.infer(fn, PARAMS, X, mesh=us.parallel.mesh(tp=8), kwargs=3),
+        "`kwargs` is 3; expected keywords of the function by name",
+    ),
+    "a rule of autocast that is None": (
+        lambda: us.autocast(fn, rules={"a": None})(PARAMS, X),
+        "the dtype of autocast is None; expected a dtype",
+    ),
+    "a spec for a dtype": (
+        lambda: us.autocast(fn, us.QSpec()),
+        r"the dtype of autocast is .*; expected a dtype, as 'bfloat16'",
+    ),
+    "a padded kernel with a rule": (
+        lambda: us.quant.resolve(
+            {"a": us.DotSpec()}, lambda p, x: x @ jnp.pad(p["a"], ((0, 0), (0, 2))), PARAMS, X
+        ),
+        r"a rule names a, which meets no product and no lookup .*\(it ends in pad\)",
+    ),
     "a number for the axis of a loss scale": (
         lambda: us.loss_scaled(optax.sgd(1.0), us.StaticScale(1.0), mesh_axis=0),
         "`mesh_axis` is 0; expected the name of a mesh axis",

@@ -623,6 +623,21 @@ def test_a_disk_that_fills_up_meanwhile_is_the_same_error(checkpoints, monkeypat
     assert {path.name for path in checkpoints.directory.iterdir()} == {"lock"}
 
 
+@pytest.mark.parametrize("depth", [100, 450, 900])
+def test_a_deep_tree_is_saved_whole_or_refused_in_words(depth, tmp_path):
+    """How deep Python can walk depends on its version; nothing of a tree is lost in either case."""
+    tree = jnp.ones(2)
+    for _ in range(depth):
+        tree = {"a": tree}
+    try:
+        us.save(tmp_path / "deep.safetensors", tree)
+    except ValueError as error:
+        assert depth > 100 and "nested deeper than Python's recursion limit" in str(error)
+    else:
+        (found,) = us.tree.named_leaves(us.load(tmp_path / "deep.safetensors")).items()
+        assert found[0] == "/".join("a" * depth) and found[1].tolist() == [1.0, 1.0]
+
+
 # --- H5: plans and specs that were changed
 
 

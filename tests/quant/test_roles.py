@@ -299,3 +299,11 @@ def test_no_scale_crosses_a_sum_of_a_model_by_the_axes_found(name):
         jax.eval_shape(strict, model.params, *model.inputs)
     except ValueError as error:  # what a custom derivative, a mask or a lookup leaves
         assert "left in floating point" in str(error) and "cross" not in str(error)
+
+
+def test_a_function_may_have_keywords_with_the_names_of_these_arguments():
+    """The own arguments are positional only, so that `rules=` and `fn=` reach the function."""
+    fn = lambda p, x, rules=1, fn=1, params=1: (rules + fn + params) * (x @ p["w"])
+    rules, params, x = {"w": us.DotSpec()}, {"w": jnp.ones((4, 3))}, jnp.ones((2, 4))
+    found = us.quant.resolve(rules, fn, params, x, rules=2, fn=2, params=2)
+    assert found == us.quant.resolve(rules, fn, params, x)

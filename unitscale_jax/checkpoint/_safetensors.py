@@ -17,6 +17,7 @@ executed, and an array that does not fit the spec beside it is refused.
 
 import os
 import pathlib
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -61,6 +62,16 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
         >>> restored["w"], bool((restored["w"].codes == served["w"].codes).all())
         (QTensor((4, 2), float x int8, axes=(-2,), dtype=float32), True)
     """
+    try:
+        _save(pathlib.Path(path), params)
+    except RecursionError:
+        raise ValueError(
+            f"the tree is nested deeper than Python's recursion limit of {sys.getrecursionlimit()} "
+            "allows. Give the leaves a flatter tree, or raise it with sys.setrecursionlimit."
+        ) from None
+
+
+def _save(path: pathlib.Path, params: Any) -> None:
     leaves = trees.named_leaves(params, is_leaf=is_quantized)
     quantized = [name for name, leaf in leaves.items() if is_quantized(leaf)]
     reserved = {f"{name}.{field}" for name in quantized for field in _codes.FIELDS}
@@ -74,7 +85,7 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
     specs = {_SPEC + name: _codes.describe(name, leaves[name]) for name in quantized}
     outline = _outline.to_text(_outline.outline(params, is_quantized))
     metadata = {"format": FORMAT, "version": VERSION, _OUTLINE: outline} | specs
-    write(pathlib.Path(path), stored, metadata)
+    write(path, stored, metadata)
 
 
 def load(path: str | os.PathLike[str], like: Any = None, *, abstract: bool = False) -> Any:

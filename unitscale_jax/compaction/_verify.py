@@ -21,7 +21,7 @@ from unitscale_jax import tree as trees
 from unitscale_jax.compaction._compact import compact, zero_channels
 from unitscale_jax.compaction._compacted import compacted
 from unitscale_jax.compaction._groups import CompactionPlan
-from unitscale_jax.errors import check_callable
+from unitscale_jax.errors import check_callable, keywords
 from unitscale_jax.trace.program import (
     Arguments,
     ClosedJaxpr,
@@ -100,7 +100,7 @@ def verify(
         0.0
     """
     check_callable("fn", fn)
-    given = Arguments.of(args, {**named, **(kwargs or {})})
+    given = Arguments.of(args, {**named, **keywords(kwargs)})
     allowed = _tolerance(fn, params, given) if tolerance is None else tolerance
 
     def evaluated(fn: Callable[..., Any], params: Any, arrays: Any) -> tuple[Any, Any]:
@@ -149,7 +149,7 @@ def verify_rebuild(
         ValueError: Values differ by more than the tolerance; the message says what moved.
     """
     small_fn, small = compacted(fn, plan), compact(params, plan)
-    given = Arguments.of(args, {**named, **(kwargs or {})})
+    given = Arguments.of(args, {**named, **keywords(kwargs)})
     traced = [_traced(f, small, given) for f in (small_fn, rebuilt_fn)]
     moved = tuple(_moved(*traced))
     allowed = _tolerance(fn, params, given) if tolerance is None else tolerance

@@ -276,6 +276,8 @@ _TYPED: dict[str, Callable[[Site, Any, Any], list[Any]]] = {
 def _products(to: Products) -> tuple[np.dtype, np.dtype]:
     """The dtypes of a product's operands and of its result."""
     given, result = to if isinstance(to, tuple) else (to, None)
+    for dtype in (given, result if isinstance(to, tuple) else given):
+        _check_dtype(dtype)
     given = np.dtype(given)
     if result is None:  # a sum of products of 8 bits needs more than 8
         result = jnp.bfloat16 if _is_8bit(given) else given
@@ -287,6 +289,17 @@ def _products(to: Products) -> tuple[np.dtype, np.dtype]:
                 "8-bit float, or a pair of them for the operands and the result of a product."
             )
     return given, result
+
+
+def _check_dtype(dtype: Any) -> None:
+    """Raises `TypeError` for what names no dtype; NumPy would take None for float64."""
+    try:
+        known = dtype is not None and np.dtype(dtype) is not None
+    except TypeError:
+        known = False
+    if not known:
+        wanted = "a dtype, as 'bfloat16', or a pair of them for operands and result of products"
+        raise TypeError(expected("the dtype of autocast", dtype, wanted))
 
 
 def _check_names(ops: Mapping[str, OpClass], staged: TracedCall) -> None:

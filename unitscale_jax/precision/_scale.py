@@ -97,6 +97,8 @@ would round. Use 512 or 1024.
                 f"DynamicScale has backoff={self.backoff} and growth={self.growth}; expected "
                 "backoff < 1 < growth, such as 0.5 and 2."
             )
+        for name in ("interval", "hysteresis"):
+            check_type(f"DynamicScale.{name}", getattr(self, name), int, "a whole number of steps")
         if min(self.interval, self.hysteresis) < 1:
             raise ValueError(
                 f"DynamicScale has interval={self.interval} and hysteresis={self.hysteresis}; both "

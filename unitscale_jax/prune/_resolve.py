@@ -16,7 +16,7 @@ from unitscale_jax.trace.program import trace_call
 
 
 def resolve_axes(
-    spec: SparsitySpec, fn: Callable[..., Any], params: Any, *inputs: Any, **kwargs: Any
+    spec: SparsitySpec, fn: Callable[..., Any], params: Any, /, *inputs: Any, **kwargs: Any
 ) -> SparsitySpec:
     """Fills in the axis of every `NofM` that leaves it open.
 

@@ -328,7 +328,8 @@ class _Quantizer(Rewriter):
         if made is not None:
             return made
         with noted(quantize=f"kept: no rule for {site.name}"):
-            return site.bind(self.arrays(site, operands, refusal(site)))
+            why = refusal(site) if product is None else _too_wide(site)
+            return site.bind(self.arrays(site, operands, why))
 
     def _special(self, site: Site, operands: list[Any]) -> list[Any] | None:
         if site.name == "gather":
@@ -438,6 +439,12 @@ class _Quantizer(Rewriter):
             specs = partitioned(operand, placement.spec)
             return specs.over(lambda _, spec: NamedSharding(placement.mesh, spec))
         return None
+
+
+def _too_wide(site: Site) -> str:
+    """Why a product of codes is none: the other operand has no codes."""
+    dtypes = ", ".join(str(dtype) for dtype in site.operands[:2])
+    return f"its operands are {dtypes}, and floats of at most 32 bits meet codes"
 
 
 def _typed(operands: Sequence[Any], closed: ClosedJaxpr) -> list[Any]:

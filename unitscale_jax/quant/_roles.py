@@ -21,16 +21,18 @@ from unitscale_jax.trace.params import (
     rule_names,
 )
 from unitscale_jax.trace.program import (
+    MOVES,
     Jaxpr,
     Site,
     TracedCall,
+    bodies,
     sites,
     trace_call,
 )
 
 
 def resolve(
-    rules: QuantRules, fn: Callable[..., Any], params: Any, *inputs: Any, **kwargs: Any
+    rules: QuantRules, fn: Callable[..., Any], params: Any, /, *inputs: Any, **kwargs: Any
 ) -> Any:
     """Says for each parameter that rules name which of its axes share a scale.
 
@@ -92,9 +94,10 @@ def resolved(
         check_dtype(name, known[name].dtype)
     met = meetings(staged, plain)
     given = lambda name: known[name].axes if is_quantized(known[name]) else None
-    out = [
-        (name, _filled(name, spec, met.get(name, []), given(name))) for name, spec in found.items()
-    ]
+    lost = [name for name in found if all(m.kind not in _USES for m in met.get(name, []))]
+    if lost:
+        raise ValueError(_meets_nothing(lost[0], staged, sources))
+    out = [(name, _filled(name, spec, met[name], given(name))) for name, spec in found.items()]
     return out + [(pairs[k][0], pairs[k][1].with_axes(ACTIVATIONS)) for k in others]
 
 
@@ -127,15 +130,30 @@ def activation_products(
     return found
 
 
+_USES = ("product", "lookup")
+
+
+def _meets_nothing(name: str, staged: TracedCall, sources: list[Origin]) -> str:
+    """Says that a parameter ends before any product, and in which primitives that are no moves."""
+    jaxpr = staged.closed.jaxpr
+    at = provenance(jaxpr, sources)
+    ends = dict.fromkeys(
+        site.name
+        for site in sites(jaxpr)
+        if not bodies(site.eqn) and site.name not in MOVES
+        if any(name in origin.holds for origin in at.get(site.place, ()))
+    )
+    where = f" (it ends in {', '.join(ends)})" if ends else ""
+    return (
+        f"a rule names {name}, which meets no product and no lookup in this function{where}; "
+        "exclude it, or name the parameter that does."
+    )
+
+
 def _filled(
     name: str, spec: DotSpec, found: list[Meeting], given: tuple[int, ...] | None
 ) -> DotSpec:
-    met = [meeting for meeting in found if meeting.kind in ("product", "lookup")]
-    if not met:
-        raise ValueError(
-            f"a rule names {name}, which meets no product and no lookup in this function; "
-            "exclude it, or name the parameter that does."
-        )
+    met = [meeting for meeting in found if meeting.kind in _USES]
     if spec.w.axes is not None or given is not None:
         return spec if spec.w.axes is not None else spec.with_axes(given)
     direct = [meeting for meeting in met if meeting.whole] or met

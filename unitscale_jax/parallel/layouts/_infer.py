@@ -16,7 +16,7 @@ from typing import Any, Literal
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec as P
 
 from unitscale_jax import tree as trees
-from unitscale_jax.errors import check_callable
+from unitscale_jax.errors import check_callable, keywords
 from unitscale_jax.parallel.layouts._divide import DivisionGraph, divided
 from unitscale_jax.parallel.layouts._layout import Layout, Missing, abstract, no_axis
 from unitscale_jax.parallel.layouts._meets import DimSet, factors_of
@@ -95,7 +95,7 @@ def infer(
             )
     if missing == "error" and mesh_axis not in mesh.shape:
         raise ValueError(no_axis(mesh_axis, mesh))
-    traced = trace(fn, params, *args, **named, **(kwargs or {}))
+    traced = trace(fn, params, *args, **named, **keywords(kwargs))
     graph = DivisionGraph(traced, dims(traced), leaves)
     chosen, against = divided(graph, mesh.shape.get(mesh_axis, 1), mesh_axis)
     found = {name: _placed(graph, name, chosen, against, mesh_axis) for name in leaves}

@@ -79,6 +79,7 @@ def layout(
         up         (8, 16)  P(None, 'tp')    128  rule 'up'
         all                                  288  on each device
     """
+    check_type("`mesh`", mesh, Mesh | AbstractMesh, "a mesh, as us.parallel.mesh(dp=2, tp=4)")
     leaves = trees.named_leaves(params, is_leaf=trees.is_compound)
     pairs = named_rules.pairs_of(rules)
     specs, reasons = dict.fromkeys(leaves, WHOLE), dict.fromkeys(leaves, "no rule")
