@@ -182,7 +182,7 @@ def _operation(
         place=site.place,
         module=scope_without_notes(site),
         name=site.name,
-        parameters=tuple(dict.fromkeys(name for origin in sources for name in origin.names)),
+        parameters=tuple(dict.fromkeys(name for origin in sources for name in _names(origin))),
         operands=tuple(map(str, site.operands)),
         results=tuple(map(str, site.results)),
         flops=row.total.flops,
@@ -195,6 +195,10 @@ def _operation(
 
 _UPCAST = "silent upcast"
 _SUMS = frozenset(["reduce_sum", "reduce_prod", "cumsum", "cumprod", "dot_general"])
+
+
+def _names(origin: Origin) -> Sequence[str]:
+    return origin.names or sorted(origin.joined)
 
 
 def _warnings(site: Site, before: Sequence[Site | None], notes: dict[str, Any]) -> Iterator[str]:

@@ -409,6 +409,46 @@ def test_joined_kernels_are_named_and_ruled(fn):
         assert row.operands == ("float32", "float32") and "rule" in row.notes["autocast"]
 
 
+COMPUTED = {  # kernels that are computed, each from one parameter, and then joined
+    "columns": lambda p, x: x @ jnp.concatenate([1.0 + p["i"], 2.0 * p["o"]], axis=1),
+    "a stack": lambda p, x: jnp.einsum("bd,ndf->nbf", x, jnp.stack([1.0 + p["i"], p["o"]])),
+    "moved": lambda p, x: x @ jnp.flip(jnp.concatenate([jnp.abs(p["i"]), p["o"]], axis=1), 1).T.T,
+    "in a loop": lambda p, x: jax.lax.fori_loop(
+        0, 2, lambda _, h: h @ jnp.concatenate([p["i"] * 2.0, p["o"]], 1)[:, :4], x
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_a_report_names_what_joined_kernels_are_computed_from(name):
+    (row,) = us.explain(COMPUTED[name])(JOINED, X).products.rows
+    assert row.parameters == ("i", "o")
+    staged = trace_call(COMPUTED[name], JOINED, X)
+    at = trace.provenance(staged.closed.jaxpr, input_origins(staged, JOINED))
+    (site,) = [site for site in sites(staged.closed.jaxpr) if site.name == "dot_general"]
+    assert not {"i", "o"}.intersection(rule_names(site, at[site.place]))  # rules name what is held
+
+
+@pytest.mark.parametrize("fn", [joined, stacked])
+def test_joined_kernels_are_named_while_they_are_trained(fn):
+    trained = us.quantized(fn, us.quant.resolve({"*": W8}, fn, JOINED, X))
+    loss = lambda p, x: trained(p, x).sum()
+    for seen in (trained, loss, jax.grad(loss)):
+        row = us.explain(seen)(JOINED, X).products.rows[0]
+        assert row.operands == ("int8", "int8") and row.parameters == ("i", "o")
+
+
+def test_a_join_with_a_part_that_has_no_name_has_none():
+    parts = {
+        "an activation": lambda p, x: [2.0 * p["i"], x[:4, :3]],
+        "of two": lambda p, x: [2.0 * p["i"], p["i"] + p["o"]],
+    }
+    for part in parts.values():
+        fn = lambda p, x, part=part: x @ jnp.concatenate(part(p, x), axis=1)
+        (row,) = us.explain(fn)(JOINED, X).products.rows
+        assert row.parameters == ()
+
+
 def test_what_joins_activations_is_no_kernel():
     fn = lambda p, x: jnp.concatenate([p["token"], x]) @ p["w"]
     params = W | {"token": jnp.ones((1, 4))}
@@ -545,6 +585,55 @@ def test_whole_groups_may_be_in_another_order(name):
     fn = REORDERED[name]
     codes = us.quantize(JOINED, us.quant.resolve({"i": GROUPS}, fn, JOINED, X))
     np.testing.assert_allclose(us.quantized(fn)(codes, X), fn(JOINED, X), atol=0.1)
+
+
+# --------------------------------------------------------------------- output channels that moved
+
+W84 = {"w": jax.random.normal(jax.random.key(4), (4, 6))}
+OUTPUTS = {  # moves of the output channels of a kernel, which share no scale
+    "repeat": lambda v: jnp.repeat(v, 2, axis=-1),
+    "repeat twice": lambda v: jnp.repeat(jnp.repeat(v, 2, axis=-1), 3, axis=-1),
+    "repeat heads": lambda v: jnp.repeat(v.reshape(4, 2, 3), 3, axis=1).reshape(4, -1),
+    "repeat of a cut": lambda v: jnp.repeat(v[:, 1:4], 2, axis=-1),
+    "new rows of copies": lambda v: jnp.broadcast_to(v[:, None], (4, 3, 6)).reshape(4, -1),
+    "roll": lambda v: jnp.roll(v, 2, axis=-1),
+    "roll of a repeat": lambda v: jnp.roll(jnp.repeat(v, 2, axis=-1), 1, axis=-1),
+    "tile": lambda v: jnp.tile(v, (1, 2)),
+    "flip": lambda v: jnp.flip(v, -1),
+}
+OF_OUTPUTS = {
+    "eight bits": W8,
+    "four bits in groups": us.DotSpec(w=us.QSpec(format="int4", group=Group(2)), x=us.QSpec()),
+    "integer groups": us.DotSpec(
+        w=us.QSpec(format="int4", group=Group(2, "integer")), x=us.QSpec()
+    ),
+    "asymmetric": us.DotSpec(w=us.QSpec(symmetric=False), x=us.QSpec(symmetric=False)),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+@pytest.mark.parametrize(
+    ("spec", "calibrated"),
+    [*((spec, False) for spec in OF_OUTPUTS), ("eight bits", True), ("asymmetric", True)],
+)
+def test_moved_output_channels_are_served_from_their_codes(name, spec, calibrated):
+    move, x = OUTPUTS[name], X[:4]  # as many rows as the kernel has, so that a result moves alike
+    fn, plain_fn = (lambda p, x: x @ move(p["w"])), (lambda p, x: x @ p["w"])
+    rules = us.quant.resolve({"w": OF_OUTPUTS[spec]}, fn, W84, x)
+    stats = us.calibrate(fn, W84, [(x,)], rules) if calibrated else None
+    codes = us.quantize(W84, rules, stats=stats)
+    (row, *_) = us.explain(us.quantized(fn))(codes, x).products.rows
+    assert row.operands == ("int8", "int8") and row.parameters == ("w",)
+    served = jax.jit(us.quantized(fn))(codes, x)
+    np.testing.assert_array_equal(served, move(jax.jit(us.quantized(plain_fn))(codes, x)))
+    trained = jax.jit(us.quantized(fn, rules, stats=stats))(W84, x)
+    np.testing.assert_array_equal(served, trained)
+    toward = jnp.sin(jnp.arange(float(served.size))).reshape(served.shape)
+    weights = us.quant.resolve({"w": WEIGHTS}, fn, W84, x)
+    linear = lambda f, p: jnp.vdot(toward, f(p, x))
+    grad = jax.grad(lambda p: linear(us.quantized(fn, weights), p))(W84)["w"]
+    exact = jax.grad(lambda p: linear(fn, p))(W84)["w"]
+    np.testing.assert_allclose(grad, exact, rtol=1e-4, atol=1e-4)
 
 
 # --------------------------------------------------------------------- rows of a stack that moved

@@ -220,6 +220,8 @@ def _moved(site: Site, x: Any, t: QTensor, starts: Sequence[Any]) -> list[Any] |
     if site.name in ("split", "unstack") and x.shape[site.eqn.params["axis"]] == 1:
         gone = [site.eqn.params["axis"]] if site.name == "unstack" else []
         return [x.squeeze(gone)] * len(site.eqn.outvars)
+    if site.name == "reshape":
+        x = _spread(site, x, t)
     params = _small(site, x, t)
     return None if params is None else site.bind([x, *starts], **params)
 
@@ -253,6 +255,20 @@ def _small(site: Site, x: Any, t: QTensor) -> dict[str, Any] | None:
     known = [part for part in parts if part is not None]
     sizes = tuple(itertools.chain(*known))
     return {"new_sizes": sizes, "sharding": None} if len(known) == len(parts) else None
+
+
+def _spread(site: Site, x: Any, t: QTensor) -> Any:
+    """What is like the scale, over each axis that a reshape joins with those of scales.
+
+    An axis that a broadcast added has scales of size 1. `jnp.repeat` of columns (4, 3) adds such an
+    axis, with scales (1, 3, 1), and joins it with the columns, whose six scales are (1, 3, 2).
+    """
+    shared, sizes = {axis % t.ndim for axis in t.axes}, list(x.shape)
+    for before, _ in segments(t.shape, site.result_shapes[0]):
+        if any(x.shape[axis] > 1 for axis in before):
+            for axis in set(before) - shared:
+                sizes[axis] = t.shape[axis]
+    return x if tuple(sizes) == x.shape else jnp.broadcast_to(x, sizes)
 
 
 def _segment(t: QTensor, x: Any, before: Sequence[int], new: Sequence[int]) -> list[int] | None:

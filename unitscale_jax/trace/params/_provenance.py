@@ -14,7 +14,7 @@ from unitscale_jax import tree as trees
 from unitscale_jax.errors import check_type
 from unitscale_jax.trace.program._compat import Equation, Jaxpr
 from unitscale_jax.trace.program._function import TracedCall
-from unitscale_jax.trace.program._primitives import moved
+from unitscale_jax.trace.program._primitives import JOINS, moved
 from unitscale_jax.trace.program._walk import Flow, Place, Site, walk
 from unitscale_jax.trace.rewrite._notes import scope_without_notes
 
@@ -28,11 +28,15 @@ class Origin:
             those of kernels that were joined.
         parameters: Names of all the parameters that reach it.
         active: Whether an input that is no parameter reaches it.
+        joined: Names of the parameters that the parts of a join come from, where each part has
+            names and one is computed, as codes are that a training step joins. A report shows
+            them; rules do not, since what a rule says of a parameter it says of its own numbers.
     """
 
     holds: frozenset[str] = frozenset()
     parameters: frozenset[str] = frozenset()
     active: bool = False
+    joined: frozenset[str] = frozenset()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -117,23 +121,37 @@ class Provenance(Flow[Origin]):
         sources = moved(site, inputs)
         if sources is None:
             return [Origin(_NONE, parameters, active)] * len(site.eqn.outvars)
-        return [Origin(_held(values), parameters, active) for values in sources]
+        joins = site.name in JOINS
+        return [
+            Origin(held, parameters, active, _NONE if held else _joined(values, joins))
+            for values, held in zip(sources, map(_held, sources), strict=True)
+        ]
 
     def join(self, a: Origin, b: Origin) -> Origin:
         """The origin of a value that is either of two."""
         holds = a.holds if a.holds == b.holds else frozenset()
-        return Origin(holds, a.parameters | b.parameters, a.active or b.active)
+        joined = a.joined if a.joined == b.joined else frozenset()
+        return Origin(holds, a.parameters | b.parameters, a.active or b.active, joined)
 
     def select(self, site: Site, by: Origin, out: Origin) -> Origin:
         """Which branch runs, and how often a loop does, is part of the value."""
         del site
-        return Origin(out.holds, out.parameters | by.parameters, out.active or by.active)
+        parameters, active = out.parameters | by.parameters, out.active or by.active
+        return Origin(out.holds, parameters, active, out.joined)
 
 
 def _held(values: Sequence[Origin]) -> frozenset[str]:
     """What values hold together: parameters, unless one of them is anything but that."""
     others = [origin for origin in values if not origin.holds and origin != CONSTANT]
     return _NONE if others else _NONE.union(*(origin.holds for origin in values))
+
+
+def _joined(values: Sequence[Origin], joins: bool) -> frozenset[str]:
+    """What the parts of a join come from; nothing where a part has no name. A move keeps it."""
+    if not joins:
+        return values[0].joined
+    parts = [origin.names or origin.joined for origin in values if origin != CONSTANT]
+    return _NONE.union(*parts) if all(parts) else _NONE
 
 
 def rule_names(site: Site, origins: Sequence[Origin]) -> list[str]:
