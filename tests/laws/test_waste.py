@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import unitscale_jax as us
 from unitscale_jax.distill import jsd, kl, kl_top_k, reverse_kl, top_k
+from unitscale_jax.quant import _gradient
 
 W8A8 = us.DotSpec(w=us.QSpec(), x=us.QSpec())
 
@@ -167,6 +168,22 @@ def test_a_wrapper_outside_of_jit_is_compiled_once(name):
         np.testing.assert_array_equal(a, b)
     for a, b in zip(jax.tree.leaves(jax.jit(call)()), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("spec", [W8A8, us.DotSpec(w=us.QSpec(), x=us.QSpec(), g=us.QSpec())])
+def test_kinds_of_products_that_are_remembered_are_few(spec, monkeypatch):
+    """And one that was forgotten is traced anew, to the same bits."""
+    fn = lambda p, x: x @ p["w"]
+    grads = jax.grad(lambda p, x: (us.quantized(fn, {"w": spec})(p, x) ** 2).sum())
+    inputs = [({"w": jnp.ones((n, 3))}, jnp.ones((2, n))) for n in (2, 3, 4, 5, 6, 2)]
+    wanted = [grads(*args) for args in inputs]
+    caches = _gradient._PROGRAMS, _gradient._REFUSALS
+    monkeypatch.setattr(_gradient, "_MOST_KINDS", 3)
+    got = [grads(*args) for args in inputs]
+    assert 0 < len(caches[0]) <= 3
+    us.explain(grads)(*inputs[0])
+    assert all(len(cache) <= 3 for cache in caches[: 1 + (spec.g is not None)])
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
 # ------------------------------------------------------------------- parameters in shares

@@ -6,7 +6,7 @@ Straight through (https://arxiv.org/abs/1308.3432), and what is kept for it are 
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ from unitscale_jax.trace.rewrite import (
 from unitscale_jax.typing import Key
 
 Multiply = Callable[..., Any]
+T = TypeVar("T")
 
 
 def straight_through(
@@ -48,18 +49,35 @@ def straight_through(
     """
     if taking() or product.across is not None:
         return _straight_through(product, sides, spec, key, multiply)
-    kind = _kind(product, sides, spec)
-    if kind not in _PROGRAMS:
+
+    def compiled() -> Callable[..., jax.Array]:
         # Of the program that the product stands in, nothing is kept but its own equation.
         alone = replace(product, site=Site(product.site.eqn, 0), extra=(), note={})
         run = lambda extra, sides, key: _straight_through(
             replace(alone, extra=extra), sides, spec, key, multiply
         )
-        _PROGRAMS[kind] = jax.jit(run, inline=True)
-    return _PROGRAMS[kind](product.extra, sides, key)
+        return jax.jit(run, inline=True)
+
+    program = _once(_PROGRAMS, _kind(product, sides, spec), compiled)
+    return program(product.extra, sides, key)
 
 
 _PROGRAMS: dict[Any, Callable[..., jax.Array]] = {}
+_MOST_KINDS = 512
+"""How many kinds of products are remembered: a model has some dozens, and a process many models."""
+
+
+def _once(cache: dict[Any, T], kind: Any, make: Callable[[], T]) -> T:
+    """What `make` gives for a kind of product, made once while the kind is remembered.
+
+    A dict keeps the order in which keys were put in, so that the kind which was asked for longest
+    ago stands first, and is forgotten first.
+    """
+    found = cache.pop(kind, None)
+    cache[kind] = found = make() if found is None else found
+    while len(cache) > _MOST_KINDS:
+        cache.pop(next(iter(cache)), None)
+    return found
 
 
 def _straight_through(
@@ -142,11 +160,12 @@ def refusals(
     weights = [t for t in sides if is_quantized(t) and t.spec.x is not None]
     if weights and all(t.master is None for t in weights):
         return ()
-    alike = _kind(product, parts, spec)
-    if alike not in _REFUSALS:
-        found = (_refusal(product, parts, side, spec, multiply) for side in (0, 1))
-        _REFUSALS[alike] = tuple(why for why in found if why is not None)
-    return _REFUSALS[alike]
+
+    def found() -> tuple[str, ...]:
+        each = (_refusal(product, parts, side, spec, multiply) for side in (0, 1))
+        return tuple(why for why in each if why is not None)
+
+    return _once(_REFUSALS, _kind(product, parts, spec), found)
 
 
 # Sentences about products that were seen, by what they depend on: a model has few kinds of them.
