@@ -6,6 +6,8 @@ Arrays are inputs, whatever they are called by; strings, flags, numbers and `Non
 """
 
 import functools
+import inspect
+import types
 
 import jax
 import jax.numpy as jnp
@@ -110,45 +112,58 @@ def half(name):
     return us.compaction.plan_of(found, kept, exact_only=False)
 
 
-def verified(name, fn, params, *args, **kwargs):
+def verified(name, fn, params, /, *args, **kwargs):
     return us.compaction.verify(fn, half(name), params, *args, **kwargs)
 
 
-def rebuilt(name, fn, params, *args, **kwargs):
+def rebuilt(name, fn, params, /, *args, **kwargs):
     same = us.compaction.compacted(fn, half(name))
     return us.compaction.verify_rebuild(fn, half(name), same, params, *args, **kwargs)
 
 
-def explained(_, fn, params, *args, **kwargs):
+def explained(_, fn, params, /, *args, **kwargs):
     rows = us.explain(fn)(params, *args, **kwargs).rows
     return [(row.name, row.parameters, row.operands, row.flops) for row in rows]
 
 
-def resolved(_, fn, params, *args, **kwargs):
+def resolved(_, fn, params, /, *args, **kwargs):
     rules = {name: W8 for name in kernels(params)}
     return us.quant.resolve(rules, fn, params, *args, **kwargs)
 
 
-def pruned(_, fn, params, *args, **kwargs):
+def pruned(_, fn, params, /, *args, **kwargs):
     patterns = {name: us.prune.NofM(1, 2) for name in kernels(params)}
     spec = us.prune.SparsitySpec(patterns=patterns)
     return us.prune.resolve_axes(spec, fn, params, *args, **kwargs)
 
 
-def met(_, fn, params, *args, **kwargs):
+def met(_, fn, params, /, *args, **kwargs):
     found = trace.meetings(trace_call(fn, params, *args, **kwargs), params)
     return {name: [(m.kind, m.site.name) for m in those] for name, those in found.items()}
 
 
-def featured(_, fn, params, *args, **kwargs):
+def featured(_, fn, params, /, *args, **kwargs):
     named = {"hidden": f"{kernels(params)[-1]}:input"}
     return us.distill.features(fn, named)(params, *args, **kwargs)
 
 
-def seen(_, fn, params, *args, **kwargs):
+def seen(_, fn, params, /, *args, **kwargs):
     pick = lambda site, operands, _: operands[0] if site.name == "dot_general" else None
     result, captures = trace.captured(fn, pick)(params, *args, **kwargs)
     return result, [capture.value for capture in captures]
+
+
+def calibrated(_, fn, params, /, *args, **kwargs):
+    rules = {name: us.DotSpec(w=us.QSpec(axes=(-2,)), x=us.QSpec()) for name in kernels(params)}
+    stats = us.calibrate(fn, params, [args], rules, **kwargs)
+    return {name: stat.range.tolist() for name, stat in stats.items()}
+
+
+def activations(_, fn, params, /, *args, **kwargs):
+    bound = functools.partial(fn, **kwargs)
+    graph = us.compaction.groups(bound, params, *args)
+    scores = us.compaction.activation(graph, fn, params, [(args, kwargs)])
+    return {name: found.tolist() for name, found in scores.items()}
 
 
 MESH = us.parallel.mesh(dp=4, tp=2)
@@ -196,6 +211,62 @@ def test_a_state_among_the_keywords_is_an_input(analyser):
         assert got == wanted
 
 
+def clashing(
+    p,
+    x,
+    *,
+    fn=0.0,
+    params=0.0,
+    rules=0.0,
+    spec=0.0,
+    plan=0.0,
+    rebuilt_fn=0.0,
+    batches=0.0,
+    observers=0.0,
+    staged=0.0,
+    graph=0.0,
+    args=0.0,
+    inputs=0.0,
+):
+    """Keywords with the names of the analysers' own arguments."""
+    own = [fn, params, rules, spec, plan, rebuilt_fn, batches, observers, staged, graph]
+    return jax.nn.relu(x @ p["up"]) @ p["down"] * sum(own + [args, inputs])
+
+
+OWN = [name for name in inspect.signature(clashing).parameters if name not in ("p", "x")]
+OF_KEYWORDS = ANALYSERS | {"calibrate": calibrated, "activation": activations}
+
+
+@pytest.mark.parametrize("analyser", OF_KEYWORDS)
+def test_keywords_with_the_names_of_an_analysers_own_arguments_reach_the_function(analyser):
+    _, params, args, _ = models()["flag"]
+    kwargs = {name: 1.0 + k for k, name in enumerate(OWN)}
+    look = functools.partial(OF_KEYWORDS[analyser], "flag")
+    bound = functools.partial(clashing, **kwargs)
+    got, wanted = look(clashing, params, *args, **kwargs), look(bound, params, *args)
+    if analyser in ("features", "captured"):
+        jax.tree.map(np.testing.assert_array_equal, got, wanted)
+    else:
+        assert got == wanted
+
+
+def test_every_analyser_that_takes_keywords_of_a_function_has_no_other_name_for_its_own():
+    """By signature, so that an analyser which is added later is a member of the family."""
+    takes = lambda f: any(p.kind == p.VAR_KEYWORD for p in inspect.signature(f).parameters.values())
+    spaces = (us, us.quant, us.statistics, us.prune, us.compaction, us.parallel, us.trace)
+    values = [getattr(space, name) for space in spaces for name in space.__all__]
+    found = {f for f in values if isinstance(f, types.FunctionType) and takes(f)}
+    analysers = {f for f in found if "fn" in inspect.signature(f).parameters}
+    assert {us.quant.resolve, us.prune.resolve_axes, us.calibrate, trace.cost} <= analysers
+    for f in analysers:
+        named = [
+            p.name
+            for p in inspect.signature(f).parameters.values()
+            if p.kind == p.POSITIONAL_OR_KEYWORD
+        ]
+        assert not named, (f.__name__, named)
+
+
 OPTIONS = {
     "infer": (us.parallel.infer, {"mesh": MESH, "mesh_axis": "tp"}, {"mesh_axis": "tp"}),
     "verify": (
@@ -213,10 +284,10 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_option_wins_over_a_keyword_of_its_name_which_has_a_way_in(name):
-    analyser, options, clashing = OPTIONS[name]
+    analyser, options, same_name = OPTIONS[name]
     fn, params, args, kwargs = models()["flag"]
-    bound = functools.partial(fn, **kwargs, **clashing)
-    got = analyser(fn, params, *args, kwargs=clashing, **kwargs, **options)
+    bound = functools.partial(fn, **kwargs, **same_name)
+    got = analyser(fn, params, *args, kwargs=same_name, **kwargs, **options)
     wanted = analyser(bound, params, *args, **options)
     assert str(got) == str(wanted)
 

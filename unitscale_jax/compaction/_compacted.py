@@ -68,7 +68,7 @@ def compacted(fn: Callable[..., Any], plan: CompactionPlan) -> Callable[..., Any
     """
 
     @around(fn, "compacted")
-    def compacted_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
+    def compacted_fn(params: Any, /, *args: Any, **kwargs: Any) -> Any:
         dense = _dense(params, plan)
         staged = trace_call(fn, dense, *args, **kwargs)
         leaves = jax.tree.leaves(((params, *args), kwargs))

@@ -80,7 +80,7 @@ def layer_scores(
             "`without`, and scored by `loss_increase`."
         )
 
-    def measured(params: Any, *inputs: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    def measured(params: Any, /, *inputs: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         mask = None if valid is None else jnp.asarray(valid(*inputs, **kwargs))
         ends = _ends(groups(fn, params, *inputs, **kwargs))
         at = {place for end in ends for place, _ in (end.reads, end.makes)}

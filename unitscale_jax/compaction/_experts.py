@@ -66,7 +66,7 @@ def expert_scores(
     found = named_rules.match([(p, True) for p in experts], graph.by_name, False, noun="group")
     names = [name for name, named in found.items() if named]
 
-    def measured(params: Any, *inputs: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    def measured(params: Any, /, *inputs: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         here = groups(fn, params, *inputs, **kwargs)
         pick = lambda site, operands, _: _lengths(here, names, site, operands)
         result, captures = captured(fn, pick)(params, *inputs, **kwargs)

@@ -73,7 +73,7 @@ def activation(
     check_type("graph", graph, Graph, "what us.compaction.groups returns")
     names = chosen(graph, only)
 
-    def measured(params: Any, *inputs: Any, **kwargs: Any) -> tuple[Any, dict[str, jax.Array]]:
+    def measured(params: Any, /, *inputs: Any, **kwargs: Any) -> tuple[Any, dict[str, jax.Array]]:
         mask = None if valid is None else jnp.asarray(valid(*inputs, **kwargs))
         here = groups(fn, params, *inputs, **kwargs)
         seen = _met(here, trace_call(fn, params, *inputs, **kwargs), params)

@@ -67,7 +67,9 @@ def features(
     wanted = {feature: _parsed(feature, address) for feature, address in named.items()}
 
     @around(apply, "features")
-    def features_fn(params: Any, *inputs: Any, **options: Any) -> tuple[Any, dict[str, jax.Array]]:
+    def features_fn(
+        params: Any, /, *inputs: Any, **options: Any
+    ) -> tuple[Any, dict[str, jax.Array]]:
         met = meetings(trace_call(apply, params, *inputs, **options), params)
         names = trees.names(params)
         found = {feature: _found(feature, wish, names, met) for feature, wish in wanted.items()}

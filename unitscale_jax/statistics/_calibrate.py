@@ -101,7 +101,7 @@ def observed(
         raise ValueError(expected("collect", list(collect), f"some of {', '.join(KINDS)}"))
 
     @functools.wraps(fn)
-    def observed_fn(params: Any, *inputs: Any, **kwargs: Any) -> tuple[Any, Stats]:
+    def observed_fn(params: Any, /, *inputs: Any, **kwargs: Any) -> tuple[Any, Stats]:
         staged = functools.partial(trace_call, fn, params, *inputs, **kwargs)
         observers = _observers(staged, rules, collect, params)
         mask = None if valid is None else jnp.asarray(valid(*inputs, **kwargs))
@@ -121,6 +121,7 @@ def calibrate(
     params: Any,
     batches: Iterable[Any],
     rules: Wanted,
+    /,
     *,
     collect: Collection[Kind] | None = None,
     valid: Callable[..., Any] | None = None,

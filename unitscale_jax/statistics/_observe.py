@@ -144,7 +144,7 @@ def _own(x: jax.Array, layers: int, turns: int) -> jax.Array:
 
 
 def observe(
-    fn: Callable[..., Any], observers: Mapping[str, Observer], *args: Any, **kwargs: Any
+    fn: Callable[..., Any], observers: Mapping[str, Observer], /, *args: Any, **kwargs: Any
 ) -> tuple[Any, dict[str, Stat]]:
     """Evaluates a call, and measures what meets some of its parameters.
 
