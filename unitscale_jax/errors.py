@@ -10,6 +10,7 @@ Those named `check_` raise themselves: what a public function asks of its first 
 """
 
 import difflib
+import numbers
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -119,6 +120,28 @@ def check_type(what: str, got: Any, kind: Any, wanted: str) -> None:
     """Raises `TypeError` unless a value is of a type."""
     if not isinstance(got, kind):
         raise TypeError(expected(what, got, wanted))
+
+
+def check_number(what: str, got: Any) -> None:
+    """Raises `TypeError` unless a value is a real number, which bounds can be asked of."""
+    check_type(what, got, numbers.Real | jax.Array, "a number")
+
+
+def check_whole(what: str, got: Any, wanted: str = "a whole number") -> None:
+    """Raises `TypeError` unless a value is an integer; True is none, and neither is 2.0."""
+    if isinstance(got, bool) or not isinstance(got, int):
+        raise TypeError(expected(what, got, wanted))
+
+
+def check_encodable(what: str, name: str) -> None:
+    """Raises `ValueError` if UTF-8 has no bytes for a name, so that no file can hold it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} {name!r} has the character {name[error.start]!r}, half of a pair of UTF-16, "
+            "which UTF-8 has no bytes for. Rename that key."
+        ) from None
 
 
 def check_callable(what: str, got: Any) -> None:

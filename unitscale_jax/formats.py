@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unitscale_jax.errors import check_type
+from unitscale_jax.errors import check_number, check_type, check_whole
 from unitscale_jax.typing import Array, DType, Key
 
 __all__ = [
@@ -74,6 +74,9 @@ class Format:
 
     def __post_init__(self) -> None:
         """Checks that the fields describe one grid, and that float32 holds it."""
+        for name in ("exponent_bits", "mantissa_bits", "bias"):
+            check_whole(f"Format.{name}", getattr(self, name))
+        check_number("Format.max", self.max)
         for wrong in _contradictions(self):
             raise ValueError(f"{self!r}: {wrong}")
 

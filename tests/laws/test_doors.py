@@ -4,10 +4,13 @@ The first law goes over all public functions with something else as their first 
 below it are single slips, each with the words that its message must have.
 """
 
+import dataclasses
 import inspect
+import math
 import os
 import tempfile
 import types
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +105,7 @@ class Wrong:
 
 RAW = ("has no attribute", "not subscriptable", "not iterable", "unsupported operand")
 RAW += ("not callable", "missing 1 required", "is ambiguous", "not supported between")
+RAW += ("must be real number",)
 
 
 @pytest.mark.parametrize("name", sorted(public().keys() - ANYTHING))
@@ -239,6 +243,18 @@ SLIPS = {
         lambda: us.parallel.reduced(grad_fn, us.parallel.mesh(dp=8))(PARAMS, X),
         "the mesh axis of reduced is .*; expected one name",
     ),
+    "names of gradients inside of jit": (
+        lambda: jax.jit(lambda state: us.overflowing(state, W))(
+            us.loss_scaled(optax.sgd(1.0), us.StaticScale(1.0)).init(W)
+        ),
+        r"gradient of w was finite .* is traced.* outside of jit.*inside, us.unless_skipped",
+    ),
+    "names of abstract gradients": (
+        lambda: us.overflowing(
+            jax.eval_shape(us.loss_scaled(optax.sgd(1.0), us.StaticScale(1.0)).init, W), W
+        ),
+        r"gradient of w was finite .* abstract.* outside of jit",
+    ),
     "values of rows": (lambda: a_part(value=jnp.ones(2)), r"`value` has shape \(2,\); expected"),
     "flushes of rows": (lambda: a_part(flush=jnp.ones(2, bool)), r"`flush` has shape \(2,\)"),
     "a word for a flush": (lambda: a_part(flush="no"), "`flush` is 'no'; expected a scalar"),
@@ -287,3 +303,87 @@ def test_a_dtype_is_a_policy():
 def test_a_module_without_parameters_says_so():
     apply, params, _ = us.from_linen(linen.Dropout(0.5, deterministic=True), {})
     assert params == {} and apply(params, X).shape == X.shape
+
+
+# --- numbers of specs
+
+SPECS = [
+    us.StaticScale(2.0),
+    us.DynamicScale(),
+    us.QSpec(axes=(-2,)),
+    us.quant.Group(4),
+    us.quant.EMA(),
+    us.quant.Fixed(2.0),
+    us.quant.Fixed(-1.0, 2.0),
+    us.quant.MSE(),
+    us.quant.Percentile(99.0),
+    us.formats.format_of("e4m3fn"),
+    us.formats.integers(8),
+    us.compaction.Bytes(8),
+    us.compaction.Flops(8),
+    us.compaction.Params(8),
+    us.prune.NofM(2, 4, axis=-1),
+    us.prune.Block((2, 2)),
+    us.prune.Channel(),
+    us.prune.Balanced(parts=2, axis=0),
+    us.prune.OneShot(1, final=0.5),
+    us.prune.Cubic(0, 8, final=0.5),
+    us.prune.Linear(0, 8, final=0.5),
+    us.prune.Steps((1, 2), (0.25, 0.5)),
+    us.prune.OWL({"a": 0.1}),
+    us.prune.SparsitySpec(patterns=us.prune.Unstructured()),
+    us.parallel.Schedule("1f1b", stages=2, parts=3),
+]
+RESULTS = {us.compaction.Rebuilt, us.distill.TopK, us.parallel.Sum, us.trace.Site, us.quant.QTensor}
+"""Dataclasses with numbers that the library makes, and nobody else."""
+
+
+def parts_of(hint):
+    """The types that an annotation is made of."""
+    inside = [part for part in typing.get_args(hint) if not isinstance(part, list)]
+    return set().union(*map(parts_of, inside)) if inside else {hint}
+
+
+def numbers_of(spec):
+    """Field -> whether its numbers are counts, and whether it may be None."""
+    kinds = {name: parts_of(hint) for name, hint in typing.get_type_hints(spec).items()}
+    fields = [field.name for field in dataclasses.fields(spec)]
+    numeric = {int, float, types.NoneType, ...}
+    kinds = {name: kinds[name] for name in fields if kinds[name] <= numeric}
+    return {name: (float not in of, types.NoneType in of) for name, of in kinds.items()}
+
+
+def wrong_numbers(counts, optional):
+    """What no number of a spec can be."""
+    wrong = [math.nan, math.inf, -math.inf, "3", [3], 3j]
+    return wrong + [2.5, 2.0] * counts + [None] * (not optional)
+
+
+CASES = [
+    (spec, name, wrong)
+    for spec in SPECS
+    for name, kind in numbers_of(type(spec)).items()
+    for wrong in wrong_numbers(*kind)
+]
+
+
+def test_every_spec_with_numbers_is_tried():
+    values = [getattr(module, name) for module in NAMESPACES.values() for name in module.__all__]
+    classes = {c for c in values if isinstance(c, type) and dataclasses.is_dataclass(c)}
+    with_numbers = {c for c in classes if numbers_of(c)}
+    assert with_numbers - RESULTS == {type(spec) for spec in SPECS}
+
+
+@pytest.mark.parametrize(
+    ("spec", "name", "wrong"),
+    CASES,
+    ids=lambda x: x if isinstance(x, str) else type(x).__name__ if x in SPECS else repr(x),
+)
+def test_a_number_of_a_spec_is_finite_and_a_count_is_whole(spec, name, wrong):
+    value = getattr(spec, name)
+    changed = (*value[:-1], wrong) if isinstance(value, tuple) else wrong
+    with pytest.raises((TypeError, ValueError)) as raised:
+        dataclasses.replace(spec, **{name: changed})
+    text = str(raised.value)
+    assert type(spec).__name__ in text or name in text
+    assert len(text.split()) >= 4 and not any(words in text for words in RAW), text

@@ -121,6 +121,29 @@ def test_dicts_lists_tuples_and_their_keys_come_back_as_they_were(tree, tmp_path
     assert load_file(file).keys() == {name for name in us.tree.names(tree)}
 
 
+HALF = "a\ud800"  # half of a pair of UTF-16, for which UTF-8 has no bytes
+CODES = us.quantize({"kernel": jnp.ones((4, 2))}, {"*": us.DotSpec(w=us.QSpec(axes=(-2,)))})
+UNWRITABLE = {
+    "a key": {HALF: jnp.ones(2)},
+    "a key above": {HALF: [jnp.ones(2)]},
+    "a key below": {"b": {HALF: jnp.ones(2)}},
+    "codes": {HALF: CODES},
+}
+WRITERS = {
+    "save": lambda path, tree: us.save(path / "model.safetensors", tree),
+    "Checkpoints": lambda path, tree: us.Checkpoints(path).save(1, tree),
+    "compressed-tensors": lambda path, tree: us.export_compressed_tensors(path, [CODES, tree]),
+}
+
+
+@pytest.mark.parametrize("tree", UNWRITABLE)
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_name_that_no_file_can_hold_is_refused_before_anything_is_written(writer, tree, tmp_path):
+    with pytest.raises(ValueError, match=r"(array|leaf) '.*a\\ud800.*Rename that key"):
+        WRITERS[writer](tmp_path, UNWRITABLE[tree])
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("step_*"))
+
+
 class Pair(NamedTuple):
     kernel: jax.Array
     bias: jax.Array | None

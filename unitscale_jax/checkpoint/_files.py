@@ -15,6 +15,7 @@ import jax
 
 from unitscale_jax.checkpoint import _arrays, _outline
 from unitscale_jax.checkpoint._leaves import Leaf, decode, encode, matched, other_model
+from unitscale_jax.errors import check_encodable
 from unitscale_jax.processes import agreed, rank, together
 
 FORMAT = 3
@@ -45,8 +46,15 @@ class Manifest(NamedTuple):
 
     @classmethod
     def of(cls, step: int, tree: Any) -> "Manifest":
-        """The manifest of a tree, with its arrays."""
-        return cls(step, encode(tree), _outline.outline(tree))
+        """The manifest of a tree, with its arrays.
+
+        Raises:
+            ValueError: UTF-8 has no bytes for the name of a leaf.
+        """
+        leaves = encode(tree)
+        for leaf in leaves:
+            check_encodable("the leaf", leaf.name)
+        return cls(step, leaves, _outline.outline(tree))
 
     @classmethod
     def parsed(cls, text: bytes) -> "Manifest":

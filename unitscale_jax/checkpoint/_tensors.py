@@ -27,7 +27,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from unitscale_jax.checkpoint import _files
-from unitscale_jax.errors import check_folder
+from unitscale_jax.errors import check_encodable, check_folder
 
 _DTYPES = {  # safetensors' name of each dtype that a file may hold
     "float64": "F64",
@@ -71,7 +71,13 @@ def stored_array(name: str, leaf: Any) -> Stored:
 
 
 def write(path: pathlib.Path, stored: Mapping[str, Stored], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file, all of it or nothing, with one array at a time on the host."""
+    """Writes a safetensors file, all of it or nothing, with one array at a time on the host.
+
+    Raises:
+        ValueError: UTF-8 has no bytes for a name. JSON would escape it, and no reader take it.
+    """
+    for name in stored:
+        check_encodable("the array", name)
     size = lambda name: jnp.dtype(stored[name].dtype).itemsize
     order = sorted(stored, key=lambda name: (-size(name), name))  # large ones first aligns them all
     metadata = dict(metadata) | {_DIGEST: _NO_DIGEST}

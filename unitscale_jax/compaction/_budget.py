@@ -20,6 +20,7 @@ import jax
 from unitscale_jax import tree as trees
 from unitscale_jax.compaction._groups import Graph
 from unitscale_jax.compaction._named_axes import named_axes
+from unitscale_jax.errors import check_number
 from unitscale_jax.trace.costs import OpRow, cost
 from unitscale_jax.trace.params import above, meetings, stacks_of
 from unitscale_jax.trace.program import (
@@ -101,15 +102,18 @@ class Budget(abc.ABC):
     """An upper limit on what a model costs.
 
     Attributes:
-        limit: In units of `noun`; above 0.
+        limit: In units of `noun`; finite and above 0.
     """
 
     limit: float
 
     def __post_init__(self) -> None:
         """Checks the limit."""
+        check_number(f"{type(self).__name__}.limit", self.limit)
         if not self.limit > 0:
             raise ValueError(f"{self!r} allows nothing: a limit is above 0, a number of {self}.")
+        if math.isinf(self.limit):
+            raise ValueError(f"{self!r} allows everything: a limit is a finite number of {self}.")
 
     @abc.abstractmethod
     def price(self, graph: Graph) -> Polynomial:

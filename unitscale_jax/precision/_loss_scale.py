@@ -25,7 +25,7 @@ import optax
 from jax.tree_util import DictKey, SequenceKey
 
 from unitscale_jax import tree as trees
-from unitscale_jax.errors import check_type
+from unitscale_jax.errors import check_type, shown
 from unitscale_jax.loss import Mean
 from unitscale_jax.mesh_axes import names_of
 from unitscale_jax.optimizer import (
@@ -221,6 +221,7 @@ def overflowing(opt_state: Any, params: Params) -> list[str]:
     Raises:
         ValueError: `opt_state` holds nothing that skips a step, or several; or is not the state of
             `params`.
+        TypeError: `opt_state` is traced, as inside of `jax.jit`, or abstract.
 
     Example:
         >>> params = {"head": {"bias": jnp.ones(2), "kernel": jnp.ones(2)}}
@@ -241,6 +242,14 @@ def overflowing(opt_state: Any, params: Params) -> list[str]:
             f"params has {len(names)} leaves, but the loss scale watches {len(bad)} others. Pass "
             "the parameters that the optimizer was initialized with."
         )
+    for name, flags in bad.items():
+        if isinstance(flags, jax.core.Tracer | jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"whether the gradient of {name} was finite is {shown(flags)} that is traced or "
+                "abstract; expected its value. Call us.overflowing outside of jit, on the state "
+                "that the step returned; inside, us.unless_skipped(opt_state, new, old) chooses by "
+                "whether the step was skipped."
+            )
     return [name for name, flags in bad.items() if np.any(flags)]
 
 

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from unitscale_jax import rules as named_rules
-from unitscale_jax.errors import check_type
+from unitscale_jax.errors import check_number, check_type
 from unitscale_jax.prune._select import MOST
 from unitscale_jax.sparsity import kept
 
@@ -139,6 +139,7 @@ class OWL:  # noqa: N801, used like the functions beside it
 
     def __post_init__(self) -> None:
         """Checks the bound."""
+        check_number("OWL.lam", self.lam)
         if not 0 <= self.lam <= 0.5:
             raise ValueError(f"OWL: lam is {self.lam}; it is from 0 to 0.5.")
 

@@ -74,7 +74,8 @@ class NofM:
         """Checks the fields."""
         if not (type(self.n) is int and type(self.m) is int and 1 <= self.n <= self.m):
             raise ValueError(f"{self!r}: n of m neighbors stay, whole numbers with 1 <= n <= m.")
-        _check_axis(self, self.axis)
+        if self.axis is not None:
+            _check_axis(self, self.axis)
 
     def units(self, name: str, shape: Shape) -> Shape:
         """The shape of the array, once the axis and M are known to fit it."""
@@ -269,7 +270,7 @@ Pattern: TypeAlias = Ranked | NofM
 
 
 def _check_axis(pattern: Any, axis: Any) -> None:
-    if axis is not None and type(axis) is not int:
+    if type(axis) is not int:
         raise ValueError(f"{pattern!r}: axis is a whole number, as -1.")
 
 

@@ -8,9 +8,12 @@ Schedules are tables on the host: what a step needs of them is data. Steps count
 so neither parts nor resumed runs change them.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
+
+from unitscale_jax.errors import check_number
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class Cubic:
         power: 3 is Zhu and Gupta's, 1 linear.
 
     Raises:
-        ValueError: Not 0 <= start <= end, every < 1, power <= 0, or a sparsity not in [0, 1).
+        ValueError: Not 0 <= start <= end, every < 1, a power not above 0 or not finite, or a
+            sparsity not in [0, 1).
 
     Law: the last step has the final sparsity exactly, for every start, end and every.
 
@@ -80,8 +84,9 @@ class Cubic:
     def __post_init__(self) -> None:
         """Checks the fields."""
         _check_span(self)
-        if not self.power > 0:
-            raise ValueError(f"{self!r}: power is positive.")
+        check_number("Cubic.power", self.power)
+        if not 0 < self.power < math.inf:
+            raise ValueError(f"{self!r}: power is positive and finite.")
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -196,6 +201,7 @@ def _check_span(schedule: Cubic | Linear) -> None:
     ends = (schedule.start, schedule.end)
     if not (all(type(t) is int for t in ends) and 0 <= schedule.start <= schedule.end):
         raise ValueError(f"{schedule!r}: whole numbers of steps with 0 <= start <= end.")
+    check_number(f"{type(schedule).__name__}.initial", schedule.initial)
     _check_sparsities(schedule, (schedule.initial, schedule.final))
 
 
@@ -207,5 +213,8 @@ def _check_steps(schedule: Schedule, steps: Sequence[int]) -> None:
 
 def _check_sparsities(schedule: Schedule, sparsities: Sequence[float | None]) -> None:
     for s in sparsities:
-        if s is not None and not 0 <= s < 1:
+        if s is None:  # that of the spec
+            continue
+        check_number(f"a sparsity of {type(schedule).__name__}", s)
+        if not 0 <= s < 1:
             raise ValueError(f"{schedule!r}: a sparsity is the share that goes, in [0, 1).")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import rules as named_rules, tree as trees
-from unitscale_jax.errors import check_type
+from unitscale_jax.errors import check_number, check_type
 from unitscale_jax.prune._allocate import (
     EVERYWHERE,
     Allocation,
@@ -60,6 +60,7 @@ class SparsitySpec:
 
     def __post_init__(self) -> None:
         """Checks the fields."""
+        check_number("SparsitySpec.sparsity", self.sparsity)
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity is {self.sparsity}; it is the share that goes, in [0, 1).")
         if not isinstance(self.patterns, Pattern):

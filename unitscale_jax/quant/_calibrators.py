@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unitscale_jax.errors import check_number, check_whole
 from unitscale_jax.statistics import Measure
 
 AxisNumbers = tuple[int, ...]
@@ -222,6 +223,7 @@ class EMA(Calibrator):
 
     def __post_init__(self) -> None:
         """Checks the decay."""
+        check_number("EMA.decay", self.decay)
         if not 0 <= self.decay < 1:
             raise ValueError(f"{self!r}: decay is in [0, 1).")
 
@@ -264,6 +266,7 @@ class Percentile(Calibrator):
 
     def __post_init__(self) -> None:
         """Checks the percentage."""
+        check_number("Percentile.p", self.p)
         if not 0 < self.p <= 100:
             raise ValueError(f"{self!r}: p is a percentage in (0, 100].")
 
@@ -339,6 +342,8 @@ class MSE(Calibrator):
 
     def __post_init__(self) -> None:
         """Checks the fractions."""
+        check_number("MSE.least", self.least)
+        check_whole("MSE.steps", self.steps)
         if not 0 < self.least <= 1 or self.steps < 1:
             raise ValueError(f"{self!r}: least is in (0, 1], and there is at least one step.")
 
@@ -399,6 +404,8 @@ class Fixed(Calibrator):
 
     def __post_init__(self) -> None:
         """Checks the range."""
+        for end in (self.first, 0 if self.second is None else self.second):
+            check_number("an end of a Fixed range", end)
         if not (
             math.isfinite(self.low) and math.isfinite(self.high) and self.low <= 0 <= self.high
         ):
