@@ -158,7 +158,7 @@ def test_takes_as_many_products_as_promised(over, chunk, products):
         ({"chunk": 0}, "`chunk` is 0"),
         ({"over": "rows"}, "'tokens' or 'vocabulary'"),
         ({"temperature": 0.0}, "temperature is 0.0"),
-        ({"axis_name": "model"}, "does not vary over the manual axis 'model'"),
+        ({"mesh_axis": "model"}, "does not vary over the manual axis 'model'"),
         ({"weight": jnp.ones(3)}, r"shape \(3,\); expected one per row, \(10,\)"),
         ({"w_s": jnp.ones((5, 13))}, "has 16 entries, the student's 13"),
         ({"w_s": jnp.ones((SIZE, 5))}, "the student's hidden .*Of an embedding table"),

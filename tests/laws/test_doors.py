@@ -211,6 +211,7 @@ SLIPS = {
         "built and not its class",
     ),
     "a word for a scale": (lambda: us.StaticScale("8"), "scale is '8'; expected a power of two"),
+    "a flag for steps": (lambda: us.DynamicScale(hysteresis=True), "hysteresis is True; expected"),
     "half a step": (lambda: us.DynamicScale(interval=2.5), "interval is 2.5; expected a whole"),
     "no mesh": (lambda: us.parallel.layout(W, {}, None), "`mesh` is None; expected a mesh"),
     "keywords that are a number": (

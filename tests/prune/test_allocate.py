@@ -122,9 +122,9 @@ BLOCKS = [Layer("a", (8, 8), 16), Layer("b", (8, 8), 8)]
             for f in (ERK, Global, OWL({"a": 0.1, "b": 0.2}))
         ),
         (lambda: Global([Layer("a", (2**31,), 2**31)], 0.5), "counts are int32"),
-        (lambda: OWL({"a": 0.1})(BLOCKS[1:], 0.5), "owl has no ratio for b"),
-        (lambda: OWL({"a": 0.1, "x": 1})(BLOCKS[:1], 0.5), "owl has ratios for x"),
-        (lambda: OWL({"a": [0.1, 0.2]})(BLOCKS[:1], 0.5), "owl's ratio for a is"),
+        (lambda: OWL({"a": 0.1})(BLOCKS[1:], 0.5), "OWL has no ratio for b"),
+        (lambda: OWL({"a": 0.1, "x": 1})(BLOCKS[:1], 0.5), "OWL has ratios for x"),
+        (lambda: OWL({"a": [0.1, 0.2]})(BLOCKS[:1], 0.5), "OWL's ratio for a is"),
         (lambda: OWL({"a": np.nan})(BLOCKS[:1], 0.5), "one finite number is expected"),
         (lambda: OWL({}, lam=-0.1), "lam is -0.1; it is from 0 to 0.5"),
         (lambda: ByRule({"a": 1.0}, 0.8), r"rule 'a' has 1.0; a sparsity is in \[0, 1\)"),

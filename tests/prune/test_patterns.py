@@ -75,7 +75,7 @@ def test_a_nan_is_the_whole_units():
         (lambda: Channel(axis=None), "channels are along one axis"),
         (
             lambda: NofM(2, 4).units("mlp/kernel", (8, 8)),
-            r"mlp/kernel: NofM.* does not say along which axis.*us\.prune\.resolve\(spec, fn",
+            r"mlp/kernel: NofM.* does not say along which axis.*us\.prune\.resolve_axes\(spec, fn",
         ),
         (
             lambda: NofM(2, 4, axis=0).units("mlp/kernel", (6, 8)),

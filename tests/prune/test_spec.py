@@ -312,7 +312,7 @@ def with_patterns(patterns, **fields):
         (
             lambda: with_patterns(Balanced(parts=2, axis=0), allocate=Global),
             ValueError,
-            "mlp/kernel is balanced over 2 parts, and `global_` ranks all",
+            "mlp/kernel is balanced over 2 parts, and `Global` ranks all",
         ),
         (lambda: make_masks(QUANTIZED, ANY), ValueError, "w is quantized.*Mask before quantizing"),
         (lambda: make_masks(PARAMS, ANY, at=1.0), ValueError, "each is a share in"),

@@ -307,3 +307,12 @@ def test_a_function_may_have_keywords_with_the_names_of_these_arguments():
     rules, params, x = {"w": us.DotSpec()}, {"w": jnp.ones((4, 3))}, jnp.ones((2, 4))
     found = us.quant.resolve(rules, fn, params, x, rules=2, fn=2, params=2)
     assert found == us.quant.resolve(rules, fn, params, x)
+
+
+@pytest.mark.usefixtures("relaxed_promotion")
+def test_a_product_with_64_bits_says_so():
+    rules = {"w": us.DotSpec()}
+    with jax.enable_x64(True):
+        x, params = jnp.ones((2, 4)), {"w": jnp.ones((4, 3), jnp.float32)}
+        with pytest.raises(ValueError, match="are float64, float32, and floats of at most 32 bits"):
+            us.quantized(lambda p, x: x @ p["w"], rules)(params, x)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unitscale_jax.errors import check_type
+from unitscale_jax.errors import check_type, check_whole
 from unitscale_jax.optimizer import LossScaleState
 from unitscale_jax.typing import Params
 
@@ -98,7 +98,7 @@ would round. Use 512 or 1024.
                 "backoff < 1 < growth, such as 0.5 and 2."
             )
         for name in ("interval", "hysteresis"):
-            check_type(f"DynamicScale.{name}", getattr(self, name), int, "a whole number of steps")
+            check_whole(f"DynamicScale.{name}", getattr(self, name), "a whole number of steps")
         if min(self.interval, self.hysteresis) < 1:
             raise ValueError(
                 f"DynamicScale has interval={self.interval} and hysteresis={self.hysteresis}; both "
