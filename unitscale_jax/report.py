@@ -7,13 +7,14 @@ not what was meant. A transform adds columns by leaving notes at its equations (
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax.errors import check_callable
+from unitscale_jax.tables import Tabular
 from unitscale_jax.trace.costs import Cost, OpRow, cost
 from unitscale_jax.trace.params import Origin, input_origins, provenance
 from unitscale_jax.trace.program import (
@@ -24,9 +25,6 @@ from unitscale_jax.trace.program import (
     trace_call,
 )
 from unitscale_jax.trace.rewrite import notes_at, scope_without_notes, taking_notes
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class ReportRow:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Tabular):
     """The operations of a function, in order of evaluation; printed, a table.
 
     Attributes:
@@ -98,35 +96,24 @@ class Report:
         """Every warning, paired with the operation it is about."""
         return tuple((row, warning) for row in self.rows for warning in row.warnings)
 
-    def data(self) -> list[dict[str, Any]]:
-        """The rows as plain dicts."""
-        return [asdict(row) for row in self.rows]
+    def cells(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+        """One line for each operation, with a column for every kind of note."""
+        kinds = list(dict.fromkeys(name for row in self.rows for name in row.notes))
+        kinds = [name for name in kinds if name != "wide"]
 
-    def table(self) -> "Table":
-        """The rows as a table of `rich`, one column for every kind of note."""
-        from rich.table import Table
-
-        columns = list(dict.fromkeys(name for row in self.rows for name in row.notes))
-        columns = [name for name in columns if name != "wide"]
-        table = Table(title=f"{len(self.rows)} operations, {self.cost.flops:,} FLOPs")
-        for title in ("module or parameter", "operation", "dtypes", *columns, "FLOPs", "warnings"):
-            table.add_column(title, justify="right" if title == "FLOPs" else "left")
-        for row in self.rows:
-            noted = [str(row.notes.get(name, "")) for name in columns]
+        def line(row: ReportRow) -> list[str]:
             dtypes = f"{' '.join(row.operands)} -> {' '.join(row.results)}"
             where = ", ".join(row.parameters) or row.module
             flops = f"{row.flops:,}" if row.flops else ""
-            table.add_row(where, row.name, dtypes, *noted, flops, ", ".join(row.warnings))
-        return table
+            noted = [str(row.notes.get(name, "")) for name in kinds]
+            return [where, row.name, dtypes, *noted, flops, ", ".join(row.warnings)]
 
-    def __str__(self) -> str:
-        """The table as text."""
-        from rich.console import Console
+        titles = ["module or parameter", "operation", "dtypes", *kinds, ">FLOPs", "warnings"]
+        return titles, [line(row) for row in self.rows]
 
-        console = Console(width=160)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get()
+    def below(self) -> Sequence[str]:
+        """The totals."""
+        return [f"{len(self.rows)} operations, {self.cost.flops:,} FLOPs"]
 
 
 def explain(fn: Callable[..., Any]) -> Callable[..., Report]:

@@ -287,4 +287,7 @@ def test_an_error_says_what_to_do(name):
 
 def test_the_report_is_a_table():
     table = str(gptq(W, stats_of("hessian"), RULES)[1])
-    assert table.splitlines()[0].split() == ["nearest", "gptq", "unseen"] and "w  " in table
+    assert (
+        table.splitlines()[0].split() == ["parameter", "nearest", "gptq", "unseen"]
+        and "w  " in table
+    )

@@ -311,7 +311,7 @@ def test_a_function_may_have_keywords_with_the_names_of_these_arguments():
 
 @pytest.mark.usefixtures("relaxed_promotion")
 def test_a_product_with_64_bits_says_so():
-    rules = {"w": us.DotSpec()}
+    rules = {"w": us.DotSpec(x=us.QSpec())}
     with jax.enable_x64(True):
         x, params = jnp.ones((2, 4)), {"w": jnp.ones((4, 3), jnp.float32)}
         with pytest.raises(ValueError, match="are float64, float32, and floats of at most 32 bits"):

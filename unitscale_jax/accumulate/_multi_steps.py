@@ -31,7 +31,7 @@ from unitscale_jax.optimizer import (
     flaws,
     step_or_skip,
 )
-from unitscale_jax.trace.program import compiled_once
+from unitscale_jax.trace.program import compiled_once, is_concrete
 from unitscale_jax.typing import Params
 
 
@@ -228,7 +228,7 @@ def _check_weight(weight: Any) -> None:
             f"{wrong_shape('`weight`', jnp.shape(weight), ())} Pass the sum over the part's rows."
         )
     check_scalar("weight", weight)
-    if not isinstance(weight, jax.core.Tracer) and weight < 0:
+    if is_concrete(weight) and weight < 0:
         raise ValueError(
             f"{expected('`weight`', weight, 'what the part weighs, at least 0')} A part that does "
             "not count has the weight 0."

@@ -17,6 +17,7 @@ import numpy as np
 from unitscale_jax import tree as trees
 from unitscale_jax.compaction._groups import CompactionPlan
 from unitscale_jax.errors import check_type
+from unitscale_jax.trace.program import is_concrete
 
 
 def compact(params: Any, plan: CompactionPlan) -> Any:
@@ -151,7 +152,7 @@ def _of_compound(path: str, change: Callable[[], Any]) -> Any:
 def _placed(new: Any, old: Any) -> Any:
     """A concrete array where the one it was made of lies, if its shape divides."""
     sharding = getattr(old, "sharding", None)
-    concrete = isinstance(new, jax.Array) and not isinstance(new, jax.core.Tracer)
+    concrete = isinstance(new, jax.Array) and is_concrete(new)
     if not (concrete and isinstance(sharding, jax.sharding.NamedSharding)):
         return new
     try:

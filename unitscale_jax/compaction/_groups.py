@@ -19,6 +19,7 @@ import numpy as np
 
 from unitscale_jax import tree as trees
 from unitscale_jax.errors import check_callable, check_type
+from unitscale_jax.tables import Tabular
 from unitscale_jax.trace.dimensions import (
     DimGroup,
     Dims,
@@ -62,7 +63,7 @@ def groups(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) ->
 
 
 @dataclass(frozen=True)
-class Graph:
+class Graph(Tabular):
     """The groups of channels of a function, and what cannot be removed.
 
     Attributes:
@@ -90,13 +91,22 @@ class Graph:
         """The groups, keyed by name."""
         return {group.name: group for group in self.groups}
 
-    def table(self) -> str:
-        """Groups, refused dimensions and unknown primitives, for people."""
-        return self.dims.table()
+    @property
+    def rows(self) -> Sequence[Any]:
+        """The groups, and then the dimensions that are refused."""
+        return self.dims.rows
 
-    def __str__(self) -> str:
-        """The table of groups as text."""
-        return self.table()
+    def data(self) -> list[dict[str, Any]]:
+        """Size, flags or reasons, and members of each dimension."""
+        return self.dims.data()
+
+    def cells(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+        """One line for each group and for each dimension that is refused."""
+        return self.dims.cells()
+
+    def below(self) -> Sequence[str]:
+        """Primitives without a rule."""
+        return self.dims.below()
 
     @functools.cached_property
     def axes(self) -> dict[str, tuple[Axis, ...]]:

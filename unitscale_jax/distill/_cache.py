@@ -21,12 +21,12 @@ from unitscale_jax.distill._losses import (
     check_temperature,
     divergence,
     fixed,
-    is_known,
     log_softmax,
     normalizer,
     sum_dtype,
 )
 from unitscale_jax.errors import check_array, check_callable, check_type
+from unitscale_jax.trace.program import is_concrete
 
 
 @functools.partial(
@@ -71,7 +71,7 @@ def top_k(logits: jax.Array, k: int, temperature: float = 1.0) -> TopK:
     """
     check_array("logits", logits, 1)
     check_temperature(temperature)
-    if not is_known(temperature):
+    if not is_concrete(temperature):
         raise ValueError(
             "the temperature of a cache is traced; expected a Python number, since what is kept "
             "holds for one temperature. Make one cache for each."

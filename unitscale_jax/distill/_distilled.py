@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from unitscale_jax import tree as trees
-from unitscale_jax.distill._losses import is_known, sum_dtype
+from unitscale_jax.distill._losses import sum_dtype
 from unitscale_jax.errors import check_callable
 from unitscale_jax.loss import Mean, around, check_names
+from unitscale_jax.trace.program import is_concrete
 from unitscale_jax.typing import Apply, Batch, DType, Loss, Params
 
 Compare: TypeAlias = Callable[[Any, Any], Any]
@@ -64,7 +65,7 @@ def distilled(
         >>> float(terms["loss"].coef), terms["distill"].total.tolist()
         (0.75, [0.0, 0.0])
     """
-    if is_known(alpha) and not 0 <= float(alpha) <= 1:
+    if is_concrete(alpha) and not 0 <= float(alpha) <= 1:
         raise ValueError(f"alpha is {alpha}; expected a share from 0 to 1, that of the teacher.")
     named = _named(terms)
     used = {name: term for name, term in named.items() if not _off(term.weight)}

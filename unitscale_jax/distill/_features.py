@@ -24,6 +24,7 @@ import numpy as np
 
 from unitscale_jax.distill._losses import fixed, sum_dtype
 from unitscale_jax.errors import check_type
+from unitscale_jax.trace.program import is_concrete
 
 
 def hidden_mse(
@@ -121,7 +122,7 @@ def _aligned(t: Any, s: Any, projection: Any, index: Any) -> tuple[jax.Array, ja
 
 
 def _check_index(index: Any, channels: int) -> None:
-    if isinstance(index, jax.core.Tracer):
+    if not is_concrete(index):
         return
     beyond = [int(i) for i in np.ravel(np.asarray(index)) if not 0 <= i < channels]
     if beyond:

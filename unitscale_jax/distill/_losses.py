@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
-from unitscale_jax.trace.program import not_before
+from unitscale_jax.trace.program import is_concrete, not_before
 
 
 def kl(
@@ -121,7 +121,7 @@ def jsd(
         >>> bool(jnp.isclose(jsd(t, s), jsd(s, t)))
         True
     """
-    if is_known(beta) and not 0 < float(beta) < 1:
+    if is_concrete(beta) and not 0 < float(beta) < 1:
         raise ValueError(
             f"beta is {beta}; expected a number between 0 and 1. The ends are `kl` and "
             "`reverse_kl`, by limit."
@@ -256,7 +256,7 @@ def check_temperature(temperature: Any) -> None:
     shape = jnp.shape(temperature)
     if shape:
         raise ValueError(f"the temperature has shape {shape}; expected one number for all rows.")
-    if is_known(temperature) and not float(temperature) > 0:
+    if is_concrete(temperature) and not float(temperature) > 0:
         raise ValueError(
             f"the temperature is {temperature}; expected a number above 0. 1 leaves the logits as "
             "they are, larger ones make both distributions smoother."
@@ -276,11 +276,6 @@ def check_vocabularies(t: jax.Array, s: jax.Array) -> None:
             f"the teacher's logits have shape {t.shape}, the student's {s.shape}; expected the "
             "same rows in both."
         )
-
-
-def is_known(x: Any) -> bool:
-    """Whether a number has a value while a function is traced."""
-    return not isinstance(x, jax.core.Tracer)
 
 
 def fixed(t: Any, dtype: Any) -> jax.Array:

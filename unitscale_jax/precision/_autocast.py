@@ -29,6 +29,7 @@ from unitscale_jax.trace.program import (
     TracedCall,
     converted,
     dtype_of,
+    is_concrete,
     known_primitives,
     sites,
     trace_call,
@@ -220,7 +221,7 @@ def _narrows(x: Any, dtype: Any) -> bool:
 
 def _dtype(x: Any) -> Any:
     """The dtype of an array or of a number; that of a tracer is at hand."""
-    return x.dtype if isinstance(x, jax.core.Tracer) else jnp.result_type(x)
+    return jnp.result_type(x) if is_concrete(x) else x.dtype
 
 
 @functools.lru_cache

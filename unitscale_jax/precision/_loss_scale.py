@@ -40,7 +40,7 @@ from unitscale_jax.optimizer import (
     without_scale,
 )
 from unitscale_jax.precision._scale import DynamicScale, StaticScale
-from unitscale_jax.trace.program import compiled_once
+from unitscale_jax.trace.program import compiled_once, is_concrete
 from unitscale_jax.typing import MeshAxis, Params
 
 Scale: TypeAlias = StaticScale | DynamicScale
@@ -243,7 +243,7 @@ def overflowing(opt_state: Any, params: Params) -> list[str]:
             "the parameters that the optimizer was initialized with."
         )
     for name, flags in bad.items():
-        if isinstance(flags, jax.core.Tracer | jax.ShapeDtypeStruct):
+        if isinstance(flags, jax.ShapeDtypeStruct) or not is_concrete(flags):
             raise TypeError(
                 f"whether the gradient of {name} was finite is {shown(flags)} that is traced or "
                 "abstract; expected its value. Call us.overflowing outside of jit, on the state "

@@ -1,17 +1,16 @@
 """What masks leave of a model, parameter by parameter."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import jax
 import numpy as np
 
 from unitscale_jax import tree as trees
 from unitscale_jax.prune._masks import paired
+from unitscale_jax.tables import Tabular
+from unitscale_jax.trace.program import is_concrete
 from unitscale_jax.typing import Params
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class ParamSparsity:
 
 
 @dataclass(frozen=True)
-class SparsityReport:
+class SparsityReport(Tabular):
     """What is left of every parameter; printed, a table.
 
     Attributes:
@@ -56,26 +55,15 @@ class SparsityReport:
         """Total over the parameters that have a mask."""
         return _sum("masked", [row for row in self.rows if row.masked])
 
-    def table(self) -> "Table":
-        """The rows as a table of `rich`."""
-        from rich.table import Table
+    def cells(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+        """One line for each parameter, and two for the totals."""
 
-        table = Table()
-        for title in ("parameter", "kept", "of", "sparsity"):
-            table.add_column(title, justify="left" if title == "parameter" else "right")
-        for row in (*self.rows, self.masked, self.total):
+        def line(row: ParamSparsity) -> list[str]:
             sparsity = f"{row.sparsity:.4f}" if row.masked else "dense"
-            table.add_row(row.name, f"{row.kept:,}", f"{row.size:,}", sparsity)
-        return table
+            return [row.name, f"{row.kept:,}", f"{row.size:,}", sparsity]
 
-    def __str__(self) -> str:
-        """The table as text."""
-        from rich.console import Console
-
-        console = Console(width=100)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get()
+        titles = ["parameter", ">kept", ">of", ">sparsity"]
+        return titles, [line(row) for row in (*self.rows, self.masked, self.total)]
 
 
 def report(params: Params, masks: Any) -> SparsityReport:
@@ -105,7 +93,7 @@ def report(params: Params, masks: Any) -> SparsityReport:
 
 
 def _share(name: str, leaf: Any, mask: Any) -> ParamSparsity:
-    if isinstance(mask, jax.core.Tracer):
+    if not is_concrete(mask):
         raise ValueError(f"the mask of {name} is traced; report on masks outside of jit.")
     size, masked = int(np.prod(np.shape(leaf))), bool(np.shape(mask))
     return ParamSparsity(name, int(np.asarray(mask).sum()) if masked else size, size, masked)

@@ -10,8 +10,8 @@ Which weights go is decided block by block, by w^2 / U_jj^2 of the weights as th
 
 import functools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from unitscale_jax.prune._shares import counts_of_parts
 from unitscale_jax.prune._spec import SparsitySpec, selected, stacked_axes
 from unitscale_jax.prune._surgeon import obs_sweep, squared_error
 from unitscale_jax.statistics import Stat, required, warn_unseen
+from unitscale_jax.tables import Tabular
 from unitscale_jax.trace.params import (
     MatrixForm,
     from_matrices,
@@ -56,7 +57,7 @@ class Pruned:
 
 
 @dataclass(frozen=True)
-class SparseGPTReport:
+class SparseGPTReport(Tabular):
     """Errors of the pruned products, one row per parameter.
 
     Attributes:
@@ -70,21 +71,30 @@ class SparseGPTReport:
     kept: tuple[str, ...]
     retries: Mapping[str, tuple[float, ...]]
 
-    def __str__(self) -> str:
-        """A table of |X (W' - W)| / |X W|, and every damping that had to be raised."""
-        width = max(map(len, self.errors), default=0)
-        rows = [f"{'':<{width}}   masked  updated      damp  unseen"]
-        for name, e in self.errors.items():
-            part = lambda x, e=e: math.sqrt(x / e.dense) if e.dense > 0 else 0.0
-            rows.append(
-                f"{name:<{width}}  {part(e.masked):7.4f}  {part(e.updated):7.4f}  "
-                f"{max(e.damp):8.2g}  {e.unseen:6}"
-            )
-        rows += [
-            f"{name}: singular at damp {', '.join(f'{d:g}' for d in tried)}"
-            for name, tried in self.retries.items()
-        ]
-        return "\n".join(rows)
+    @property
+    def rows(self) -> tuple[tuple[str, Pruned], ...]:
+        """Each parameter with its errors."""
+        return tuple(self.errors.items())
+
+    def data(self) -> list[dict[str, Any]]:
+        """The errors, with the name of the parameter beside them."""
+        return [{"name": name, **asdict(error)} for name, error in self.rows]
+
+    def cells(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+        """One line for each parameter: |X (W' - W)| / |X W|, and the largest damping."""
+
+        def line(name: str, e: Pruned) -> list[str]:
+            part = lambda error: math.sqrt(error / e.dense) if e.dense > 0 else 0.0
+            errors = [f"{part(error):.4f}" for error in (e.masked, e.updated)]
+            return [name, *errors, f"{max(e.damp):.2g}", str(e.unseen)]
+
+        titles = ["parameter", ">masked", ">updated", ">damp", ">unseen"]
+        return titles, [line(name, error) for name, error in self.rows]
+
+    def below(self) -> Sequence[str]:
+        """Every damping that had to be raised."""
+        listed = lambda tried: ", ".join(f"{d:g}" for d in tried)
+        return [f"{name}: singular at damp {listed(d)}" for name, d in self.retries.items()]
 
 
 def sparsegpt(

@@ -14,6 +14,7 @@ from jax.experimental import checkify
 from unitscale_jax.errors import expected, wrong_shape
 from unitscale_jax.quant._params import encode
 from unitscale_jax.quant._qtensor import QTensor, is_quantized
+from unitscale_jax.trace.program import is_concrete
 
 
 def append(cache: Any, x: Any, index: Any, *, axis: int = 1, checked: bool = False) -> Any:
@@ -86,7 +87,7 @@ def _where_it_fits(cache: Any, x: Any, index: Any, axis: int, checked: bool) -> 
         raise TypeError(expected("the index", index, "one whole number"))
     size, tokens, x = cache.shape[axis], x.shape[axis], jnp.asarray(x)
     fits = (index >= 0) & (index <= size - tokens)
-    if isinstance(fits, jax.core.Tracer):
+    if not is_concrete(fits):
         # `dynamic_update_slice` would move the tokens to where they fit, over those before them.
         if checked:
             checkify.check(fits, "tokens at {index} do not fit into the cache", index=index)

@@ -24,6 +24,7 @@ import numpy as np
 
 from unitscale_jax.errors import check_number, check_whole
 from unitscale_jax.statistics import Measure
+from unitscale_jax.trace.program import is_concrete
 
 AxisNumbers = tuple[int, ...]
 Error = Callable[[jax.Array, jax.Array], jax.Array]
@@ -294,7 +295,7 @@ class Percentile(Calibrator):
 
     def _of_bins(self, counts: Any) -> Any:
         """The largest number of the bin that holds the k-th smallest magnitude."""
-        if isinstance(counts, jax.core.Tracer):
+        if not is_concrete(counts):
             sums = jnp.cumsum(counts)
             at = jnp.searchsorted(sums, self._traced_rank(sums[-1])).astype(jnp.uint32)
             edge = ((jnp.where(sums[-1] > 0, at, 0).astype(jnp.uint32) + 1) << SHIFT) - 1

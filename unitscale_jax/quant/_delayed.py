@@ -19,6 +19,7 @@ import numpy as np
 from unitscale_jax.errors import check_type
 from unitscale_jax.quant._spec import QSpec
 from unitscale_jax.statistics import Stat
+from unitscale_jax.trace.program import is_concrete
 
 
 @functools.partial(
@@ -166,7 +167,7 @@ def _begun(name: str, stat: Stat, length: int) -> Ring:
             f"a history is of the ranges of single steps, and that of what meets {name} has "
             f"{found}; use QSpec(calibrator=Absmax()), or the stats themselves."
         )
-    known = not any(isinstance(x, jax.core.Tracer) for x in (ends, stat.rows))
+    known = all(is_concrete(x) for x in (ends, stat.rows))
     if known and not (np.isfinite(ends).all() and np.all(stat.rows)):
         raise ValueError(
             f"nothing finite met {name}, and a history begins with a range; begin it with a batch "

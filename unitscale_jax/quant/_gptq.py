@@ -10,8 +10,8 @@ matters up to a factor.
 
 import functools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ from unitscale_jax.quant._params import QuantRules, check_leaf, encode, match, r
 from unitscale_jax.quant._qtensor import QTensor, is_quantized, value_of
 from unitscale_jax.quant._spec import DotSpec, QSpec
 from unitscale_jax.statistics import Stat, required, warn_unseen
+from unitscale_jax.tables import Tabular
 from unitscale_jax.trace.params import (
     MatrixForm,
     from_matrices,
@@ -59,7 +60,7 @@ class Rounded:
 
 
 @dataclass(frozen=True)
-class GPTQReport:
+class GPTQReport(Tabular):
     """Errors of the quantized products, one row per parameter.
 
     Attributes:
@@ -70,15 +71,20 @@ class GPTQReport:
     errors: Mapping[str, Rounded]
     kept: tuple[str, ...]
 
-    def __str__(self) -> str:
-        """The rows as a table of text."""
-        width = max(map(len, self.errors), default=0)
-        rows = [f"{'':<{width}}  nearest     gptq  unseen"]
-        rows += [
-            f"{name:<{width}}  {e.nearest:7.4f}  {e.gptq:7.4f}  {e.unseen:6}"
-            for name, e in self.errors.items()
-        ]
-        return "\n".join(rows)
+    @property
+    def rows(self) -> tuple[tuple[str, Rounded], ...]:
+        """Each parameter with its errors."""
+        return tuple(self.errors.items())
+
+    def data(self) -> list[dict[str, Any]]:
+        """The errors, with the name of the parameter beside them."""
+        return [{"name": name, **asdict(error)} for name, error in self.rows]
+
+    def cells(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+        """One line for each parameter."""
+        titles = ["parameter", ">nearest", ">gptq", ">unseen"]
+        line = lambda name, e: [name, f"{e.nearest:.4f}", f"{e.gptq:.4f}", str(e.unseen)]
+        return titles, [line(name, error) for name, error in self.rows]
 
 
 def gptq(

@@ -20,6 +20,7 @@ from unitscale_jax.quant._params import QuantRules, agrees, check_leaf, match
 from unitscale_jax.quant._qtensor import is_quantized
 from unitscale_jax.quant._spec import DotSpec, QSpec
 from unitscale_jax.statistics import check_names
+from unitscale_jax.trace.program import is_concrete
 
 
 def learned(params: Any, rules: QuantRules, stats: Mapping[str, Any] | None = None) -> Any:
@@ -87,7 +88,7 @@ def _learned(
     _check_spec(name, spec)
     x_scale = None if spec.x is None else _x_scale(name, spec.x, stats)
     scale = _first(jnp.asarray(leaf), spec.w)
-    if not isinstance(leaf, jax.core.Tracer) and not bool(jnp.isfinite(scale).all()):
+    if is_concrete(leaf) and not bool(jnp.isfinite(scale).all()):
         raise ValueError(f"{name} has NaN or infinite values, which no scale fits; mend it first.")
     return Learned(leaf, scale, x_scale, spec=spec)
 

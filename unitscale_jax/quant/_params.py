@@ -26,6 +26,7 @@ from unitscale_jax.quant._ops import (
 from unitscale_jax.quant._qtensor import QTensor, has_codes, is_quantized
 from unitscale_jax.quant._spec import DotSpec
 from unitscale_jax.statistics import check_names
+from unitscale_jax.trace.program import is_concrete
 
 QuantRules = named_rules.Rules[DotSpec]
 ACTIVATIONS: tuple[int, ...] = ()
@@ -146,7 +147,7 @@ def _quantized(name: str, leaf: Any, spec: DotSpec, input_range: Any) -> QTensor
     else:
         check_leaf(name, leaf, spec)
         made = _on_device(leaf, spec)
-    if not isinstance(made.scale, jax.core.Tracer) and not bool(jnp.isfinite(made.scale).all()):
+    if is_concrete(made.scale) and not bool(jnp.isfinite(made.scale).all()):
         raise ValueError(f"{name} has NaN or infinite values, which no scale fits; mend it first.")
     return replace(made, input_range=input_range)
 

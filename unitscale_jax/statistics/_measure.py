@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax.trace.params import second_moments
+from unitscale_jax.trace.program import is_concrete
 
 Numbers = Any
 """A pytree of arrays."""
@@ -144,7 +145,7 @@ def on_host(tree: Any) -> bool:
 
 def is_traced(tree: Any) -> bool:
     """Whether some array is not known yet."""
-    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+    return not all(map(is_concrete, jax.tree.leaves(tree)))
 
 
 def maximum(a: Any, b: Any) -> Any:

@@ -135,13 +135,10 @@ class Inferred(Layout):
 
     sums: tuple[Sum, ...] = field(repr=False)
 
-    def table(self) -> str:
-        """The table of the layout, followed by the sums of the forward pass."""
-        lines = [super().table()]
-        for one in self.sums:
-            times = "" if one.times == 1 else f" x {one.times or '?'}"
-            lines.append(f"{one.direction} sum of {one.shape}{times}: {one.what}")
-        return "\n".join(lines)
+    def below(self) -> Sequence[str]:
+        """The sums over devices."""
+        times = lambda one: "" if one.times == 1 else f" x {one.times or '?'}"
+        return [f"{one.direction} sum of {one.shape}{times(one)}: {one.what}" for one in self.sums]
 
 
 def _placed(

@@ -9,7 +9,7 @@ with the parameters (moments, masks, codes and their scales) is laid out as they
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -31,6 +31,8 @@ from unitscale_jax.parallel.layouts._specs import (
     without,
     zero_spec,
 )
+from unitscale_jax.tables import Tabular
+from unitscale_jax.trace.program import is_concrete
 
 Missing: TypeAlias = Literal["error", "whole"]
 
@@ -96,7 +98,26 @@ def layout(
 
 
 @dataclass(frozen=True)
-class Layout:
+class LayoutRow:
+    """Where one parameter is.
+
+    Attributes:
+        name: The parameter.
+        shape: Its shape.
+        spec: Which mesh axes hold its dimensions.
+        nbytes: The bytes of it that one device holds.
+        reason: Why it is there.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    spec: P
+    nbytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Layout(Tabular):
     """Where parameters are; made by `layout` and `infer`. It prints as a table.
 
     Attributes:
@@ -177,19 +198,21 @@ class Layout:
         """How many bytes of parameters each device holds."""
         return sum(map(self._nbytes, self.by_name))
 
-    def table(self) -> str:
-        """Parameters, shapes, specs, bytes on each device and reasons, for people."""
-        rows = [("parameter", "shape", "spec", "bytes", "reason")]
-        for name, leaf in self._leaves.items():
-            text, count = str(self.by_name[name]), f"{self._nbytes(name):,}"
-            rows.append((name, str(np.shape(leaf)), text, count, self.reasons[name]))
-        rows.append(("all", "", "", f"{self.nbytes:,}", "on each device"))
-        a, b, c, d, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
-        return "\n".join(f"{n:{a}}  {s:{b}}  {p:{c}}  {k:>{d}}  {r}" for n, s, p, k, r in rows)
+    @property
+    def rows(self) -> tuple[LayoutRow, ...]:
+        """One row for each parameter, in tree order."""
+        return tuple(
+            LayoutRow(
+                name, np.shape(leaf), self.by_name[name], self._nbytes(name), self.reasons[name]
+            )
+            for name, leaf in self._leaves.items()
+        )
 
-    def __str__(self) -> str:
-        """The table of parameters and specs as text."""
-        return self.table()
+    def cells(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+        """One line for each parameter, and the bytes of all."""
+        lines = [[r.name, str(r.shape), str(r.spec), f"{r.nbytes:,}", r.reason] for r in self.rows]
+        total = ["all", "", "", f"{self.nbytes:,}", "on each device"]
+        return ["parameter", "shape", "spec", ">bytes", "reason"], [*lines, total]
 
     @functools.cached_property
     def _leaves(self) -> dict[str, Any]:
@@ -241,7 +264,7 @@ def abstract(tree: Any) -> Any:
 
 def _put(x: Any, sharding: NamedSharding) -> Any:
     """From what this process has; devices of others cannot be given arrays, only asked for."""
-    if isinstance(x, jax.core.Tracer):  # whose mesh may be abstract
+    if not is_concrete(x):  # whose mesh may be abstract
         return jax.lax.with_sharding_constraint(x, sharding)
     whole = not isinstance(x, jax.Array) or x.is_fully_addressable
     if sharding.is_fully_addressable or not whole:

@@ -10,14 +10,15 @@ channels: Fang et al. 2023, https://arxiv.org/abs/2301.12900, whose graphs take 
 know for element-wise; here it is refused.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from unitscale_jax import tree
 from unitscale_jax.errors import check_type
+from unitscale_jax.tables import Tabular
 from unitscale_jax.trace.dimensions._couplings import Record, coupled, settled
 from unitscale_jax.trace.dimensions._factors import Axes, SymbolicDim, new_axes, pin
 from unitscale_jax.trace.dimensions._zero_rules import KnownZeros
@@ -81,7 +82,7 @@ class Refused:
 
 
 @dataclass(frozen=True)
-class Dims:
+class Dims(Tabular):
     """The dimensions of a function of parameters.
 
     Attributes:
@@ -109,20 +110,31 @@ class Dims:
         """
         return self._record[place]
 
-    def table(self) -> str:
-        """Groups, refused dimensions and unknown primitives, for people."""
-        rows = [("size", "flags or reasons", "members")]
-        for group in self.groups:
-            rows.append((str(group.size), ", ".join(sorted(group.flags)), self._members(group)))
-        for other in self.refused:
-            why = f"refused: {', '.join(other.reasons)}"
-            rows.append((str(other.size), why, self._members(other)))
-        widths = [max(len(row[k]) for row in rows) for k in (0, 1)]
-        lines = [f"{n:>{widths[0]}}  {why:<{widths[1]}}  {who}" for n, why, who in rows]
-        lines += [f"no rule for {name}, which occurs {n} x" for name, n in self.unknown.items()]
-        if any("constant" in other.reasons for other in self.refused):
-            lines.append(CLOSED_OVER)
-        return "\n".join(lines)
+    @property
+    def rows(self) -> tuple[DimGroup | Refused, ...]:
+        """The groups, and then the dimensions that are refused."""
+        return (*self.groups, *self.refused)
+
+    def data(self) -> list[dict[str, Any]]:
+        """Size, flags or reasons, and members of each dimension."""
+        titles, lines = self.cells()
+        return [dict(zip((t.removeprefix(">") for t in titles), x, strict=True)) for x in lines]
+
+    def cells(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+        """One line for each group and for each dimension that is refused."""
+        says = lambda row: (
+            ", ".join(sorted(row.flags))
+            if isinstance(row, DimGroup)
+            else f"refused: {', '.join(row.reasons)}"
+        )
+        lines = [[str(row.size), says(row), self._members(row)] for row in self.rows]
+        return [">size", "flags or reasons", "members"], lines
+
+    def below(self) -> Sequence[str]:
+        """Primitives without a rule, and whether arrays that are closed over stand in the way."""
+        lines = [f"no rule for {name}, which occurs {n} x" for name, n in self.unknown.items()]
+        closed = any("constant" in other.reasons for other in self.refused)
+        return [*lines, CLOSED_OVER] if closed else lines
 
     def why_refused(self, name: str) -> str:
         """Why an axis such as "up:1" is of no group, as a sentence."""
@@ -134,10 +146,6 @@ class Dims:
 
     def _members(self, of: DimGroup | Refused) -> str:
         return " ".join(_name(member, self._axes) for member in of.members)
-
-    def __str__(self) -> str:
-        """The table of dimensions as text."""
-        return self.table()
 
 
 def dims(traced: Traced) -> Dims:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax.errors import check_callable
-from unitscale_jax.trace.program._compat import ClosedJaxpr, as_function
+from unitscale_jax.trace.program._compat import ClosedJaxpr, as_function, is_concrete
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def compiled_once(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_data(leaf: Any) -> bool:
-    if isinstance(leaf, jax.core.Tracer):
+    if not is_concrete(leaf):
         return False
     number = isinstance(leaf, bool | int | float | complex | np.ndarray | np.generic)
     return number or isinstance(leaf, jax.Array)
