@@ -126,7 +126,7 @@ QUESTIONS = {
     "where are collectives read from a compiled program": "trace/costs/_hlo.py",
     "over which manual mesh axes does a value vary": "mesh_axes.py",
     "how do processes agree on the outcome of a save": "processes.py",
-    "where does a skipped step keep its state": "optimizer.py",
+    "where does a skipped step keep its state": "optimizer/_step.py",
     "where are two int4 codes put into one byte": "packing.py",
     "where is a batch cut into parts": "loss/_split.py",
     "where does a loss scale grow and fall": "precision/_scale.py",

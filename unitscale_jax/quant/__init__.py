@@ -3,11 +3,11 @@
 from unitscale_jax.quant._cache import (
     append,
 )
+from unitscale_jax.quant._calibrator import Calibrator
 from unitscale_jax.quant._calibrators import (
     EMA,
     MSE,
     Absmax,
-    Calibrator,
     Fixed,
     Percentile,
 )

@@ -10,10 +10,7 @@ A calibrator owns all that is known of a range: of an array that is there (a wei
 at the moment of use) by `bound`, and of a stream of batches by `measure`, as numbers that add up.
 """
 
-import abc
-import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -23,172 +20,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax.errors import check_number, check_whole
+from unitscale_jax.quant._calibrator import (
+    AxisNumbers,
+    Calibrator,
+    Error,
+    extremes,
+    larger_of,
+    largest_of,
+)
 from unitscale_jax.statistics import Measure
 from unitscale_jax.trace.program import is_concrete
 
-AxisNumbers = tuple[int, ...]
-Error = Callable[[jax.Array, jax.Array], jax.Array]
-"""Maps an array and a bound to the squared quantization error, summed."""
-
 BINS = 8192
 SHIFT = 18  # sign, exponent and five bits of the fraction of a float32 remain: bins of 2^-5
-
-
-class Calibrator(abc.ABC):
-    """Finds the bound m of |x|; a subclass has `bound`, and everything else follows or is refused.
-
-    Attributes:
-        clips: Whether a value may lie beyond the bound.
-        two_sided: Whether `bounds` finds two ends, for asymmetric codes.
-
-    Example:
-        Half of the largest magnitude, of weights, activations and statistics alike:
-
-        >>> @dataclass(frozen=True)
-        ... class Half(Calibrator):
-        ...     def bound(self, x, axes, error):
-        ...         return 0.5 * jnp.max(jnp.abs(x), axis=axes, keepdims=True)
-        >>> rules = {"w": us.DotSpec(w=us.QSpec(), x=us.QSpec(calibrator=Half()))}
-        >>> fn = lambda params, x: x @ params["w"]
-        >>> stats = us.calibrate(fn, {"w": jnp.eye(2)}, [(jnp.array([[1.0, -4.0]]),)], rules)
-        >>> stats["w"].range.tolist()
-        [-2.0, 2.0]
-    """
-
-    clips: bool = True
-    two_sided: bool = False
-
-    @abc.abstractmethod
-    def bound(self, x: jax.Array, axes: AxisNumbers, error: Any) -> jax.Array:
-        """The bound of |x| over `axes`, kept with size 1.
-
-        Args:
-            x: float32, on the grid of its first dtype.
-            axes: Positive axes that share a bound.
-            error: Maps a bound to the squared quantization error summed over `axes`.
-        """
-
-    def bounds(self, x: jax.Array, axes: AxisNumbers) -> tuple[jax.Array, jax.Array]:
-        """The least and the largest value over `axes`, zero included."""
-        low = jnp.minimum(jnp.min(x, axis=axes, keepdims=True, initial=0.0), 0.0)
-        high = jnp.maximum(jnp.max(x, axis=axes, keepdims=True, initial=0.0), 0.0)
-        return low, high
-
-    @property
-    def takes_the_maximum(self) -> bool:
-        """Whether the bound of an array is its largest magnitude, as that of `Absmax` is."""
-        return _tried(self)[1]
-
-    def measure(self, axes: AxisNumbers) -> Measure:
-        """What the range of a stream of arrays is read from.
-
-        Unless a subclass says otherwise, the ends over all of the stream passed through `bound`, or
-        for asymmetric codes through `bounds`: right for a bound that reads the largest magnitude
-        alone. Whether this one does is tried on a few arrays.
-
-        Args:
-            axes: Positive axes that share a range.
-
-        Raises:
-            ValueError: The bound reads more, so that another `measure` is needed.
-        """
-        if not _tried(self)[0]:
-            raise ValueError(
-                f"{self!r} finds its bound from more than the largest magnitude (an order, a mean, "
-                "an error), which does not add up over batches. Give the class a method "
-                "`measure(axes)` that returns the `Measure` its range is read from."
-            )
-        own = (0,)
-        alone = lambda *ends: jnp.stack([jnp.asarray(end, jnp.float32) for end in ends])
-
-        def bound(numbers: Any) -> jax.Array:
-            m = alone(_largest(numbers))
-            return self.bound(m, own, _no_error).reshape(())
-
-        def ends(numbers: Any) -> tuple[jax.Array, jax.Array]:
-            low, high = self.bounds(alone(numbers["low"], numbers["high"]), own)
-            return low.reshape(()), high.reshape(())
-
-        return extremes(axes)._replace(range=bound, ends=ends)
-
-    def refine(self, axes: AxisNumbers, found: Any, error: Error) -> Measure | None:
-        """The measure of a second pass over the batches; None: one is enough.
-
-        Args:
-            axes: As of `measure`.
-            found: The numbers of the first pass.
-            error: Maps an array and a bound to the squared quantization error of all of it.
-        """
-        del axes, found, error
-        return None
-
-
-def extremes(axes: AxisNumbers) -> Measure:
-    """The least and the largest value of a stream, zero included."""
-
-    def measure(x: jax.Array, where: jax.Array | None = None) -> dict[str, jax.Array]:
-        seen = x if where is None else jnp.where(where, x, np.float32(0))
-        low, high = jnp.min(seen, axes, initial=0.0), jnp.max(seen, axes, initial=0.0)
-        return {"low": low, "high": high}
-
-    def join(a: Any, b: Any) -> dict[str, Any]:
-        low = -_larger(-a["low"], -b["low"])
-        return {"low": low, "high": _larger(a["high"], b["high"])}
-
-    return Measure(measure, join, lambda numbers: (numbers["low"], numbers["high"]))
-
-
-@functools.lru_cache(maxsize=256)
-def _tried(calibrator: Calibrator) -> tuple[bool, bool]:
-    """Whether a bound reads the largest magnitude of an array alone, and whether it is that."""
-    same = functools.partial(np.allclose, rtol=1e-6, atol=0, equal_nan=True)
-    bound = lambda x: np.ravel(calibrator.bound(jnp.asarray(x, jnp.float32), (0,), _no_error))
-    ends = lambda x: np.ravel(calibrator.bounds(jnp.asarray(x, jnp.float32), (0,)))
-    largest = True
-    with jax.ensure_compile_time_eval():
-        try:
-            for x in _trials():
-                m = np.abs(x).max()
-                one, two = same(bound(x), bound([m])), True
-                if calibrator.two_sided:
-                    two = same(ends(x), ends([x.min(), x.max()]))
-                if not one or not two:
-                    return False, False
-                largest = largest and same(bound(x), m)
-        except _ReadsError:
-            return False, False
-    return True, largest
-
-
-def _trials() -> list[np.ndarray]:
-    """Arrays of one sign and of both, of few elements and of many.
-
-    Their tails are heavy and long enough that a mean, a count or an order statistic, up to the
-    99.999th percentile, is told apart from the maximum.
-    """
-    draw = np.random.default_rng(0)
-    tails = draw.standard_t(1, size=1 << 17)
-    return [x.astype(np.float32) for x in (tails, draw.random(65), -draw.random(7), tails[:3])]
-
-
-class _ReadsError(Exception):
-    """Raised by a bound that asks for the quantization error."""
-
-
-def _no_error(*_: Any) -> Any:
-    raise _ReadsError
-
-
-def _larger(a: Any, b: Any) -> Any:
-    return (
-        jnp.maximum(a, b)
-        if isinstance(a, jax.Array) or isinstance(b, jax.Array)
-        else np.maximum(a, b)
-    )
-
-
-def _largest(numbers: Any) -> Any:
-    return _larger(-numbers["low"], numbers["high"])
 
 
 @dataclass(frozen=True)
@@ -238,10 +82,10 @@ class EMA(Calibrator):
 
         def measure(x: jax.Array, where: jax.Array | None = None) -> dict[str, Any]:
             numbers = whole.measure(x) if where is None else whole.measure(x, where)
-            return numbers | {"largest": _largest(numbers)}
+            return numbers | {"largest": largest_of(numbers)}
 
         def join(a: Any, b: Any) -> dict[str, Any]:
-            return whole.join(a, b) | {"largest": _larger(a["largest"], b["largest"])}
+            return whole.join(a, b) | {"largest": larger_of(a["largest"], b["largest"])}
 
         def merge(a: Any, b: Any) -> dict[str, Any]:
             new = np.float32(1 - self.decay)
@@ -289,7 +133,7 @@ class Percentile(Calibrator):
 
         def range_of(numbers: Any) -> Any:
             m = self._of_bins(numbers["counts"])
-            return -_larger(-m, -_largest(numbers).astype(np.float32))
+            return -larger_of(-m, -largest_of(numbers).astype(np.float32))
 
         return Measure(measure, join, range_of)
 
@@ -373,7 +217,7 @@ class MSE(Calibrator):
     def refine(self, axes: AxisNumbers, found: Any, error: Error) -> Measure:
         """The error of each fraction of the largest magnitude."""
         del axes
-        whole = _largest(found)
+        whole = largest_of(found)
 
         def measure(x: jax.Array, where: jax.Array | None = None) -> jax.Array:
             seen = x if where is None else jnp.where(where, x, np.float32(0))
