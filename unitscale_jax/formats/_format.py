@@ -83,7 +83,7 @@ def _contradictions(spec: Format) -> Iterator[str]:
     m, top = spec.mantissa_bits, spec.max
     if not (0 <= spec.exponent_bits <= 8 and 0 <= m <= 23 and math.isfinite(top) and top > 0):
         yield "float32 computes with up to 8 bits of exponent and 23 of mantissa, and a finite max."
-    elif not (accepts_bits(spec) or 2.0**-126 <= spec.min_subnormal <= top < 2.0**127):
+    elif not (has_float32_exponent(spec) or 2.0**-126 <= spec.min_subnormal <= top < 2.0**127):
         yield "its numbers leave those that float32 holds as normal ones; choose a smaller bias."
     elif spec.is_integer and spec.min_subnormal != 1:
         yield "integers have steps of 1, hence a bias of 1 - mantissa_bits; see `integers`."
@@ -102,7 +102,7 @@ def _largest(spec: Format) -> float:
     return 2.0**exponent * (2 - 2.0**-spec.mantissa_bits)
 
 
-def accepts_bits(spec: Format) -> bool:
+def has_float32_exponent(spec: Format) -> bool:
     """Whether the exponent is that of float32, as in bfloat16."""
     return (spec.exponent_bits, spec.bias) == (8, 127)
 

@@ -8,7 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unitscale_jax.formats._format import FORMATS, Format, FormatLike, accepts_bits, format_of
+from unitscale_jax.formats._format import (
+    FORMATS,
+    Format,
+    FormatLike,
+    format_of,
+    has_float32_exponent,
+)
 from unitscale_jax.typing import Array, DType, Key
 
 
@@ -62,7 +68,7 @@ def round_to(
     wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     if target == FORMATS["f32"] and wide == jnp.float32:
         return x
-    on_bits = accepts_bits(target) and wide == jnp.float32
+    on_bits = has_float32_exponent(target) and wide == jnp.float32
     low, high = (_inside(bound, target, x.dtype) for bound in (target.min, target.max))
     v = jax.lax.stop_gradient(x).astype(wide)
     y = (_round_bits if on_bits else _round_steps)(v, target, low, high, key, ties)
