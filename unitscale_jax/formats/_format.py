@@ -31,7 +31,7 @@ class Format:
 
     Example:
         >>> e2m1fn = Format(exponent_bits=2, mantissa_bits=1, bias=1, max=6.0)
-        >>> round_to(jnp.array([0.2, 0.3, 2.4, 99.0]), e2m1fn).tolist()
+        >>> us.formats.round_to(jnp.array([0.2, 0.3, 2.4, 99.0]), e2m1fn).tolist()
         [0.0, 0.5, 2.0, 6.0]
         >>> e2m1fn.bits, e2m1fn.min_normal, e2m1fn.min_subnormal
         (4, 1.0, 0.5)

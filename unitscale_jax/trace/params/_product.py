@@ -77,8 +77,11 @@ class Product(abc.ABC):
         return self.placed(jnp.sum(codes, axis=axes, keepdims=True, dtype=jnp.int32), side)
 
     def pair(self, side: int, dim: int) -> int:
-        """The dimension of the other operand that is summed up with `dim` of this one."""
-        raise NotImplementedError
+        """The dimension of the other operand that is summed up with `dim` of this one.
+
+        Only a product whose `splits` is true has such pairs, and is asked for them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is not split along a contraction")
 
     @property
     def splits(self) -> bool:
