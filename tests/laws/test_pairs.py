@@ -58,7 +58,7 @@ def techniques(of: Case) -> dict[str, Technique]:
         "autocast": Technique(lambda fn: us.autocast(fn, "bfloat16")),
         "cast": Technique(lambda fn: us.cast(fn, us.Policy(compute="bfloat16"))),
         "quantized": Technique(lambda fn: us.quantized(fn, {of.kernel: INT8})),
-        "straight_through": Technique(lambda fn: us.prune.masked_straight_through(fn, spec)),
+        "masked_straight_through": Technique(lambda fn: us.prune.masked_straight_through(fn, spec)),
         "compacted": Technique(
             lambda fn: us.compaction.compacted(fn, of.plan),
             lambda params: us.compaction.compact(params, of.plan),
@@ -77,8 +77,8 @@ REFUSED = {  # (outer, inner): the other order is right
     ("cast", "quantized"),
     ("compacted", "quantized"),
     ("features", "quantized"),
-    ("compacted", "straight_through"),
-    ("quantized", "straight_through"),
+    ("compacted", "masked_straight_through"),
+    ("quantized", "masked_straight_through"),
 }
 
 
