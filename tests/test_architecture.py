@@ -201,6 +201,7 @@ def test_every_public_name_has_one_home():
 
 
 USERS = ["us", "quant", "prune", "compaction", "distill", "parallel", "statistics", "testing"]
+USERS += ["unit"]
 USERS += ["trace", "tree", "rules", "formats", "fwd_bwd", "precision"]
 
 

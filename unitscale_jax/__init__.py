@@ -4,7 +4,7 @@
 
 Every technique maps one of these stations to the same station, so composing is calling. The verbs
 of the stations are here, with the specs they take; everything else is in the namespace of its
-technique: `us.quant`, `us.prune`, `us.compaction`, `us.distill`, `us.parallel`.
+technique: `us.quant`, `us.prune`, `us.compaction`, `us.distill`, `us.parallel`, `us.unit`.
 """
 
 from unitscale_jax import (
@@ -20,6 +20,7 @@ from unitscale_jax import (
     testing,
     trace,
     tree,
+    unit,
 )
 from unitscale_jax.accumulate import accumulated, multi_steps
 from unitscale_jax.bridge import from_linen, from_nnx
@@ -95,6 +96,7 @@ __all__ = [
     "testing",
     "trace",
     "tree",
+    "unit",
     "unless_skipped",
     "unscaled",
     "updated",
