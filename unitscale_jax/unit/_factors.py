@@ -120,7 +120,8 @@ def gaussian_moments(fn: Callable[[Array], Array]) -> tuple[float, float]:
             f"{getattr(fn, '__name__', fn)} maps shape {NODES.shape} to {jnp.shape(out)}; expected "
             "a function of each element."
         )
-    return tuple(float(WEIGHTS @ np.square(np.asarray(y, np.float64))) for y in (out, slope))
+    squares = [np.square(np.asarray(y, np.float64)) for y in (out, slope)]
+    return float(WEIGHTS @ squares[0]), float(WEIGHTS @ squares[1])
 
 
 def between(share: float, low: float, high: float) -> float:

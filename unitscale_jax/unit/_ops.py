@@ -658,6 +658,7 @@ def _identity(x: jax.Array) -> jax.Array:
 
 def _dropped(rate: float, key: Key | None) -> Callable[[jax.Array], jax.Array]:
     check_key(key)
+    assert key is not None
 
     def drop(x: jax.Array) -> jax.Array:
         keep = jax.random.bernoulli(key, 1 - rate, x.shape)
