@@ -12,10 +12,12 @@ from unitscale_jax.trace.params._layouts import (
     matrix_form,
     to_matrices,
 )
-from unitscale_jax.trace.params._meetings import (
+from unitscale_jax.trace.params._meeting import (
     HeldParam,
     Meeting,
     above,
+)
+from unitscale_jax.trace.params._meetings import (
     meetings,
     observable,
     stacks_of,

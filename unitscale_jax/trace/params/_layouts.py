@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unitscale_jax.trace.params._meetings import Meeting, single
+from unitscale_jax.trace.params._meeting import Meeting, single
 from unitscale_jax.trace.params._product import Conv, Dot, Product, product_of
 
 AxisNumbers: TypeAlias = tuple[int, ...]

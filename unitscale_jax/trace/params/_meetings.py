@@ -2,16 +2,26 @@
 
 A walk forward follows each parameter through moves, calls and loops to the products, lookups, sums
 and multiplications it meets. Quantization takes from it which axes share a scale, N:M pruning along
-which axis its groups run, calibration what to observe, distillation where a feature is.
+which axis its groups run, calibration what to observe, distillation where a feature is, and unit
+scaling how many numbers a product sums up.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax.errors import check_type
+from unitscale_jax.trace.params._meeting import (
+    HeldParam,
+    Kind,
+    Meeting,
+    above,
+    read_whole,
+    single,
+)
 from unitscale_jax.trace.params._product import product_of
 from unitscale_jax.trace.params._provenance import input_origins
 from unitscale_jax.trace.program._function import TracedCall
@@ -25,83 +35,6 @@ from unitscale_jax.trace.program._primitives import (
     moved_axes,
 )
 from unitscale_jax.trace.program._walk import Flow, Place, Site, walk
-
-Own: TypeAlias = frozenset[int]
-"""Some of a parameter's own axes, counted from the end."""
-
-Kind: TypeAlias = Literal["product", "lookup", "sum", "multiplication"]
-
-
-@dataclass(frozen=True)
-class HeldParam:
-    """A parameter as an operand holds it.
-
-    Attributes:
-        name: Which parameter.
-        axes: For each axis of the operand the parameter's own axes in it, counted from the end.
-        whole: Whether it was only moved; else it was computed with, element by element.
-        cut: Its own axes along which the operand has not each position once, in their order.
-    """
-
-    name: str
-    axes: tuple[Own, ...]
-    whole: bool = True
-    cut: Own = frozenset()
-
-    def own(self, dims: Sequence[int]) -> Own:
-        """The parameter's own axes in some dimensions of the operand."""
-        return frozenset().union(*(self.axes[d] for d in dims))
-
-
-@dataclass(frozen=True, eq=False)
-class Meeting:
-    """An equation that a parameter meets, on one side of it.
-
-    Attributes:
-        site: Where.
-        side: Which operand the parameter is.
-        kind: What happens to it: "product" and "lookup"; "sum" and "multiplication" of a bias or a
-            gain with something that is no parameter.
-        held: As what it is there.
-        active: Whether an input reaches the other operands, which else are parameters, too.
-        stacks: For each scan around, the outer first, the scan and the parameter's axis that it
-            runs along, or None.
-    """
-
-    site: Site
-    side: int
-    kind: Kind
-    held: HeldParam
-    active: bool = True
-    stacks: tuple[tuple[Site, int | None], ...] = ()
-
-    @property
-    def contracted(self) -> Own:
-        """The parameter's own axes that are summed over; of a table those a lookup reads whole."""
-        return self.held.own(_contracted(self))
-
-    @property
-    def channels(self) -> Own:
-        """The input channels among `contracted`: all but the window of a convolution."""
-        product = product_of(self.site) if self.kind == "product" else None
-        return self.contracted if product is None else self.held.own(product.channels(self.side))
-
-    @property
-    def whole(self) -> bool:
-        """Whether the parameter was only moved on its way there."""
-        return self.held.whole
-
-    @property
-    def clear(self) -> bool:
-        """Whether no axis is in part summed over, in part not."""
-        summed = _contracted(self)
-        kept = [d for d in range(len(self.held.axes)) if d not in summed]
-        return self.contracted.isdisjoint(self.held.own(kept))
-
-    @property
-    def derived(self) -> bool:
-        """Whether it is inside of a function with a custom derivative, which is one of arrays."""
-        return any(site.name.startswith("custom_") for site in above(self.site))
 
 
 def meetings(staged: TracedCall, params: Any) -> dict[str, list[Meeting]]:
@@ -125,7 +58,8 @@ def meetings(staged: TracedCall, params: Any) -> dict[str, list[Meeting]]:
     walk(flow, staged.closed.jaxpr, known, staged.closed.consts)
     found: dict[str, list[Meeting]] = {}
     for meeting in flow.found.values():
-        found.setdefault(meeting.held.name, []).append(meeting)
+        last = meeting.site.place not in flow.followed
+        found.setdefault(meeting.held.name, []).append(replace(meeting, last=last))
     return found
 
 
@@ -140,35 +74,43 @@ def stacks_of(found: Sequence[Meeting]) -> dict[Place, int]:
     return {place: axis for place, axis in each if axis is not None}
 
 
-def above(site: Site) -> Iterator[Site]:
-    """The equations whose bodies a site is inside of, the innermost first."""
-    while site.parent is not None:
-        site = site.parent
-        yield site
-
-
 # ------------------------------------------------------------------------------------ the walk
 
 
 @dataclass(frozen=True)
 class _Known:
-    """The parameters that a value holds, and whether an input that is none reaches it."""
+    """What is known of a value.
+
+    Attributes:
+        helds: The parameters that it holds.
+        rows: The parameters of which it holds rows that a lookup took.
+        active: Whether an input that is no parameter reaches it.
+        given: Whether a parameter reaches it.
+        products: The products with parameters that it is computed from, without another one in
+            between.
+    """
 
     helds: tuple[HeldParam, ...] = ()
+    rows: tuple[HeldParam, ...] = ()
     active: bool = False
+    given: bool = False
+    products: frozenset[Place] = frozenset()
 
 
 def _entering(x: Any, name: str | None) -> _Known:
     rank = len(np.shape(x))
     own = tuple(frozenset({k - rank}) for k in range(rank))
-    return _Known(active=True) if name is None else _Known((HeldParam(name, own),))
+    if name is None:
+        return _Known(active=True)
+    return _Known((HeldParam(name, own),), given=True)
 
 
 @dataclass
 class _Holding(Flow[_Known]):
-    """The flow of parameters; `found` collects what they meet."""
+    """The flow of parameters; `found` collects what they meet, `followed` the inner products."""
 
     found: dict[tuple[Place, int, str], Meeting] = field(default_factory=dict)
+    followed: set[Place] = field(default_factory=set)
     stacks: dict[tuple[Place, str], int | None] = field(default_factory=dict)
 
     def constant(self, value: Any) -> _Known:
@@ -178,39 +120,106 @@ class _Holding(Flow[_Known]):
 
     def join(self, a: _Known, b: _Known) -> _Known:
         """Keeps what both values hold."""
-        return _Known(tuple(dict.fromkeys((*a.helds, *b.helds))), a.active or b.active)
+        return _Known(
+            tuple(dict.fromkeys((*a.helds, *b.helds))),
+            tuple(dict.fromkeys((*a.rows, *b.rows))),
+            a.active or b.active,
+            a.given or b.given,
+            a.products | b.products,
+        )
 
     def unstacked(self, site: Site, x: _Known) -> _Known:
         """One row of a stack, whose axis is remembered."""
         for held in x.helds:
             in_order = held.whole and held.axes[0].isdisjoint(held.cut)
             self.stacks[site.place, held.name] = single(held.axes[0]) if in_order else None
-        return replace(x, helds=tuple(replace(held, axes=held.axes[1:]) for held in x.helds))
+        inside = lambda helds: tuple(replace(held, axes=held.axes[1:]) for held in helds)
+        return replace(x, helds=inside(x.helds), rows=inside(x.rows))
 
     def stacked(self, site: Site, y: _Known) -> _Known:
         """Rows that were stacked again are followed no further."""
         del site
-        return replace(y, helds=())
+        return replace(y, helds=(), rows=())
 
     def visit(self, site: Site, inputs: list[_Known]) -> list[_Known]:
         """Records what a parameter meets, and follows it through moves and arithmetic."""
-        kind = _kind(site)
-        active = any(x.active for x in inputs)
-        if kind in ("product", "lookup"):
-            self._meet(site, kind, inputs, [0, 1] if kind == "product" else [0])
-            return [_Known(active=active)]
-        if kind is not None and active:  # of parameters alone, it is one more way to make a kernel
+        kind, mixed = _kind(site), _mixed(inputs)
+        if kind == "product":
+            self._meet(site, kind, inputs, [0, 1])
+            self._meet_rows(site, inputs)
+            return [replace(mixed, products=self._passed(site, inputs))]
+        if kind == "lookup":
+            self._meet(site, kind, inputs, [0])
+            return [replace(mixed, rows=_rows(site, inputs[0]))]
+        if kind is not None and mixed.active:  # of parameters alone, it makes one more kernel
             self._meet(site, kind, inputs, range(len(inputs)))
-        return _moved(site, inputs) or _computed(site, inputs, active)
+        out = _moved(site, inputs) or _computed(site, inputs, mixed)
+        return [self._on_the_way(*each) for each in zip(out, site.results, strict=True)]
+
+    def _on_the_way(self, out: _Known, dtype: Any) -> _Known:
+        """Forgets the products that another one followed, and those before a choice of integers.
+
+        Integers have no gradient, so no product is on the way to the loss through them.
+        """
+        floating = jnp.issubdtype(dtype, jnp.inexact)
+        return replace(out, products=out.products - self.followed if floating else frozenset())
+
+    def _passed(self, site: Site, inputs: Sequence[_Known]) -> frozenset[Place]:
+        """The products that a product's result comes from; of two such it is the next one.
+
+        A sum over labels, or one number of all activations (`jnp.vdot(e, e)`), is a way to write a
+        loss and no layer.
+        """
+        left, right = inputs[:2]
+        before = (left.products | right.products) - self.followed
+        layer = site.result_shapes[0] or left.helds or right.helds
+        if left.given and right.given and layer:
+            self.followed |= before
+            return frozenset({site.place})
+        return before | {site.place} if left.given or right.given else frozenset()
 
     def _meet(self, site: Site, kind: Kind, inputs: Sequence[_Known], sides: Sequence[int]) -> None:
-        scans = [parent for parent in above(site) if parent.name == "scan"]
         for side in sides:
-            active = any(x.active for k, x in enumerate(inputs) if k != side)
             for held in inputs[side].helds:
-                axes = [(s, self.stacks.get((s.place, held.name))) for s in reversed(scans)]
-                meeting = Meeting(site, side, kind, held, active, tuple(axes))
-                self.found[site.place, side, held.name] = meeting
+                self._record(site, kind, inputs, side, held)
+
+    def _meet_rows(self, site: Site, inputs: Sequence[_Known]) -> None:
+        """Rows of a table are a kernel where they are multiplied with what was computed.
+
+        Beside a parameter, or beside rows of one, they are the activation: the first layer after an
+        embedding, or two embeddings that are compared.
+        """
+        product = product_of(site)
+        assert product is not None
+        for side, other in enumerate(reversed(inputs[:2])):
+            for held in inputs[side].rows:
+                if held.own(product.contracted(side)) and not (other.helds or other.rows):
+                    self._record(site, "rows", inputs, side, held)
+
+    def _record(
+        self, site: Site, kind: Kind, inputs: Sequence[_Known], side: int, held: HeldParam
+    ) -> None:
+        scans = [parent for parent in above(site) if parent.name == "scan"]
+        others = _mixed([x for k, x in enumerate(inputs) if k != side])
+        self.found[site.place, side, held.name] = Meeting(
+            site,
+            side,
+            kind,
+            held,
+            others.active,
+            tuple((s, self.stacks.get((s.place, held.name))) for s in reversed(scans)),
+            fixed=not inputs[side].active,
+            first=not others.given,
+        )
+
+
+def _mixed(values: Sequence[_Known]) -> _Known:
+    """What is known of a value that is computed from some others."""
+    return _Known(
+        active=any([x.active for x in values]),
+        given=any([x.given for x in values]),
+        products=frozenset[Place]().union(*[x.products for x in values]),
+    )
 
 
 def _kind(site: Site) -> Kind | None:
@@ -239,45 +248,47 @@ def _moved(site: Site, inputs: Sequence[_Known]) -> list[_Known] | None:
     laid_out = lambda held: replace(
         held, axes=tuple(map(held.own, axes)), cut=held.cut | held.own(cut)
     )
+    each = lambda of, values: tuple(map(laid_out, dict.fromkeys(h for x in values for h in of(x))))
     out = []
     for values in sources:
-        active = any(x.active for x in values)
+        mixed = _mixed(values)
         # A parameter that is joined with activations (a class token before the patches) becomes
         # rows of an activation; joined with parameters it is still a kernel.
-        beside = len(values) > 1 and active
-        helds = dict.fromkeys(held for x in values for held in x.helds)
-        out.append(_Known(() if beside else tuple(map(laid_out, helds)), active))
+        if len(values) == 1 or not mixed.active:
+            helds, rows = each(lambda x: x.helds, values), each(lambda x: x.rows, values)
+            mixed = replace(mixed, helds=helds, rows=rows)
+        out.append(mixed)
     return out
 
 
-def _computed(site: Site, inputs: Sequence[_Known], active: bool) -> list[_Known]:
+def _computed(site: Site, inputs: Sequence[_Known], mixed: _Known) -> list[_Known]:
     """Element by element, as far as shapes tell: a kernel with a mask or a low-rank update.
 
     What a gain or a bias is broadcast to meet is an activation, and holds neither afterwards.
     """
     if len(site.eqn.outvars) != 1:
-        return [_Known(active=active)] * len(site.eqn.outvars)
+        return [mixed] * len(site.eqn.outvars)
     pairs = zip(site.shapes, inputs, strict=True)
-    same = [held for own, x in pairs for held in x.helds if own == site.result_shapes[0]]
-    kept = [replace(held, whole=False) for held in same if all(held.axes) or not active]
-    return [_Known(tuple(dict.fromkeys(kept)), active)]
+    alike = [x for shape, x in pairs if shape == site.result_shapes[0]]
+    same = [held for x in alike for held in x.helds]
+    kept = [replace(held, whole=False) for held in same if all(held.axes) or not mixed.active]
+    # Rows are active by their indices; by anything else they become an activation.
+    alone = sum(x.active or x.given for x in inputs) == 1
+    rows = [replace(held, whole=False) for x in alike for held in x.rows if alone]
+    return [replace(mixed, helds=tuple(dict.fromkeys(kept)), rows=tuple(dict.fromkeys(rows)))]
 
 
-def _contracted(meeting: Meeting) -> Sequence[int]:
-    """Dimensions of the operand that a meeting sums over; of a table those it reads whole."""
-    site = meeting.site
-    if meeting.kind == "product":
-        product = product_of(site)
-        assert product is not None
-        return product.contracted(meeting.side)
-    if meeting.kind != "lookup":
-        return ()
-    sizes, shape = site.eqn.params["slice_sizes"], site.shapes[0]
-    indexed = site.eqn.params["dimension_numbers"].start_index_map
-    pairs = enumerate(zip(sizes, shape, strict=True))
-    return [dim for dim, (size, full) in pairs if size == full and dim not in indexed]
+def _rows(site: Site, table: _Known) -> tuple[HeldParam, ...]:
+    """What a lookup's result holds: in the axes of a row the table's own, in the others none."""
+    numbers, read = site.eqn.params["dimension_numbers"], read_whole(site)
+    left_out = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    kept = [dim for dim in range(len(site.shapes[0])) if dim not in left_out]
+    at = dict(zip(numbers.offset_dims, kept, strict=True))
+    rank = len(site.result_shapes[0])
 
+    def taken(held: HeldParam) -> HeldParam:
+        own = [held.axes[at[k]] if at.get(k) in read else frozenset() for k in range(rank)]
+        cut = held.own([d for d in range(len(held.axes)) if d not in read])
+        return replace(held, axes=tuple(own), cut=held.cut | cut)
 
-def single(axes: Own) -> int | None:
-    """The only member of a set of axes; None if there are several."""
-    return next(iter(axes)) if len(axes) == 1 else None
+    return tuple(map(taken, table.helds))

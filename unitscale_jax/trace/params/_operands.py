@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax.trace.params._layouts import AxisPairs, MatrixForm, batch_pairs, contraction
-from unitscale_jax.trace.params._meetings import Meeting
+from unitscale_jax.trace.params._meeting import Meeting
 from unitscale_jax.trace.params._product import Conv, Dot, Product, product_of
 
 

@@ -38,6 +38,11 @@ class Product(abc.ABC):
         """The contracted dimensions but for the window of a convolution."""
         return self.contracted(side)
 
+    def batch(self, side: int) -> tuple[int, ...]:
+        """Dimensions along which each position is a product of its own."""
+        del side
+        return ()
+
     @abc.abstractmethod
     def placed(self, s: jax.Array, side: int) -> jax.Array:
         """What belongs to an operand (size 1 where contracted), laid out like the result."""
@@ -99,6 +104,10 @@ class Dot(Product):
     def contracted(self, side: int) -> tuple[int, ...]:
         """Dimensions of an operand that the product sums over."""
         return tuple(self.numbers[0][side])
+
+    def batch(self, side: int) -> tuple[int, ...]:
+        """Dimensions that both operands and the result have."""
+        return tuple(self.numbers[1][side])
 
     def free(self, side: int) -> list[int]:
         """Dimensions that are neither contracted nor batch."""
@@ -162,6 +171,10 @@ class Ragged(Product):
         """The last dimension of the left, the middle one of the right."""
         del side
         return (1,)
+
+    def batch(self, side: int) -> tuple[int, ...]:
+        """The groups, each of which meets rows of its own."""
+        return (0,) if side else ()
 
     def placed(self, s: jax.Array, side: int) -> jax.Array:
         """Of the right, the row of the group that each row of the left belongs to, else zero."""
