@@ -36,9 +36,14 @@ from unitscale_jax.unit._residual import (
     residual_split,
     taus,
 )
+from unitscale_jax.unit._roles import (
+    Role,
+    roles,
+)
 
 __all__ = [
     "CONSTRAINTS",
+    "Role",
     "add",
     "attention",
     "conv",
@@ -55,6 +60,7 @@ __all__ = [
     "residual_add",
     "residual_split",
     "rms_norm",
+    "roles",
     "silu",
     "silu_glu",
     "softmax",
