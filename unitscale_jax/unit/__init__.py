@@ -12,6 +12,10 @@ Unit Scaling: https://arxiv.org/abs/2303.11257; u-muP: https://arxiv.org/abs/240
 from unitscale_jax.unit._constraint import (
     CONSTRAINTS,
 )
+from unitscale_jax.unit._multipliers import (
+    Multipliers,
+    multipliers,
+)
 from unitscale_jax.unit._ops import (
     add,
     attention,
@@ -43,6 +47,7 @@ from unitscale_jax.unit._roles import (
 
 __all__ = [
     "CONSTRAINTS",
+    "Multipliers",
     "Role",
     "add",
     "attention",
@@ -56,6 +61,7 @@ __all__ = [
     "linear",
     "matmul",
     "mse",
+    "multipliers",
     "readout",
     "residual_add",
     "residual_split",
