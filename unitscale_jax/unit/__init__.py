@@ -35,6 +35,9 @@ from unitscale_jax.unit._ops import (
     silu_glu,
     softmax,
 )
+from unitscale_jax.unit._parametrized import (
+    parametrized,
+)
 from unitscale_jax.unit._residual import (
     residual_add,
     residual_split,
@@ -43,6 +46,9 @@ from unitscale_jax.unit._residual import (
 from unitscale_jax.unit._roles import (
     Role,
     roles,
+)
+from unitscale_jax.unit._standardize import (
+    standardize,
 )
 
 __all__ = [
@@ -62,6 +68,7 @@ __all__ = [
     "matmul",
     "mse",
     "multipliers",
+    "parametrized",
     "readout",
     "residual_add",
     "residual_split",
@@ -70,6 +77,7 @@ __all__ = [
     "silu",
     "silu_glu",
     "softmax",
+    "standardize",
     "taus",
 ]
 
