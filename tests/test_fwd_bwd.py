@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 
-from unitscale_jax.fwd_bwd import scale, scale_bwd, scale_fwd, straight_through
+from unitscale_jax.fwd_bwd import mark, scale, scale_bwd, scale_fwd, straight_through
 from unitscale_jax.mesh_axes import match_vma
+from unitscale_jax.trace import captured
+from unitscale_jax.trace.program import sites
 
 P = jax.sharding.PartitionSpec
 TOLERANCE = 100 * np.finfo(np.float32).eps
@@ -32,10 +34,14 @@ def through(x):
     return straight_through(2 * jax.lax.stop_gradient(x), 3 * x)
 
 
-FUNCTIONS = [static, data, through]  # all: values times 2, cotangents times 3
-TANGENT = {static: 2.0, data: 2.0, through: 3.0}  # what forward mode multiplies by
+def marked(x):
+    return mark(scale(mark(x, at=0), fwd=2.0, bwd=3.0), at=1)
+
+
+FUNCTIONS = [static, data, through, marked]  # all: values times 2, cotangents times 3
+TANGENT = {static: 2.0, data: 2.0, through: 3.0, marked: 2.0}  # what forward mode multiplies by
 functions = pytest.mark.parametrize("f", FUNCTIONS)
-scales = pytest.mark.parametrize("f", [static, data])
+scales = pytest.mark.parametrize("f", [static, data, marked])
 
 
 def mesh_of_8():
@@ -174,6 +180,49 @@ def test_a_pass_with_factor_1_compiles_to_nothing():
     assert "multiply" not in text
     text = jax.jit(jax.grad(lambda x: scale_fwd(x, 3.0))).lower(1.0).as_text()
     assert "multiply" not in text
+
+
+def marks_of(f, *args):
+    """The parameters of every mark in the equations of a function, in order."""
+    found = sites(jax.make_jaxpr(f)(*args).jaxpr)
+    return [(s.eqn.params["at"], s.eqn.params["back"]) for s in found if s.name == "mark"]
+
+
+def test_a_mark_stands_in_both_passes_and_turns_in_the_second():
+    f = lambda x: mark(jnp.sin(mark(x, at=0)), at=1)
+    assert marks_of(f, 1.0) == [(0, False), (1, False)]
+    assert marks_of(jax.grad(f), 1.0) == [(0, False), (1, False), (1, True), (0, True)]
+    back = lambda ct: jax.vjp(f, 1.0)[1](ct)[0]
+    transposed = marks_of(jax.grad(back), 1.0)  # back through the backward pass: turned again
+    assert transposed[-2:] == [(0, False), (1, False)]
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint, lambda f: jax.vmap(f)])
+def test_a_mark_is_found_in_both_passes_under(wrap):
+    f = wrap(lambda x: jnp.cos(mark(jnp.sin(x), at=5)))
+    both = jax.grad(lambda x: f(x).sum())
+    assert {(5, False), (5, True)} == set(marks_of(both, jnp.ones(2)))
+
+
+@given(x=hnp.arrays(np.uint32, 16))
+def test_a_mark_is_the_identity_to_the_bit_in_both_passes(x):
+    """Also of infinities, NaN and subnormal numbers."""
+    y, pull = jax.vjp(lambda x: mark(x, at=0), x.view(np.float32))
+    for got in (y, *pull(x.view(np.float32))):
+        same(np.asarray(got).view(np.uint32), x)
+
+
+def test_a_cotangent_at_a_mark_is_the_sum_over_all_uses():
+    see = lambda site, _, out: out[0] if site.name == "mark" and site.eqn.params["back"] else None
+    f = lambda x: (lambda y: 2 * y + 5 * y)(mark(x, at=0))
+    seen = captured(jax.grad(f), see)(1.0)[1]
+    assert [float(c.value) for c in seen] == [7]
+
+
+def test_a_mark_compiles_to_nothing():
+    text = lambda f: jax.jit(jax.grad(f)).lower(1.0).as_text()
+    plain, marked_text = text(lambda x: jnp.sin(x)), text(lambda x: jnp.sin(mark(x, at=0)))
+    assert marked_text.count("stablehlo") == plain.count("stablehlo")
 
 
 # ------------------------------------------------------------------------------ transforms
@@ -379,5 +428,7 @@ def test_errors_say_what_came_and_the_way_out():
         scale(jnp.ones(2), fwd=jnp.ones(2))
     with pytest.raises(TypeError, match=r"value bfloat16\[2\] and a carrier float32\[2\].*Cast"):
         straight_through(jnp.ones(2, jnp.bfloat16), jnp.ones(2))
+    with pytest.raises(TypeError, match=r"mark takes floating-point .* int32\[3\].* Cast"):
+        mark(jnp.arange(3), at=0)
     with pytest.raises(TypeError, match=r"straight_through takes floating-point"):
         straight_through(jnp.arange(2), jnp.ones(2))

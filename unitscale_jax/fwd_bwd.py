@@ -2,6 +2,7 @@
 
     y = fwd · x,    x̄ = bwd · ȳ          `scale`
     y = value,      carrier̄ = ȳ          `straight_through`
+    y = x,          x̄ = ȳ                `mark`, which an analysis finds again in both passes
 
 They are JAX primitives, for three reasons: `custom_vjp` has no forward mode and no hessian, a
 `stop_gradient` composition rounds (c + (v - c) is not v, and NaN at infinity), and a primitive
@@ -25,6 +26,7 @@ from unitscale_jax.mesh_axes import axes_of, varying
 from unitscale_jax.typing import Array
 
 __all__ = [
+    "mark",
     "scale",
     "scale_bwd",
     "scale_fwd",
@@ -120,6 +122,35 @@ def straight_through(value: Array, carrier: Array) -> jax.Array:
             "cotangent of the one is to be one of the other. Cast or broadcast the carrier."
         )
     return straight_through_p.bind(*_same_axes(value, carrier))
+
+
+def mark(x: Array, at: int, *, back: bool = False) -> jax.Array:
+    """Leaves values and cotangents as they are, and both visible in the program by a number.
+
+    The transpose of a mark is the mark with `back` turned. So in the equations of a gradient the
+    value of x stands at `mark[at=at back=False]`, and its whole cotangent, the sum over all uses of
+    the result, at `mark[at=at back=True]`: the gradient with respect to a zero added to x. A mark
+    compiles to nothing. Whatever recomputes x (`jax.checkpoint`) shows its mark again.
+
+    Args:
+        x: Floating-point numbers of any shape.
+        at: Number by which the mark is found; of marks with one number the program says no more.
+        back: Whether x is a cotangent.
+
+    Returns:
+        x.
+
+    Raises:
+        TypeError: x is not floating point.
+
+    Example:
+        >>> jax.make_jaxpr(jax.grad(lambda x: mark(x, at=7)))(1.0)
+        { lambda ; a:f32[]. let
+            _:f32[] = mark[at=7 back=False] a
+            b:f32[] = mark[at=7 back=True] 1.0:f32[]
+          in (b,) }
+    """
+    return mark_p.bind(_floating(x, "mark"), at=at, back=back)
 
 
 # ------------------------------------------------------------------- factors that are static
@@ -222,6 +253,31 @@ straight_through_p.def_abstract_eval(_first)
 mlir.register_lowering(straight_through_p, mlir.lower_fun(_first, multiple_results=False))
 ad.primitive_jvps[straight_through_p] = _jvp_through
 batching.primitive_batchers[straight_through_p] = _batch_through
+
+# ------------------------------------------------------------------- marks
+
+mark_p = Primitive("mark")
+
+
+def _itself(x: jax.Array, *, at: int, back: bool) -> jax.Array:
+    del at, back
+    return x
+
+
+def _transpose_mark(cotangent: jax.Array, x: Any, *, at: int, back: bool) -> list:
+    del x
+    return [mark_p.bind(cotangent, at=at, back=not back)]
+
+
+def _batch_mark(args: Sequence, dims: Sequence, **number: Any) -> tuple:
+    return mark_p.bind(args[0], **number), dims[0]
+
+
+mark_p.def_impl(_itself)
+mark_p.def_abstract_eval(lambda x, **_: x)
+mlir.register_lowering(mark_p, mlir.lower_fun(_itself, multiple_results=False))
+ad.deflinear2(mark_p, _transpose_mark)
+batching.primitive_batchers[mark_p] = _batch_mark
 
 # ------------------------------------------------------------------- operands
 

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import unitscale_jax as us
 from tests.support import zoo
 from unitscale_jax import trace
-from unitscale_jax.fwd_bwd import scale, straight_through
+from unitscale_jax.fwd_bwd import mark, scale, straight_through
 from unitscale_jax.quant import Group
 from unitscale_jax.trace.params import input_origins, rule_names
 from unitscale_jax.trace.program import sites, trace_call
@@ -54,6 +54,7 @@ INSERTED = {  # each makes the primitive of its name, and ends in the numbers it
     "layout_constraint": lambda v: with_layout_constraint(
         v, jax.experimental.layout.Layout(major_to_minor=tuple(range(v.ndim)))
     ),
+    "mark": lambda v: mark(v, at=3),
     "name": lambda v: checkpoint_name(v, "kernel"),
     "optimization_barrier": lambda v: jax.lax.optimization_barrier((jnp.ones(5), v))[1],
     "reduce_precision": lambda v: jax.lax.reduce_precision(v, 8, 7),

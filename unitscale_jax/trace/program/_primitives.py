@@ -29,7 +29,7 @@ PLACED = named("""
 """Moves that only say where a value lives."""
 
 IN_PLACE = PLACED | named("""
-    convert_element_type copy copy_p name optimization_barrier pcast pvary reduce_precision
+    convert_element_type copy copy_p mark name optimization_barrier pcast pvary reduce_precision
     stop_gradient straight_through unit_scale unit_scale_by
 """)
 """Moves that leave every number at its position. A barrier moves each of its operands to the result
