@@ -1,53 +1,18 @@
 """Quantization: one spec for training, post-training and integer serving."""
 
-from unitscale_jax.quant._cache import (
-    append,
-)
+from unitscale_jax.quant._cache import append
 from unitscale_jax.quant._calibrator import Calibrator
-from unitscale_jax.quant._calibrators import (
-    EMA,
-    MSE,
-    Absmax,
-    Fixed,
-    Percentile,
-)
-from unitscale_jax.quant._delayed import (
-    AmaxHistory,
-    amax_history,
-)
-from unitscale_jax.quant._gptq import (
-    GPTQReport,
-    gptq,
-)
-from unitscale_jax.quant._learned import (
-    learned,
-)
-from unitscale_jax.quant._lsq import (
-    Learned,
-)
-from unitscale_jax.quant._params import (
-    quantize,
-)
-from unitscale_jax.quant._qtensor import (
-    QTensor,
-    dequantize,
-    is_quantized,
-)
-from unitscale_jax.quant._quantized import (
-    quantized,
-)
-from unitscale_jax.quant._roles import (
-    resolve,
-)
-from unitscale_jax.quant._smooth import (
-    awq,
-    smoothquant,
-)
-from unitscale_jax.quant._spec import (
-    DotSpec,
-    Group,
-    QSpec,
-)
+from unitscale_jax.quant._calibrators import EMA, MSE, Absmax, Fixed, Percentile
+from unitscale_jax.quant._delayed import AmaxHistory, amax_history
+from unitscale_jax.quant._gptq import GPTQReport, gptq
+from unitscale_jax.quant._learned import learned
+from unitscale_jax.quant._lsq import Learned
+from unitscale_jax.quant._params import quantize
+from unitscale_jax.quant._qtensor import QTensor, dequantize, is_quantized
+from unitscale_jax.quant._quantized import quantized
+from unitscale_jax.quant._roles import resolve
+from unitscale_jax.quant._smooth import awq, smoothquant
+from unitscale_jax.quant._spec import DotSpec, Group, QSpec
 
 __all__ = [
     "Absmax",

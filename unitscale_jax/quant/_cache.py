@@ -112,7 +112,11 @@ def appended(operands: list[Any]) -> list[QTensor] | None:
     # A calibrator need not see NaN: a fixed range has its scale whatever x is.
     lost = jnp.any(jnp.isnan(x), axis=shared, keepdims=True)
     new = replace(new, scale=jnp.where(lost, jnp.nan, new.scale))
-    zero = lambda s: jnp.zeros_like(jnp.asarray(s))
-    at = [zero(s) if d in shared else s for d, s in enumerate(starts)]
-    put = lambda name, old: jax.lax.dynamic_update_slice(old, getattr(new, name), at)
+    # Scales and zero points have size 1 on shared axes, so their only start there is 0. The tokens
+    # fill these axes, so theirs is 0 too, and one list of starts serves every array.
+    at = [jnp.zeros_like(jnp.asarray(s)) if d in shared else s for d, s in enumerate(starts)]
+
+    def put(name: str, old: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(old, getattr(new, name), at)
+
     return [t.over(put)]

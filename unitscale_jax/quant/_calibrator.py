@@ -1,4 +1,4 @@
-"""What a calibrator is: the owner of all that is known of a range.
+"""The interface of calibrators, each of which owns all that is known of a range.
 
 Of an array that is there (a weight, an activation at the moment of use) it gives a `bound`; of a
 stream of batches it says what to `measure`, as numbers that add up. A user's own calibrator is a
@@ -64,11 +64,11 @@ class Calibrator(abc.ABC):
 
     @property
     def takes_the_maximum(self) -> bool:
-        """Whether the bound of an array is its largest magnitude, as that of `Absmax` is."""
+        """True if the bound of an array is its largest magnitude, as that of `Absmax` is."""
         return _tried(self)[1]
 
     def measure(self, axes: AxisNumbers) -> Measure:
-        """What the range of a stream of arrays is read from.
+        """Returns the measure that the range of a stream of arrays is read from.
 
         Unless a subclass says otherwise, the ends over all of the stream passed through `bound`, or
         for asymmetric codes through `bounds`: right for a bound that reads the largest magnitude
@@ -87,7 +87,11 @@ class Calibrator(abc.ABC):
                 "`measure(axes)` that returns the `Measure` its range is read from."
             )
         own = (0,)
-        alone = lambda *ends: jnp.stack([jnp.asarray(end, jnp.float32) for end in ends])
+
+        # `bound` and `bounds` take an array and its axes: the ends of a stream stand as an array of
+        # one or two numbers, whose largest magnitude is that of the whole stream.
+        def alone(*ends: Any) -> jax.Array:
+            return jnp.stack([jnp.asarray(end, jnp.float32) for end in ends])
 
         def bound(numbers: Any) -> jax.Array:
             m = alone(largest_of(numbers))
@@ -128,11 +132,21 @@ def extremes(axes: AxisNumbers) -> Measure:
 
 @functools.lru_cache(maxsize=256)
 def _tried(calibrator: Calibrator) -> tuple[bool, bool]:
-    """Whether a bound reads the largest magnitude of an array alone, and whether it is that."""
+    """Tells by trial whether a bound reads the largest magnitude alone, and whether it is that.
+
+    `Absmax` gives (True, True), half of it (True, False), a mean (False, False). A class cannot be
+    asked for this: a user's own subclass has `bound` alone. So the bound of each trial array is
+    compared with the bound of the one number max |x|.
+    """
     same = functools.partial(np.allclose, rtol=1e-6, atol=0, equal_nan=True)
-    bound = lambda x: np.ravel(calibrator.bound(jnp.asarray(x, jnp.float32), (0,), _no_error))
-    ends = lambda x: np.ravel(calibrator.bounds(jnp.asarray(x, jnp.float32), (0,)))
     largest = True
+
+    def bound(x: Any) -> np.ndarray:
+        return np.ravel(calibrator.bound(jnp.asarray(x, jnp.float32), (0,), _no_error))
+
+    def ends(x: Any) -> np.ndarray:
+        return np.ravel(calibrator.bounds(jnp.asarray(x, jnp.float32), (0,)))
+
     with jax.ensure_compile_time_eval():
         try:
             for x in _trials():
@@ -168,12 +182,11 @@ def _no_error(*_: Any) -> Any:
 
 
 def larger_of(a: Any, b: Any) -> Any:
-    return (
-        jnp.maximum(a, b)
-        if isinstance(a, jax.Array) or isinstance(b, jax.Array)
-        else np.maximum(a, b)
-    )
+    """The larger of two numbers, in NumPy if both are there: numbers of a stream stay on host."""
+    traced = isinstance(a, jax.Array) or isinstance(b, jax.Array)
+    return (jnp if traced else np).maximum(a, b)
 
 
 def largest_of(numbers: Any) -> Any:
+    """The largest magnitude of a stream, from the ends that `extremes` measured."""
     return larger_of(-numbers["low"], numbers["high"])

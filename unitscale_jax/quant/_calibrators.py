@@ -1,4 +1,4 @@
-"""Where a range comes from.
+"""The calibrators of the library: what the range of an array, or of a stream, is taken from.
 
     Absmax           max |x|, nothing is clipped
     Percentile(p)    the k-th smallest |x|, k = ceil(p n / 100)
@@ -43,7 +43,7 @@ class Absmax(Calibrator):
     two_sided = True
 
     def bound(self, x: jax.Array, axes: AxisNumbers, error: Any) -> jax.Array:
-        """Max |x|; of no elements 0."""
+        """The largest magnitude over `axes`; 0 if there are no elements."""
         del error
         return jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0.0)
 
@@ -67,13 +67,13 @@ class EMA(Calibrator):
     two_sided = True
 
     def __post_init__(self) -> None:
-        """Checks the decay."""
+        """Checks that the decay is a number in [0, 1)."""
         check_number("EMA.decay", self.decay)
         if not 0 <= self.decay < 1:
             raise ValueError(f"{self!r}: decay is in [0, 1).")
 
     def bound(self, x: jax.Array, axes: AxisNumbers, error: Any) -> jax.Array:
-        """Of one array its max."""
+        """The largest magnitude: one array has no past to be averaged with."""
         return Absmax().bound(x, axes, error)
 
     def measure(self, axes: AxisNumbers) -> Measure:
@@ -88,10 +88,9 @@ class EMA(Calibrator):
             return whole.join(a, b) | {"largest": larger_of(a["largest"], b["largest"])}
 
         def merge(a: Any, b: Any) -> dict[str, Any]:
-            new = np.float32(1 - self.decay)
-            wide = lambda x: x.astype(np.float32)
+            new, f32 = np.float32(1 - self.decay), np.float32
             # a + new (b - a), so that the average of a constant is that constant to the bit.
-            return {k: wide(a[k]) + new * (wide(b[k]) - wide(a[k])) for k in a}
+            return {k: a[k].astype(f32) + new * (b[k].astype(f32) - a[k].astype(f32)) for k in a}
 
         return Measure(measure, join, lambda numbers: numbers["largest"], whole.range, merge)
 
@@ -110,13 +109,17 @@ class Percentile(Calibrator):
     p: float
 
     def __post_init__(self) -> None:
-        """Checks the percentage."""
+        """Checks that p is a percentage in (0, 100]."""
         check_number("Percentile.p", self.p)
         if not 0 < self.p <= 100:
             raise ValueError(f"{self!r}: p is a percentage in (0, 100].")
 
     def rank(self, n: int) -> int:
-        """K for n elements; the ceiling is of p n / 100 to nine digits, since 99.9 is not exact."""
+        """The k of n elements: the ceiling of p n / 100 to nine digits, at least 1.
+
+        99.9 is no binary number: 99.9 * 41000 / 100 is 40959.00000000001, whose ceiling is too
+        large.
+        """
         return max(1, math.ceil(round(self.p * n / 100, 9)))
 
     def measure(self, axes: AxisNumbers) -> Measure:
@@ -139,6 +142,8 @@ class Percentile(Calibrator):
 
     def _of_bins(self, counts: Any) -> Any:
         """The largest number of the bin that holds the k-th smallest magnitude."""
+        # A bin is the upper 14 bits of a float32, whose order is that of the magnitudes. The
+        # largest number of bin b ends in ones: the bits (b + 1) << SHIFT, less one.
         if not is_concrete(counts):
             sums = jnp.cumsum(counts)
             at = jnp.searchsorted(sums, self._traced_rank(sums[-1])).astype(jnp.uint32)
@@ -151,7 +156,11 @@ class Percentile(Calibrator):
         )
 
     def _traced_rank(self, n: jax.Array) -> jax.Array:
-        """`rank` in int32 where p has few digits, p / 100 = a / b, and to seven digits else."""
+        """`rank` in int32 where p has few digits, p / 100 = a / b, and to seven digits else.
+
+        Traced integers have 32 bits, which n a may leave for n of a few millions. With
+        n = c b + r the ceiling of n a / b is c a + ceil(r a / b), and r a < a b stays below 2^31.
+        """
         part = Fraction(str(self.p)) / 100
         a, b = part.numerator, part.denominator
         if a * b >= 2**31:
@@ -186,7 +195,7 @@ class MSE(Calibrator):
     steps: int = 33
 
     def __post_init__(self) -> None:
-        """Checks the fractions."""
+        """Checks that the fractions and their number make sense."""
         check_number("MSE.least", self.least)
         check_whole("MSE.steps", self.steps)
         if not 0 < self.least <= 1 or self.steps < 1:
@@ -198,7 +207,7 @@ class MSE(Calibrator):
         return np.linspace(1.0, self.least, self.steps, dtype=np.float32)
 
     def bound(self, x: jax.Array, axes: AxisNumbers, error: Any) -> jax.Array:
-        """R max |x|, for each group its own r."""
+        """The bound r max |x|, where each group has the r of its least error."""
         whole = Absmax().bound(x, axes, error)
 
         def better(best: tuple[jax.Array, jax.Array], ratio: jax.Array) -> tuple[Any, None]:
@@ -248,7 +257,7 @@ class Fixed(Calibrator):
     two_sided = True
 
     def __post_init__(self) -> None:
-        """Checks the range."""
+        """Checks that the range is finite and contains zero."""
         for end in (self.first, 0 if self.second is None else self.second):
             check_number("an end of a Fixed range", end)
         if not (
@@ -258,16 +267,16 @@ class Fixed(Calibrator):
 
     @property
     def low(self) -> float:
-        """Lower end of the range."""
+        """The lower end of the range, as given."""
         return -self.first if self.second is None else self.first
 
     @property
     def high(self) -> float:
-        """Upper end of the range."""
+        """The upper end of the range, as given."""
         return self.first if self.second is None else self.second
 
     def bound(self, x: jax.Array, axes: AxisNumbers, error: Any) -> jax.Array:
-        """The larger end, for every group."""
+        """The end of larger magnitude, the same for every group."""
         del error
         m = np.float32(max(-self.low, self.high))
         return jnp.full([1 if axis in axes else n for axis, n in enumerate(x.shape)], m)
@@ -287,8 +296,12 @@ def _histogram(x: jax.Array, ones: jax.Array, axes: AxisNumbers) -> jax.Array:
     """int32 (.., BINS): how many magnitudes lie in each bin, over some axes."""
     kept = [axis for axis in range(x.ndim) if axis not in axes]
     bits = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.uint32) >> np.uint32(SHIFT)
-    count = lambda bits, ones: jnp.zeros(BINS, jnp.int32).at[bits.reshape(-1)].add(ones.reshape(-1))
-    for _ in kept:
+
+    def counted(bits: jax.Array, ones: jax.Array) -> jax.Array:
+        return jnp.zeros(BINS, jnp.int32).at[bits.reshape(-1)].add(ones.reshape(-1))
+
+    count = counted
+    for _ in kept:  # a histogram for each position of the axes that do not share a range
         count = jax.vmap(count)
     order = [*kept, *axes]
     return count(bits.astype(jnp.int32).transpose(order), ones.transpose(order))

@@ -15,6 +15,7 @@ measurement that justifies it (JAX 0.10 and 0.12, one core of an x86 CPU):
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -46,13 +47,23 @@ def _with_zeros(product: Dot, left: jax.Array, right: jax.Array, free: list[int]
 
 
 def _halved(product: Dot, left: jax.Array, right: jax.Array, free: int) -> jax.Array:
-    """The free dimension of the left as two: it is transposed first, which one is not."""
+    """The product with the free dimension of the left cut in two: (k, m) -> (k, m / 2, 2).
+
+    A left operand whose sum comes first has to be transposed for the fast kernel. XLA does so for a
+    product with two free dimensions, which it brings to the form (rows, sum) first; one with a
+    single free dimension has a form already, and is multiplied as it lies. Any even size can be cut
+    in halves.
+    """
     (summed, others), (batch, batches) = product.numbers
-    moved = lambda dims: tuple(d + (d > free) for d in dims)
+
+    def moved(dims: Sequence[int]) -> tuple[int, ...]:
+        """Dimensions after the free one are one further back."""
+        return tuple(d + (d > free) for d in dims)
+
     numbers = ((moved(summed), others), (moved(batch), batches))
     split = left.reshape(*left.shape[:free], -1, 2, *left.shape[free + 1 :])
     out = product.bind(split, right, jnp.int32, dimension_numbers=numbers)
-    at = len(batch)
+    at = len(batch)  # results have batch dimensions first, then the free ones of the left
     return out.reshape(*out.shape[:at], -1, *out.shape[at + 2 :])
 
 
@@ -63,21 +74,29 @@ def transposed(product: Product, side: int, g: Any, other: Any) -> Any:
     own = jax.ShapeDtypeStruct(product.shape(side), product.site.operands[side])
 
     def by_jax(g: jax.Array, other: jax.Array) -> jax.Array:
-        times = lambda v: product.as_traced(*((v, other) if side == 0 else (other, v)))
+        def times(v: jax.Array) -> jax.Array:
+            return product.as_traced(*((v, other) if side == 0 else (other, v)))
+
         return jax.linear_transpose(times, own)(g)[0]
 
     return jax.make_jaxpr(by_jax)(g, other)
 
 
 def _of_dot(product: Dot, side: int, g: jax.Array, other: jax.Array) -> jax.Array:
-    """Sums over what the other operand has to itself, operands in the order of the result."""
+    """The cotangent of one operand: the sum over the free dimensions of the other.
+
+    Of y = x w that is dx = g w' and dw = x' g. A `dot_general` lays out its result as batch, then
+    the free dimensions of its left, then of its right operand: of the two orders of (g, other) the
+    one is taken whose result needs no transpose where the operand's own dimensions allow that.
+    """
     (sums, batches), rest = product.numbers, 1 - side
     first = len(batches[0])
     lefts = len(product.free(0))
     in_g = (range(first, first + lefts), range(first + lefts, g.ndim))
     over = (tuple(product.free(rest)), tuple(in_g[rest]))
     along = (tuple(batches[rest]), tuple(range(first)))
-    # Dimensions of this operand, in the order in which the product of the other and g has them.
+    # This operand's dimensions are batch, `kept` (its free ones, which g has) and `met` (its summed
+    # ones, which the other has as free ones in that product, in ascending order of theirs).
     met = [sums[side][sums[rest].index(d)] for d in sorted(sums[rest])]
     kept = product.free(side)
     dtype = product.site.operands[side]

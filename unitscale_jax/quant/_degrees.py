@@ -14,18 +14,11 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
-from unitscale_jax.trace.dimensions import Dims
+from unitscale_jax.trace.dimensions import Dims, SymbolicDim
 from unitscale_jax.trace.params import Product, product_of
-from unitscale_jax.trace.program import (
-    ADDITIONS,
-    MOVES,
-    PRODUCTS,
-    Flow,
-    Place,
-    Site,
-)
+from unitscale_jax.trace.program import ADDITIONS, MOVES, PRODUCTS, Flow, Place, Site
 
-DegreeFactors: TypeAlias = tuple[Any, ...]
+DegreeFactors: TypeAlias = tuple[SymbolicDim, ...]
 Degree: TypeAlias = frozenset[tuple[str, int]] | None
 """Coefficients by parameter; None: whatever, as of zero."""
 ZERO: Degree = frozenset()
@@ -36,6 +29,7 @@ class Rigid(ValueError):  # noqa: N818
 
 
 def unknown(name: str) -> Degree:
+    """The degree of a parameter, to be solved for."""
     return frozenset({(name, 1)})
 
 
@@ -50,7 +44,11 @@ def _combined(a: Degree, b: Degree, times: int) -> Degree:
 
 
 def carries(axes: Any, factors: frozenset[Any]) -> str:
-    """Whether a value has all the channels, "once" along axes of their own, or "never", or else."""
+    """Tells how a value has the channels: "once" along axes of their own, "never", or "twice".
+
+    "twice" stands for all that has no single power of the scale: (c, c), some of the channels, or
+    an axis that joins them with other positions.
+    """
     flat = [f for axis in axes for term in axis for f in term if f in factors]
     clean = [f for axis in axes if len(axis) == 1 for f in axis[0] if f in factors]
     if len(flat) == len(clean) == len(set(flat)) == len(factors):
@@ -73,6 +71,8 @@ LINEAR = (
 """All floating operands that have the channels, and all results, have one degree."""
 COMPARISONS = _names("eq ne lt le gt ge sign is_finite")
 """The same of the operands; the result has degree zero."""
+_NUMBERS = {"gather": 1, "dynamic_slice": 1, "dynamic_update_slice": 2, "pad": 2}
+"""How many of the operands are numbers, where the rest are positions."""
 
 
 @dataclass
@@ -85,6 +85,7 @@ class Degrees(Flow[Degree]):
     equations: list[tuple[Degree, str]] = field(default_factory=list)
 
     def require(self, form: Degree, because: str) -> None:
+        """Adds the equation that a form is zero, unless it is zero as it stands."""
         if form:
             self.equations.append((form, because))
 
@@ -117,24 +118,32 @@ class Degrees(Flow[Degree]):
         layers of a stack at once, has no single power, and its degree must be zero as well.
         """
         ins, outs = self.graph.at(site.place)
+        # Inside of a loop over layers the scale is that of one layer: the dimension of layers,
+        # which the stacked parameter has, is gone from the channels. A value that still has it
+        # holds all layers at once, and no power of one layer's scale is its degree.
         removed = frozenset(self._removed(site))
         factors = frozenset(self.factors) - removed
         had = [carries(axes, factors) for axes in ins]
         has = [carries(axes, factors) for axes in outs]
         met = {f for axes in (*ins, *outs) for axis in axes for term in axis for f in term}
-        stacked = not removed.isdisjoint(met)  # all layers at once, in the loop over layers
-        if stacked or "twice" in (*had, *has):
+        if not removed.isdisjoint(met) or "twice" in (*had, *has):
+            # One such value spoils the equation for all of them. In x x' with the channels on both
+            # axes of the result each operand has them once, yet no degree of the operands makes the
+            # result a multiple by channel: all must be zero.
             had, has = ["never"] * len(had), ["never"] * len(has)
-        known = [
-            d if how == "once" else self._none(d, site) for d, how in zip(inputs, had, strict=True)
-        ]
+        known = self._settled(site, inputs, had)
         made = self._made(site, known, ins, factors)
-        made = made * len(outs) if len(made) < len(outs) else made
-        return [
-            d if how == "once" else self._none(d, site) for d, how in zip(made, has, strict=True)
-        ]
+        if len(made) < len(outs):  # one degree, of all results alike
+            made = made * len(outs)
+        return self._settled(site, made, has)
 
-    def _removed(self, site: Site) -> Iterator[Any]:
+    def _settled(self, site: Site, degrees: list[Degree], how: list[str]) -> list[Degree]:
+        """Degrees where the channels are there once; elsewhere they are required to be zero."""
+        pairs = zip(degrees, how, strict=True)
+        return [d if one == "once" else self._none(d, site) for d, one in pairs]
+
+    def _removed(self, site: Site) -> Iterator[SymbolicDim]:
+        """Dimensions of layers whose loops an equation stands in."""
         while site.parent is not None:
             site = site.parent
             if site.place in self.layers:
@@ -150,12 +159,15 @@ class Degrees(Flow[Degree]):
         name = site.name
         if name == "optimization_barrier":
             return known
-        rounds = name == "convert_element_type" and not _is_float(site.results[0])
+        # A cast to integers rounds, which is not linear.
+        rounds = name == "convert_element_type" and not jnp.issubdtype(
+            site.results[0], jnp.floating
+        )
         if name in LINEAR and not rounds:
-            first = 1 if name == "select_n" else 0
+            first = 1 if name == "select_n" else 0  # what selects has degree zero
             for d in known[:first]:
                 self.require(d, name)
-            return [self._same(known[first : _operands(name)], name)]
+            return [self._same(known[first : _NUMBERS.get(name)], name)]  # positions have none
         if name in COMPARISONS:
             self._same(known, name)
             return [ZERO]
@@ -196,24 +208,31 @@ class Degrees(Flow[Degree]):
         return total
 
 
-def _is_float(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating)
-
-
-def _operands(name: str) -> int | None:
-    """How many of the operands are numbers; the rest are positions."""
-    return {"gather": 1, "dynamic_slice": 1, "dynamic_update_slice": 2, "pad": 2}.get(name)
-
-
 def _is_scaleless(x: np.ndarray) -> bool:
-    """Whether all numbers stay what they are, times any positive one: zero and infinity."""
+    """True if a positive factor changes no number of an array: all are zero or infinite."""
     wide = x.astype(np.float32)
     return bool(((wide == 0) | np.isinf(wide)).all())
 
 
 def solved(name: str, equations: Sequence[tuple[Degree, str]]) -> dict[str, int]:
-    """Powers with that of `name` one, as many zero as the elimination leaves free."""
-    rows: dict[str, dict[str, Fraction]] = {}  # by pivot, in terms of what is free
+    """Solves for the powers of the scale, that of `name` being one.
+
+    Gauss-Jordan elimination in fractions. A row says what its pivot is in terms of the parameters
+    that are still free: {"gain": {"w": -1}} means d_gain = -d_w. In the end those that are free are
+    set to zero, but for `name`: the scale is folded into no more parameters than it has to be.
+
+    Args:
+        name: The parameter that the scale is taken out of.
+        equations: Forms that are zero, each with its cause, in the order of the program.
+
+    Returns:
+        Parameter -> its power, of those that are not zero.
+
+    Raises:
+        Rigid: The power of `name` must be zero, another one is a fraction, or no power is negative,
+            so that nothing produces what the scale is taken from.
+    """
+    rows: dict[str, dict[str, Fraction]] = {}
     causes: list[str] = []
     for form, because in equations:
         causes.append(because)
@@ -221,11 +240,11 @@ def solved(name: str, equations: Sequence[tuple[Degree, str]]) -> dict[str, int]
         others = sorted(path for path in row if path != name)
         if not row:
             continue
-        if not others:
+        if not others:  # `name` alone is left: its power would be zero
             raise Rigid(_in_the_way(causes))
         pivot = others[0]
         scaled = {path: -n / row[pivot] for path, n in row.items() if path != pivot}
-        for path, held in rows.items():
+        for path, held in rows.items():  # earlier rows lose the new pivot
             rows[path] = _reduced(held, {pivot: scaled})
         rows[pivot] = scaled
     powers = {path: row.get(name, Fraction(0)) for path, row in rows.items()} | {name: Fraction(1)}
@@ -239,7 +258,11 @@ def solved(name: str, equations: Sequence[tuple[Degree, str]]) -> dict[str, int]
 
 
 def _in_the_way(causes: Sequence[str]) -> str:
-    """What keeps a scale from passing: the last one, products aside, which only hand it on."""
+    """Names what keeps a scale from passing.
+
+    That is the last cause, products aside: a product only hands on what the nonlinearity before or
+    after it demands.
+    """
     found = [cause for cause in causes if cause not in PRODUCTS]
     return f"in the way: {found[-1]}" if found else "no parameter before it has its channels"
 
@@ -247,6 +270,7 @@ def _in_the_way(causes: Sequence[str]) -> str:
 def _reduced(
     row: Mapping[str, Fraction], rows: Mapping[str, Mapping[str, Fraction]]
 ) -> dict[str, Fraction]:
+    """A form with every pivot replaced by its row."""
     out: dict[str, Fraction] = {}
     for path, n in row.items():
         for other, m in rows.get(path, {path: Fraction(1)}).items():

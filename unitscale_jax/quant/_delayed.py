@@ -57,7 +57,10 @@ class Ring:
         """
         low, high = (stat.range[..., end] for end in (0, 1))
         seen = jnp.isfinite(low) & jnp.isfinite(high) & (jnp.asarray(stat.rows) > 0)
-        turn = lambda ring, new: jnp.where(seen, jnp.concatenate([new[None], ring[:-1]]), ring)
+
+        def turn(ring: jax.Array, new: jax.Array) -> jax.Array:
+            return jnp.where(seen, jnp.concatenate([new[None], ring[:-1]]), ring)
+
         return replace(self, lows=turn(self.lows, low), highs=turn(self.highs, high))
 
 

@@ -20,11 +20,13 @@ import numpy as np
 
 from unitscale_jax import tree as trees
 from unitscale_jax.formats import round_to_dtype
+from unitscale_jax.quant._lsq import tiles_of
 from unitscale_jax.quant._ops import (
     as_codes,
     asymmetric,
     bounds_of,
     codes_of,
+    nearest_even,
     scales,
     threshold,
 )
@@ -33,19 +35,14 @@ from unitscale_jax.quant._qtensor import QTensor, is_quantized, value_of
 from unitscale_jax.quant._spec import DotSpec, QSpec
 from unitscale_jax.statistics import Stat, required, warn_unseen
 from unitscale_jax.tables import Tabular
-from unitscale_jax.trace.params import (
-    MatrixForm,
-    from_matrices,
-    inverse_factor,
-    to_matrices,
-)
+from unitscale_jax.trace.params import MatrixForm, from_matrices, inverse_factor, to_matrices
 
 EXACT = jax.lax.Precision.HIGHEST
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """What rounding did to one parameter: |X (W - Q)| / |X W|, to nearest and by GPTQ.
+    """The relative errors |X (W - Q)| / |X W| of rounding one parameter in two ways.
 
     Attributes:
         nearest: The error of rounding to nearest.
@@ -73,7 +70,7 @@ class GPTQReport(Tabular):
 
     @property
     def rows(self) -> tuple[tuple[str, Rounded], ...]:
-        """Each parameter with its errors."""
+        """Pairs of a parameter's name and its errors."""
         return tuple(self.errors.items())
 
     def data(self) -> list[dict[str, Any]]:
@@ -81,10 +78,11 @@ class GPTQReport(Tabular):
         return [{"name": name, **asdict(error)} for name, error in self.rows]
 
     def cells(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
-        """One line for each parameter."""
+        """Titles, and one line for each parameter."""
         titles = ["parameter", ">nearest", ">gptq", ">unseen"]
-        line = lambda name, e: [name, f"{e.nearest:.4f}", f"{e.gptq:.4f}", str(e.unseen)]
-        return titles, [line(name, error) for name, error in self.rows]
+        return titles, [
+            [name, f"{e.nearest:.4f}", f"{e.gptq:.4f}", str(e.unseen)] for name, e in self.rows
+        ]
 
 
 def gptq(
@@ -165,18 +163,21 @@ def _rounded(name: str, w: Any, stat: Stat, spec: DotSpec, damp: float) -> tuple
             f"the second moments of what meets {name} are singular in float32 at damp={damp}; give "
             "more batches, or a larger damp."
         )
-    error = lambda t: _errors(w, h, t, stat.layout)
-    return made, Rounded(error(encode(w, spec)), error(made), int(stat.unseen.sum()))
+    nearest, best = (_relative_error(w, h, t, stat.layout) for t in (encode(w, spec), made))
+    return made, Rounded(nearest, best, int(stat.unseen.sum()))
 
 
-def _errors(w: jax.Array, h: jax.Array, t: QTensor, layout: MatrixForm) -> float:
+def _relative_error(w: jax.Array, h: jax.Array, t: QTensor, layout: MatrixForm) -> float:
+    """|X (W - Q)| / |X W| by H alone, since |X M|^2 = tr(M' X' X M); 0 if X W is zero."""
     wide = round_to_dtype(w)
     off = value_of(t.astype(jnp.float32)) - wide
-    power = lambda x: jnp.einsum("bkn,bkl,bln->", x, h, x, precision=EXACT)
-    whole = power(to_matrices(wide, layout))
-    return float(
-        jnp.sqrt(jnp.maximum(power(to_matrices(off, layout)), 0) / jnp.where(whole > 0, whole, 1))
-    )
+
+    def power(x: jax.Array) -> jax.Array:
+        matrices = to_matrices(x, layout)
+        return jnp.einsum("bkn,bkl,bln->", matrices, h, matrices, precision=EXACT)
+
+    whole = power(wide)
+    return float(jnp.sqrt(jnp.maximum(power(off), 0) / jnp.where(whole > 0, whole, 1)))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
@@ -185,7 +186,7 @@ def _on_device(
 ) -> tuple[QTensor, jax.Array]:
     assert spec.w.axes is not None
     shape, axes = w.shape, tuple(axis % w.ndim for axis in spec.w.axes)
-    tiles = 1 if spec.w.group is None else shape[axes[-1]] // spec.w.group.size
+    tiles = tiles_of(shape, spec.w)
     sizes = [shape[axis] for axis in layout.contracted]
     order = _by_tiles(sizes, tiles)
     columns = to_matrices(round_to_dtype(w), layout)[:, order]
@@ -208,13 +209,22 @@ def _on_device(
 
 
 def _by_tiles(sizes: list[int], tiles: int) -> np.ndarray:
-    """An order of K in which groups, which are along the last of its axes, are consecutive."""
+    """An order of K in which groups, which are along the last of its axes, are consecutive.
+
+    Two contracted axes (2, 4) with two groups along the second: K = 0..7 is taken as
+    0 1 4 5, 2 3 6 7.
+    """
     k = np.arange(math.prod(sizes)).reshape(-1, tiles, sizes[-1] // tiles)
     return k.swapaxes(0, 1).reshape(-1)
 
 
 def _columns(w: jax.Array, h: jax.Array, spec: QSpec, tiles: int, damp: float) -> dict[str, Any]:
-    """One matrix (K, outputs) by its H: codes, and scales for each tile."""
+    """One matrix (K, outputs) by its H: codes, and scales for each tile.
+
+    Two loops: over tiles, whose scales are taken from what earlier columns have left of them, and
+    over the columns of a tile. A column spreads its error over all later columns, those of other
+    tiles too.
+    """
     size = w.shape[0] // tiles
     u, _ = inverse_factor(h, damp)  # whose rows of unseen inputs spread no error
     zero = w == 0
@@ -227,6 +237,8 @@ def _columns(w: jax.Array, h: jax.Array, spec: QSpec, tiles: int, damp: float) -
             row = w[k]
             code, value = _nearest(row, fixed, spec)
             nothing = fixed["zero_point"].astype(jnp.float32) if "zero_point" in fixed else 0.0
+            # What was pruned stays zero, though earlier errors were spread over it; it gives its
+            # whole value on to later columns.
             code = jnp.where(zero[k], nothing, code)
             value = jnp.where(zero[k], np.float32(0), value)
             spread = jnp.where(jnp.arange(w.shape[0]) > k, u[k] / u[k, k], np.float32(0))
@@ -247,7 +259,7 @@ _OUT = ("scale", "zero_point", "multiplier")
 
 
 def _whole(w: jax.Array, spec: QSpec) -> Any:
-    """What the integer groups of a channel share: its scale, and the inverse."""
+    """The scale, and its inverse, that the integer groups of a channel share; else None."""
     if spec.group is None or spec.group.scale == "free":
         return None
     reach = np.float32(spec.max_code * spec.most_multiplier)
@@ -262,11 +274,12 @@ def _bound(w: jax.Array, spec: QSpec, size: int) -> jax.Array:
 
 
 def _fixed(rows: jax.Array, whole: Any, spec: QSpec) -> dict[str, jax.Array]:
-    """What is fixed for some rows (rows, outputs): scale, inverse, and the code of zero."""
+    """The scale, its inverse, and the code of zero or the integer of a group, for rows (K, n)."""
     if not spec.symmetric:
         low, high = spec.calibrator.bounds(rows, (0,))
         _, scale, point = asymmetric(rows, low, high, spec)
-        inverse = _inverse(high - low, spec)
+        r, n = high - low, 2**spec.grid.bits - 1
+        inverse = jnp.where(r < threshold(n), 0.0, np.float32(n) / r)
         return {"scale": scale[0], "inverse": inverse[0], "zero_point": point[0]}
     m = _bound(rows, spec, rows.shape[0])[0]
     if whole is None:
@@ -278,19 +291,13 @@ def _fixed(rows: jax.Array, whole: Any, spec: QSpec) -> dict[str, jax.Array]:
     return {"scale": scale, "inverse": inverse, "multiplier": multiplier.astype(jnp.int8)}
 
 
-def _inverse(r: jax.Array, spec: QSpec) -> jax.Array:
-    n = 2**spec.grid.bits - 1
-    return jnp.where(r < threshold(n), 0.0, np.float32(n) / r)
-
-
 def _nearest(row: jax.Array, fixed: dict[str, jax.Array], spec: QSpec) -> tuple[Any, jax.Array]:
     """Codes as float32, and the values they stand for."""
     steps = row * fixed["inverse"]
     if "zero_point" in fixed:
         point = fixed["zero_point"].astype(jnp.float32)
         least = -np.float32(2 ** (spec.grid.bits - 1))
-        whole = jax.lax.round(steps, jax.lax.RoundingMethod.TO_NEAREST_EVEN) + point
-        code = jnp.clip(whole, least, -least - 1)
+        code = jnp.clip(nearest_even(steps) + point, least, -least - 1)
         return code, (code - point) * fixed["scale"]
     by = fixed["multiplier"].astype(jnp.float32) if "multiplier" in fixed else np.float32(1)
     code = codes_of(steps * (1 / by), spec).astype(jnp.float32)

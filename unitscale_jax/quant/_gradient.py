@@ -9,29 +9,18 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 
 from unitscale_jax.mesh_axes import zeros
 from unitscale_jax.quant._cpu_forms import transposed
 from unitscale_jax.quant._ops import repeat_groups
-from unitscale_jax.quant._qtensor import QTensor, integer_codes, is_quantized, value_of
+from unitscale_jax.quant._qtensor import QTensor, is_quantized, steps_of, value_of
 from unitscale_jax.quant._served import Unquantizable, served
 from unitscale_jax.quant._spec import DotSpec
 from unitscale_jax.quant._views import view
-from unitscale_jax.trace.params import (
-    Conv,
-    Dot,
-    Product,
-    product_of,
-)
+from unitscale_jax.trace.params import Conv, Dot, Product, product_of
 from unitscale_jax.trace.program import Site, not_before
-from unitscale_jax.trace.rewrite import (
-    as_traced,
-    noted,
-    operand_enters,
-    taking,
-)
-from unitscale_jax.typing import Key
+from unitscale_jax.trace.rewrite import as_traced, noted, operand_enters, taking
+from unitscale_jax.typing import DType, Key
 
 Multiply = Callable[..., Any]
 T = TypeVar("T")
@@ -53,9 +42,10 @@ def straight_through(
     def compiled() -> Callable[..., jax.Array]:
         # Of the program that the product stands in, nothing is kept but its own equation.
         alone = replace(product, site=Site(product.site.eqn, 0), extra=(), note={})
-        run = lambda extra, sides, key: _straight_through(
-            replace(alone, extra=extra), sides, spec, key, multiply
-        )
+
+        def run(extra: Any, sides: list[Any], key: Key | None) -> jax.Array:
+            return _straight_through(replace(alone, extra=extra), sides, spec, key, multiply)
+
         return jax.jit(run, inline=True)
 
     program = _once(_PROGRAMS, _kind(product, sides, spec), compiled)
@@ -68,7 +58,7 @@ _MOST_KINDS = 512
 
 
 def _once(cache: dict[Any, T], kind: Any, make: Callable[[], T]) -> T:
-    """What `make` gives for a kind of product, made once while the kind is remembered.
+    """Returns what `make` gives for a kind of product, made once while the kind is remembered.
 
     A dict keeps the order in which keys were put in, so that the kind which was asked for longest
     ago stands first, and is forgotten first.
@@ -83,6 +73,9 @@ def _once(cache: dict[Any, T], kind: Any, make: Callable[[], T]) -> T:
 def _straight_through(
     product: Product, sides: list[Any], spec: DotSpec, key: Key | None, multiply: Multiply
 ) -> jax.Array:
+    # Codes have no derivative. The carriers, master arrays and float operands, are arguments of the
+    # custom derivative that its value does not read, so their cotangents are what `bwd` returns;
+    # the value is a function of the other argument, in which nothing is differentiated.
     carriers = [t.master if is_quantized(t) else t for t in sides]
     with operand_enters():
         parts = [
@@ -105,8 +98,11 @@ def _straight_through(
         parts, (extra, key), like = kept
         g = g if product.across is None else product.across.transposed(g)
         open_product = replace(product, extra=extra)
-        backward = lambda side: _backward(open_product, parts, side, g, spec, key, multiply)
-        return [None if c is None else backward(k).astype(c.dtype) for k, c in enumerate(like)]
+
+        def backward(side: int, dtype: DType) -> jax.Array:
+            return _backward(open_product, parts, side, g, spec, key, multiply).astype(dtype)
+
+        return [None if c is None else backward(k, c.dtype) for k, c in enumerate(like)]
 
     traced_back = back if taking() else jax.jit(back, inline=True)
 
@@ -173,7 +169,7 @@ _REFUSALS: dict[Any, tuple[str, ...]] = {}
 
 
 def _kind(product: Product, parts: list[Any], spec: DotSpec) -> Any:
-    """All that a backward pass is chosen by: the equation, the types of its operands, the spec."""
+    """The key of a kind: all that a program depends on, equation, types of operands, and spec."""
     leaves, structure = jax.tree.flatten(parts)
     params = frozenset(product.site.eqn.params.items())
     types = tuple(map(jax.typeof, leaves))
@@ -208,11 +204,8 @@ def _waiting(t: QTensor, g: jax.Array) -> QTensor:
 
 
 def _value(t: QTensor) -> jax.Array:
-    """As `value_of`, but for derivatives, which need not be the same bits in every program."""
-    whole = integer_codes(t).astype(jnp.float32)
-    if t.zero_point is not None:
-        whole = whole - repeat_groups(t.zero_point, t.shape).astype(jnp.float32)
-    return (whole * repeat_groups(t.scale, t.shape)).astype(t.dtype)
+    """The value for derivatives, which unlike `value_of` need not be the same bits everywhere."""
+    return (steps_of(t) * repeat_groups(t.scale, t.shape)).astype(t.dtype)
 
 
 def _quantized_backward(
@@ -259,10 +252,10 @@ def _multiplied(
 
 
 def _backward_spec(product: Product, other: QTensor, spec: DotSpec) -> DotSpec:
-    """How a transposed product is computed.
+    """The spec by which a transposed product is computed on codes.
 
     Raises:
-        Unquantizable: It is not, but in floating point.
+        Unquantizable: There is none, and the product is computed in floating point.
     """
     assert spec.g is not None
     if not isinstance(product, Dot | Conv):

@@ -9,13 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax import tree as trees
-from unitscale_jax.quant._lsq import (
-    Learned,
-    first_of_mean,
-    first_scale,
-    is_learned,
-    least_scale,
-)
+from unitscale_jax.quant._lsq import Learned, first_of_mean, first_scale, is_learned, least_scale
 from unitscale_jax.quant._params import QuantRules, agrees, check_leaf, match
 from unitscale_jax.quant._qtensor import is_quantized
 from unitscale_jax.quant._spec import DotSpec, QSpec
@@ -99,7 +93,7 @@ def _first(x: jax.Array, spec: QSpec) -> jax.Array:
 
 
 def _check_spec(name: str, spec: DotSpec) -> None:
-    """Whether scales can be learned by a spec.
+    """Checks that scales can be learned by a spec.
 
     Raises:
         ValueError: They cannot; the message names the parameter and the way out.

@@ -1,4 +1,4 @@
-"""What a rewrite left in floating point, and whether a rule decided on anything at all.
+"""The account of a rewrite: equations left in floating point, and rules that decided nothing.
 
 A rule ends somewhere: the codes of a parameter that has one, and meets products, reach one of them
 at least, or it is an error that names what is in the way. A product that codes have reached may
@@ -13,13 +13,7 @@ from typing import Any
 
 from unitscale_jax.quant._qtensor import is_quantized, value_of
 from unitscale_jax.quant._spec import DotSpec
-from unitscale_jax.trace.params import (
-    ACTIVATION,
-    Meeting,
-    Origin,
-    provenance,
-    rule_names,
-)
+from unitscale_jax.trace.params import ACTIVATION, Meeting, Origin, provenance, rule_names
 from unitscale_jax.trace.program import Jaxpr, Place, Site
 
 
@@ -40,7 +34,7 @@ class Unquantized:
 
 @dataclass
 class Account:
-    """What a rewrite did with the codes of parameters.
+    """The record of what a rewrite did with the codes of parameters.
 
     Attributes:
         jaxpr: The equations of the function.
@@ -61,7 +55,7 @@ class Account:
         return provenance(self.jaxpr, self.sources)
 
     def origins(self, site: Site) -> tuple[Origin, ...]:
-        """Where the operands of an equation come from; found when it is asked, by a walk."""
+        """Origins of the operands of an equation, found by a walk when they are first asked for."""
         while self.bodies:
             call, jaxpr = self.bodies.pop(0)
             own = self._origins.get(call.place, ())
@@ -79,7 +73,7 @@ class Account:
         return "; ".join(dict.fromkeys(each))
 
     def check(self, met: Mapping[str, Sequence[Meeting]], specs: Mapping[str, DotSpec]) -> None:
-        """Whether each parameter with a rule that meets products reached one of them as codes.
+        """Checks that each parameter with a rule that meets products reached one of them as codes.
 
         A rule for weights alone asks for no product of integers: where its codes are dequantized,
         they are weights of as few values all the same.
@@ -103,7 +97,10 @@ class Account:
 
     def _in_the_way(self, name: str) -> str:
         """The equations that took an array in place of the codes of a parameter."""
-        meets = lambda site: any(name in origin.names for origin in self.origins(site))
+
+        def meets(site: Site) -> bool:
+            return any(name in origin.names for origin in self.origins(site))
+
         found = [left for left in self.left if not left.backward and meets(left.site)]
         each = (f"{self.named(left.site)} ({left.why})" for left in found or self.left)
         return "; ".join(dict.fromkeys(each))

@@ -22,7 +22,14 @@ from unitscale_jax.formats import round_to_dtype
 from unitscale_jax.fwd_bwd import straight_through
 from unitscale_jax.mesh_axes import match_vma
 from unitscale_jax.quant._calibrators import AxisNumbers, Calibrator
-from unitscale_jax.quant._ops import bounds_of, codes_of, no_fma, repeat_groups, threshold
+from unitscale_jax.quant._ops import (
+    bounds_of,
+    codes_of,
+    nearest_even,
+    no_fma,
+    repeat_groups,
+    threshold,
+)
 from unitscale_jax.quant._qtensor import ARRAYS, QTensor, moved, source_of
 from unitscale_jax.quant._spec import DotSpec, QSpec
 from unitscale_jax.typing import DType
@@ -56,12 +63,12 @@ class Learned(trees.Compound):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the master array."""
+        """The shape of the master array, which is the parameter's."""
         return tuple(self.master.shape)
 
     @property
     def dtype(self) -> DType:
-        """Dtype of the master array."""
+        """The dtype of the master array, which is the parameter's."""
         return np.dtype(self.master.dtype)
 
     @property
@@ -114,12 +121,12 @@ class Trained(QTensor):
 
 
 def is_learned(leaf: Any) -> TypeGuard[Learned]:
-    """Whether a leaf is a `Learned`."""
+    """Tells whether a leaf of a tree is a `Learned`."""
     return isinstance(leaf, Learned)
 
 
 def encoded(leaf: Learned) -> QTensor:
-    """What is served: codes by the trained scale, NaN where the array is not finite."""
+    """The codes that are served, by the trained scale; NaN where the array is not finite."""
     w, shape = leaf.spec.w, leaf.shape
     assert w.axes is not None
     axes = tuple(axis % len(shape) for axis in w.axes)
@@ -135,30 +142,26 @@ def encoded(leaf: Learned) -> QTensor:
 
 
 def trained(leaf: Learned) -> Trained:
-    """What `quantized` computes with: what is served, and where its gradients go."""
+    """The codes that `quantized` computes with, and the carrier that takes their gradients."""
     t = encoded(leaf)
     scale = _kept(leaf.scale, leaf.spec.w)
     count = math.prod(leaf.shape) // max(math.prod(scale.shape), 1)
     master = carrier(leaf.master, scale, leaf.spec.w.max_code, count)
-    return Trained(
-        t.codes,
-        t.scale,
-        input_range=t.input_range,
-        master=master,
-        spec=t.spec,
-        axes=t.axes,
-        dtype=t.dtype,
-    )
+    statics = {"spec": t.spec, "axes": t.axes, "dtype": t.dtype}
+    return Trained(t.codes, t.scale, input_range=t.input_range, master=master, **statics)
 
 
 def entered(tree: Any) -> Any:
     """A tree with a `Trained` for every `Learned`."""
-    swap = lambda leaf: trained(leaf) if is_learned(leaf) else leaf
+
+    def swap(leaf: Any) -> Any:
+        return trained(leaf) if is_learned(leaf) else leaf
+
     return jax.tree.map(swap, tree, is_leaf=trees.is_compound)
 
 
 def tiles_of(shape: tuple[int, ...], spec: QSpec) -> int:
-    """How many groups there are along the last of the axes that share a scale."""
+    """Number of groups along the last of the axes that share a scale; 1 without groups."""
     assert spec.axes is not None
     return 1 if spec.group is None else shape[max(spec.axes)] // spec.group.size
 
@@ -186,18 +189,18 @@ def _backward(q: int, count: int, kept: Any, g: jax.Array) -> tuple[jax.Array, j
     x, scale = kept
     steps = round_to_dtype(x) * repeat_groups(1 / scale, x.shape)
     inside = jnp.abs(steps) < q
-    slope = jnp.where(inside, _rounded(steps) - steps, jnp.sign(steps) * np.float32(q))
-    repeat = lambda s: jnp.broadcast_to(repeat_groups(s, x.shape), x.shape)
-    (total,) = jax.vjp(repeat, scale)[1](slope * g.astype(jnp.float32))  # sums for each scale
+    slope = jnp.where(inside, nearest_even(steps) - steps, jnp.sign(steps) * np.float32(q))
+
+    def repeat(s: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(repeat_groups(s, x.shape), x.shape)
+
+    # The transpose of repeating a scale to its elements sums over the elements of each scale.
+    (total,) = jax.vjp(repeat, scale)[1](slope * g.astype(jnp.float32))
     dx = jnp.where(inside, g, jnp.zeros_like(g))
     return match_vma((dx, total * np.float32(1 / math.sqrt(max(count, 1) * q))), (x, scale))
 
 
 carrier.defvjp(_forward, _backward)
-
-
-def _rounded(steps: jax.Array) -> jax.Array:
-    return jax.lax.round(steps, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
 
 
 def least_scale(spec: QSpec) -> np.float32:
@@ -247,6 +250,6 @@ class _Mean(Calibrator):
     """The mean magnitude, which is no bound, by the axes and groups of one."""
 
     def bound(self, x: jax.Array, axes: AxisNumbers, error: Any) -> jax.Array:
-        """Mean |x|."""
+        """The mean magnitude over `axes`."""
         del error
         return jnp.mean(jnp.abs(x), axis=axes, keepdims=True)

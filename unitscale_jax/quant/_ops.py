@@ -56,7 +56,11 @@ def threshold(q: float) -> np.float32:
 
 
 def scales(m: jax.Array, spec: QSpec) -> tuple[jax.Array, jax.Array]:
-    """Scale and its inverse for a bound m; of less than t(Q) 1 and 0, of NaN NaN."""
+    """Scale m / Q and its inverse Q / m for a bound m.
+
+    Below t(Q) the two are not both normal numbers, and a flushed one would make NaN of zeros: the
+    scale is 1 there and the inverse 0, so all codes are zero. Of NaN both are NaN.
+    """
     q = spec.max_code
     zero = m < threshold(q)  # `<`, so that a NaN stays one
     step = m * np.float32(1 / q)
@@ -66,7 +70,10 @@ def scales(m: jax.Array, spec: QSpec) -> tuple[jax.Array, jax.Array]:
     # ceil(log2(m / Q)): frexp's fraction is in [1/2, 1), and a power of two is its own ceiling.
     exponent = jnp.where(zero, 0, jnp.where(fraction == 0.5, exponent - 1, exponent))
     finite = jnp.isfinite(step)
-    power = lambda e, otherwise: jnp.where(finite, jnp.ldexp(jnp.float32(1), e), otherwise)
+
+    def power(e: jax.Array, otherwise: jax.Array) -> jax.Array:
+        return jnp.where(finite, jnp.ldexp(jnp.float32(1), e), otherwise)
+
     return power(exponent, step), jnp.where(zero, 0.0, power(-exponent, 1 / step))
 
 
@@ -92,8 +99,13 @@ def codes_of(steps: jax.Array, spec: QSpec, key: Key | None = None) -> jax.Array
     elif key is not None and spec.rounding == "stochastic":
         steps = jnp.floor(steps + jax.random.uniform(key, steps.shape))
     else:
-        steps = jax.lax.round(steps, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
+        steps = nearest_even(steps)
     return as_codes(jnp.clip(steps, -q, q), spec)
+
+
+def nearest_even(x: jax.Array) -> jax.Array:
+    """Rounds to whole numbers, ties to even."""
+    return jax.lax.round(x, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
 
 
 def as_codes(whole: jax.Array, spec: QSpec) -> jax.Array:
@@ -108,17 +120,15 @@ def asymmetric(x: jax.Array, low: jax.Array, high: jax.Array, spec: QSpec) -> An
     """Codes, scale and zero point for a range that contains zero."""
     n = 2**spec.grid.bits - 1
     least = -(2 ** (spec.grid.bits - 1))
-    whole = lambda v: jax.lax.round(v, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
     r = high - low
     r = jnp.where(jnp.isinf(r), np.float32(np.nan), r)  # else an infinity would stay one
     zero = r < threshold(n)
     scale = jnp.where(zero, 1.0, r * np.float32(1 / n))
     inverse = jnp.where(zero, 0.0, np.float32(n) / r)
-    point = jnp.clip(least - whole(low * inverse), least, least + n)
+    point = jnp.clip(least - nearest_even(low * inverse), least, least + n)
     # The zero point is added after rounding, where no multiply-add can be fused.
-    codes = jnp.clip(
-        whole(x * repeat_groups(inverse, x.shape)) + repeat_groups(point, x.shape), least, least + n
-    )
+    steps = nearest_even(x * repeat_groups(inverse, x.shape))
+    codes = jnp.clip(steps + repeat_groups(point, x.shape), least, least + n)
     return as_codes(codes, spec), scale, point.astype(jnp.int32)
 
 

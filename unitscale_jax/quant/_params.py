@@ -1,4 +1,4 @@
-"""From parameters to codes, leaf by leaf."""
+"""The way from parameters to codes, leaf by leaf: `quantize`, its rules and its checks."""
 
 import contextlib
 import functools
@@ -14,7 +14,7 @@ import numpy as np
 from unitscale_jax import rules as named_rules, tree as trees
 from unitscale_jax.errors import not_divisible
 from unitscale_jax.formats import round_to_dtype
-from unitscale_jax.quant._lsq import Learned, encoded, is_learned
+from unitscale_jax.quant._lsq import encoded, is_learned, tiles_of
 from unitscale_jax.quant._ops import (
     asymmetric,
     bounds_of,
@@ -78,8 +78,8 @@ def quantize(
     check_names(stats, known)
     chosen |= {name: spec for name, spec in found.items() if spec is not None}
     done = dict(known)
-    bytes_of = lambda name: trees.nbytes(known[name])
-    for name in sorted(chosen, key=bytes_of):  # small ones first, which frees most for the largest
+    # Small ones first: the largest is doubled by its codes when most of the others are freed.
+    for name in sorted(chosen, key=lambda name: trees.nbytes(known[name])):
         leaf, spec = known[name], chosen[name]
         done[name] = _quantized(name, leaf, spec, range_of(stats, name))
         array = leaf.master if is_learned(leaf) else leaf
@@ -109,7 +109,7 @@ def _checked(pair: tuple[Any, Any]) -> DotSpec:
 
 
 def agrees(held: DotSpec, asked: DotSpec) -> bool:
-    """Whether a spec is the asked one, whose axes may be open."""
+    """True if a spec is the asked one, whose axes may be open."""
     return held == (asked if asked.w.axes is not None else asked.with_axes(held.w.axes))
 
 
@@ -120,10 +120,10 @@ def range_of(stats: Mapping[str, Any] | None, name: str) -> Any:
 
 
 def check_range(name: str, input_range: Any) -> None:
-    """Whether a parameter whose activation has a learned scale is given no other range.
+    """Checks that a parameter whose activation has a learned scale is given no other range.
 
     Raises:
-        ValueError: It is; the message says the way out.
+        ValueError: It is given one; the message says the way out.
     """
     if input_range is not None:
         raise ValueError(
@@ -158,12 +158,11 @@ def widths_by_name(args: tuple[Any, ...]) -> Iterator[None]:
     try:
         yield
     except TypeError as error:
-        found = re.search(
+        shapes = re.search(
             r"contracting dimensions .*got \(([\d, ]+)\) and \(([\d, ]+)\)", str(error)
         )
-        widths = (
-            [] if found is None else [int(n) for n in re.findall(r"\d+", " ".join(found.groups()))]
-        )
+        digits = [] if shapes is None else re.findall(r"\d+", " ".join(shapes.groups()))
+        widths = list(map(int, digits))
         params = args[0] if args and widths else ()
         for name, t in trees.named_leaves(params, is_leaf=is_quantized).items():
             own = [t.shape[axis] for axis in t.axes] if is_quantized(t) else []
@@ -177,7 +176,7 @@ def widths_by_name(args: tuple[Any, ...]) -> Iterator[None]:
 
 
 def check_leaf(name: str, leaf: Any, spec: DotSpec) -> None:
-    """Whether a parameter can be quantized by a spec.
+    """Checks that a parameter can be quantized by a spec.
 
     Raises:
         ValueError: It cannot; the message names it and the way out.
@@ -200,7 +199,7 @@ def check_leaf(name: str, leaf: Any, spec: DotSpec) -> None:
 
 
 def check_dtype(name: str, dtype: Any) -> None:
-    """Whether parameters of a dtype have codes.
+    """Checks that parameters of a dtype have codes.
 
     Raises:
         ValueError: They have none; the message names the parameter and the way out.
@@ -214,9 +213,7 @@ def check_dtype(name: str, dtype: Any) -> None:
         )
 
 
-@jax.jit
-def _of_learned(leaf: Learned) -> QTensor:
-    return encoded(leaf)
+_of_learned = jax.jit(encoded)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -237,8 +234,9 @@ def encode(x: jax.Array, spec: DotSpec, over: Sequence[str] = ()) -> QTensor:
     if not w.symmetric:
         codes, scale, point = asymmetric(v, *ends_of(v, axes, w, over), w)
         return _summed(made(codes, scale, point))
-    tiles = 1 if w.group is None else x.shape[max(axes)] // w.group.size
-    m = bounds_of(v, axes, w, tiles, over if w.group is None else ())
+    # Groups are whole on each device, so devices share no bound of theirs; integer groups share the
+    # scale of a channel, which `integer_groups` sees to.
+    m = bounds_of(v, axes, w, tiles_of(x.shape, w), over if w.group is None else ())
     if w.group is not None and w.group.scale == "integer":
         codes, scale, multiplier = integer_groups(v, m, max(axes), w, over)
         return _summed(made(codes, scale, multiplier=multiplier))
@@ -253,7 +251,7 @@ def _summed(t: QTensor) -> QTensor:
 
 
 def inside(x: jax.Array, t: QTensor, over: Sequence[str] = ()) -> jax.Array:
-    """Where the values of the master are within its range, and so receive gradients.
+    """A mask of the values that are within their range, and so receive gradients.
 
     `over` as of `encode`.
     """
@@ -263,7 +261,6 @@ def inside(x: jax.Array, t: QTensor, over: Sequence[str] = ()) -> jax.Array:
     if not w.symmetric:
         low, high = ends_of(v, axes, w, over)
         return (low <= v) & (v <= high)
-    tiles = 1 if w.group is None else x.shape[axes[-1]] // w.group.size
-    m = bounds_of(v, axes, w, tiles, over if w.group is None else ())
+    m = bounds_of(v, axes, w, tiles_of(x.shape, w), over if w.group is None else ())
     # |x| <= m, and never Q s: f32(127) s is below m for 4 % of all m.
     return jnp.abs(v) <= repeat_groups(m, x.shape)

@@ -17,7 +17,7 @@ import numpy as np
 
 from unitscale_jax import tree as trees
 from unitscale_jax.fwd_bwd import straight_through
-from unitscale_jax.quant._ops import repeat_groups, round_and_cast
+from unitscale_jax.quant._ops import repeat_groups, round_and_cast, tiled
 from unitscale_jax.quant._spec import DotSpec
 from unitscale_jax.typing import DType
 
@@ -64,16 +64,16 @@ class QTensor(trees.Compound):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the array it stands for."""
+        """The shape of the array that the codes stand for."""
         return tuple(self.codes.shape)
 
     @property
     def ndim(self) -> int:
-        """The rank of the array it stands for."""
+        """The rank of the array that the codes stand for."""
         return len(self.shape)
 
     def astype(self, dtype: Any) -> "QTensor":
-        """The same codes and scales, standing for an array of another float dtype."""
+        """Codes and scales as they are, standing for an array of another float dtype."""
         return replace(self, dtype=np.dtype(dtype))
 
     def take(self, axis: int, at: np.ndarray) -> "QTensor":
@@ -102,12 +102,12 @@ class QTensor(trees.Compound):
         return {name: x for name, x in every.items() if x is not None}
 
     def with_sums(self) -> "QTensor":
-        """The same codes with their sums over the axes that share a scale, in `code_sums`."""
+        """Adds `code_sums`, the sums of codes over the axes that share a scale."""
         return replace(self, code_sums=_sums(self))
 
     @property
     def groups(self) -> int:
-        """How many groups the last of `axes` has; 1 without groups."""
+        """Number of groups along the last of `axes`; 1 without groups."""
         by = self.scale if self.multiplier is None else self.multiplier
         return by.shape[max(self.axes)] if self.axes else 1
 
@@ -118,7 +118,11 @@ class QTensor(trees.Compound):
 
 
 def _moved(t: QTensor, axis: int, source: np.ndarray) -> QTensor:
-    """An axis made anew; `source` says which position each comes from, -1 of a zero."""
+    """An axis made anew; `source` says which position each comes from, -1 of a zero.
+
+    Zero has the code of the zero point where there is one, and 0 elsewhere. A channel of zeros has
+    scale and multiplier 1, as a channel of zeros has that is quantized.
+    """
     shared = axis - t.ndim in t.axes
     zero = t.zero_point if shared and t.zero_point is not None else 0
     fills = {"codes": zero, "scale": 1, "multiplier": 1}
@@ -133,16 +137,19 @@ def _moved(t: QTensor, axis: int, source: np.ndarray) -> QTensor:
 
 
 def source_of(at: np.ndarray, size: int) -> np.ndarray:
-    """For each of `size` positions which of `at` it is, or -1."""
+    """For each of `size` positions which of `at` it is, or -1: [1, 3] of 4 -> [-1, 0, -1, 1]."""
     source = np.full(size, -1)
     source[at] = np.arange(len(at))
     return source
 
 
 def moved(x: Any, axis: int, source: np.ndarray, size: int, fill: Any) -> Any:
-    """An axis of an array, or of what belongs to groups along one of `size`, made anew."""
+    """An axis of `size` made anew, of an array or of what is like its scale, `fill` for -1.
+
+    `source` has -1 for positions of zeros, which index the one row of `fill` at the end.
+    """
     count = x.shape[axis]
-    if count != size:
+    if count != size:  # like the scale: one for the whole axis, or one for each group along it
         if count == 1:
             return x
         source = _groups_of(source, size // count, axis)
@@ -152,7 +159,11 @@ def moved(x: Any, axis: int, source: np.ndarray, size: int, fill: Any) -> Any:
 
 
 def _groups_of(source: np.ndarray, size: int, axis: int) -> np.ndarray:
-    """The groups that positions come from."""
+    """The groups that positions come from: groups of 2, [2, 3, -1, -1] -> [1, -1].
+
+    Raises:
+        ValueError: Part of a group is taken, or its positions in another order.
+    """
     whole = len(source) % size == 0
     rows = source.reshape(-1, size) if whole else source[:0].reshape(0, size)
     groups = np.where(rows[:, :1] < 0, -1, rows[:, :1] // size)
@@ -166,12 +177,12 @@ def _groups_of(source: np.ndarray, size: int, axis: int) -> np.ndarray:
 
 
 def is_quantized(leaf: Any) -> TypeGuard[QTensor]:
-    """Whether a leaf is a `QTensor`."""
+    """Tells whether a leaf of a tree is a `QTensor`."""
     return isinstance(leaf, QTensor)
 
 
 def has_codes(dtype: Any) -> bool:
-    """Whether arrays of a dtype can be quantized: floats of 16 or 32 bits."""
+    """True if arrays of a dtype can be quantized: floats of 16 or 32 bits."""
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits in (16, 32)
 
 
@@ -190,17 +201,21 @@ def _sums(t: QTensor) -> jax.Array:
     if tiles == 1:
         return jnp.sum(whole, axis=axes, keepdims=True)
     last = axes[-1]
-    cut = whole.reshape(*t.shape[:last], tiles, -1, *t.shape[last + 1 :])
     inner = tuple(a if a < last else a + 1 for a in axes)
-    return jnp.sum(cut, axis=inner, keepdims=True).squeeze(last + 1)
+    return jnp.sum(tiled(whole, last, tiles), axis=inner, keepdims=True).squeeze(last + 1)
+
+
+def steps_of(t: QTensor) -> jax.Array:
+    """The values in units of the scale, float32: (codes - zero_point) * multiplier."""
+    steps = integer_codes(t).astype(jnp.float32)
+    if t.zero_point is not None:
+        steps = steps - repeat_groups(t.zero_point, t.shape).astype(jnp.float32)
+    return steps
 
 
 def value_of(t: QTensor) -> jax.Array:
     """The array a QTensor stands for, in its dtype; gradients go to the master, if it has one."""
-    whole = integer_codes(t).astype(jnp.float32)
-    if t.zero_point is not None:
-        whole = whole - repeat_groups(t.zero_point, t.shape).astype(jnp.float32)
-    value = round_and_cast(whole * repeat_groups(t.scale, t.shape), t.dtype)
+    value = round_and_cast(steps_of(t) * repeat_groups(t.scale, t.shape), t.dtype)
     return value if t.master is None else straight_through(value, t.master.astype(t.dtype))
 
 
@@ -214,5 +229,8 @@ def dequantize(params: Any) -> Any:
         >>> tree["w"].codes.tolist(), dequantize(tree)["w"].tolist()
         ([[127, 127], [-127, 32]], [[1.0, 2.0], [-1.0, 0.5039370059967041]])
     """
-    swap = lambda leaf: value_of(leaf) if is_quantized(leaf) else leaf
+
+    def swap(leaf: Any) -> Any:
+        return value_of(leaf) if is_quantized(leaf) else leaf
+
     return jax.tree.map(swap, params, is_leaf=is_quantized)

@@ -29,29 +29,15 @@ from unitscale_jax.quant._params import (
     range_of,
     widths_by_name,
 )
-from unitscale_jax.quant._qtensor import (
-    is_quantized,
-    value_of,
-)
+from unitscale_jax.quant._qtensor import QTensor, is_quantized, value_of
 from unitscale_jax.quant._quantizer import Quantizer
 from unitscale_jax.quant._roles import resolved
 from unitscale_jax.quant._spec import DotSpec
 from unitscale_jax.quant._views import logical
 from unitscale_jax.statistics import check_names
-from unitscale_jax.trace.params import (
-    DeviceSum,
-    Meeting,
-    device_sums,
-    input_origins,
-    meetings,
-)
-from unitscale_jax.trace.program import (
-    Place,
-    trace_call,
-)
-from unitscale_jax.trace.rewrite import (
-    as_traced,
-)
+from unitscale_jax.trace.params import DeviceSum, Meeting, device_sums, input_origins, meetings
+from unitscale_jax.trace.program import Place, trace_call
+from unitscale_jax.trace.rewrite import as_traced
 from unitscale_jax.typing import Key
 
 
@@ -121,7 +107,9 @@ def quantized(
         known = input_origins(staged, sources)
         check_names(stats, trees.names(sources))
         chosen = [] if rules is None else resolved(rules, staged, params, sources)
-        _check_key([*chosen, *_learned_specs(params)], key)
+        codes = _codes(params)
+        learned = [(name, t.spec) for name, t in codes.items() if isinstance(t, Trained)]
+        _check_key([*chosen, *learned], key)
         specs = {name: spec for name, spec in chosen if spec.w.axes != ACTIVATIONS}
         sums = device_sums(staged.closed.jaxpr)
         over = _split_over(meetings(staged, sources), sums) if sums and specs else {}
@@ -136,15 +124,17 @@ def quantized(
         if strict and account.left:
             raise ValueError(f"left in floating point: {account}.")
         if account.left:
-            account.check(meetings(staged, sources), {**_specs_of_codes(params), **specs})
+            held = {name: t.spec for name, t in codes.items()}
+            account.check(meetings(staged, sources), held | specs)
         return staged.finish([_result(x) for x in out])
 
     return quantized_fn
 
 
-def _learned_specs(params: Any) -> list[tuple[str, DotSpec]]:
+def _codes(params: Any) -> dict[str, QTensor]:
+    """The parameters that came as codes, by name."""
     named = trees.named_leaves(params, is_leaf=is_quantized)
-    return [(name, leaf.spec) for name, leaf in named.items() if isinstance(leaf, Trained)]
+    return {name: leaf for name, leaf in named.items() if is_quantized(leaf)}
 
 
 def _check_key(rules: Sequence[tuple[Any, DotSpec]], key: Key | None) -> None:
@@ -159,10 +149,16 @@ def _check_key(rules: Sequence[tuple[Any, DotSpec]], key: Key | None) -> None:
 def _split_over(
     met: Mapping[str, Sequence[Meeting]], sums: Mapping[Place, DeviceSum]
 ) -> dict[str, tuple[str, ...]]:
-    """By parameter the manual mesh axes that all of its products are summed over."""
-    ends = lambda m: axes_of(sums.get(m.site.place))
-    uses = lambda found: [m for m in found if m.kind in ("product", "lookup")]
-    axes = {name: set(map(ends, uses(found))) for name, found in met.items()}
+    """Parameter -> the manual mesh axes that all of its products are summed over.
+
+    A parameter whose products disagree, one summed over ("model",) and another over nothing, is
+    left out: its codes cannot be those of one device for both.
+    """
+    axes: dict[str, set[tuple[str, ...]]] = {name: set() for name in met}
+    for name, found in met.items():
+        for meeting in found:
+            if meeting.kind in ("product", "lookup"):
+                axes[name].add(axes_of(sums.get(meeting.site.place)))
     return {name: next(iter(one)) for name, one in axes.items() if len(one) == 1}
 
 
@@ -192,9 +188,5 @@ def _entered(
 
 
 def _result(x: Any) -> Any:
+    """A result of the function: codes of a cache stay codes, those of a parameter do not."""
     return value_of(x) if is_quantized(x) and x.master is not None else x
-
-
-def _specs_of_codes(params: Any) -> dict[str, DotSpec]:
-    named = trees.named_leaves(params, is_leaf=is_quantized)
-    return {name: leaf.spec for name, leaf in named.items() if is_quantized(leaf)}

@@ -42,14 +42,7 @@ from unitscale_jax.trace.params import (
     product_of,
     provenance,
 )
-from unitscale_jax.trace.program import (
-    PRODUCTS,
-    ClosedJaxpr,
-    Jaxpr,
-    Place,
-    Site,
-    dtype_of,
-)
+from unitscale_jax.trace.program import PRODUCTS, ClosedJaxpr, Jaxpr, Place, Site, dtype_of
 from unitscale_jax.trace.rewrite import (
     Derivative,
     Rewriter,
@@ -128,7 +121,12 @@ class Quantizer(Rewriter):
         return [*self.returned(site, out[:count]), *alone]
 
     def _forward(self, site: Site, closed: ClosedJaxpr, tangents: int) -> None:
-        """What is to be known of the equations of a derivative before they are replayed."""
+        """Takes down what a derivative's equations are of, before they are replayed.
+
+        They are none of the function's equations, so the walks over those have not seen them: sums
+        over devices, products of activations, and origins are found here. Equations that a tangent
+        reaches must stay linear in it, so these are replayed on arrays.
+        """
         self.account.bodies.append((site, closed.jaxpr))
         self.sums |= device_sums(closed.jaxpr, site, 1)
         rest = [ACTIVATION] * tangents
@@ -251,13 +249,15 @@ class Quantizer(Rewriter):
             operand = replace(operand, input_range=jnp.broadcast_to(operand.input_range, (rows, 2)))
         if first not in operand.axes:
             return operand
-        each = lambda x: jnp.broadcast_to(x, (rows, *x.shape[1:]))
-        change = lambda name, x: each(x) if name in LIKE_SCALE else x
+
+        def change(name: str, x: jax.Array) -> jax.Array:
+            return jnp.broadcast_to(x, (rows, *x.shape[1:])) if name in LIKE_SCALE else x
+
         axes = tuple(axis for axis in operand.axes if axis != first)
         return replace(operand, code_sums=None).over(change, axes=axes)
 
     def entering(self, operand: Any, placement: Any) -> Any:
-        """What enters a `shard_map`: sums over an axis that is cut are made anew inside."""
+        """Drops sums of codes over an axis that a `shard_map` cuts; each shard makes its own."""
         if not is_quantized(operand) or operand.code_sums is None:
             return operand
         entries = [*placement, *[None] * (operand.ndim - len(placement))]
@@ -277,23 +277,25 @@ class Quantizer(Rewriter):
 
 
 def _too_wide(site: Site) -> str:
-    """Why a product of codes is none: the other operand has no codes."""
+    """Says why a product is not of codes: the other operand has a dtype without codes."""
     dtypes = ", ".join(str(dtype) for dtype in site.operands[:2])
     return f"its operands are {dtypes}, and floats of at most 32 bits meet codes"
 
 
 def _typed(operands: Sequence[Any], closed: ClosedJaxpr) -> list[Any]:
     """Operands in the dtypes that a derived body is traced for; a master array has its own."""
-    pairs = zip(operands, map(dtype_of, closed.jaxpr.invars), strict=True)
-    wanted = lambda x, dtype: is_quantized(x) or jnp.result_type(x) == dtype
-    return [x if wanted(x, dtype) else jnp.asarray(x, dtype) for x, dtype in pairs]
+    return [
+        x if is_quantized(x) or jnp.result_type(x) == dtype else jnp.asarray(x, dtype)
+        for x, dtype in zip(operands, map(dtype_of, closed.jaxpr.invars), strict=True)
+    ]
 
 
 def _alike(a: QTensor, b: Any) -> bool:
-    types = lambda t: [(x.shape, x.dtype) for x in jax.tree.leaves(t)]
-    return (
-        is_quantized(b) and jax.tree.structure(a) == jax.tree.structure(b) and types(a) == types(b)
-    )
+    """True if both are codes of one spec, of equal shapes and dtypes."""
+    if not is_quantized(b) or jax.tree.structure(a) != jax.tree.structure(b):
+        return False
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all((x.shape, x.dtype) == (y.shape, y.dtype) for x, y in pairs)
 
 
 def _spec_of(left: Any, right: Any) -> DotSpec:
@@ -314,6 +316,7 @@ def _looked_up(site: Site, operands: list[Any]) -> list[Any] | None:
     shared = [t.scale.shape[d] == 1 for d in range(t.ndim)]
     groups = any(n not in (1, full) for n, full in zip(t.scale.shape, shape, strict=True))
     indexed = params["dimension_numbers"].start_index_map
+    # Rows have a scale of their own if no axis that shares one is indexed, or read in part.
     cut = any(
         shared[d] and (sizes[d] != shape[d] or d in indexed) and shape[d] > 1 for d in range(t.ndim)
     )
@@ -337,4 +340,5 @@ def _looked_up(site: Site, operands: list[Any]) -> list[Any] | None:
 
 
 def _zero_fill(params: Mapping[str, Any]) -> int | None:
+    """The fill for codes out of range: integers have no NaN, and the scale has it for them."""
     return 0 if params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP else None

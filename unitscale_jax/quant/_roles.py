@@ -20,15 +20,7 @@ from unitscale_jax.trace.params import (
     provenance,
     rule_names,
 )
-from unitscale_jax.trace.program import (
-    MOVES,
-    Jaxpr,
-    Site,
-    TracedCall,
-    bodies,
-    sites,
-    trace_call,
-)
+from unitscale_jax.trace.program import MOVES, Jaxpr, Site, TracedCall, bodies, sites, trace_call
 
 
 def resolve(
@@ -76,7 +68,10 @@ def operands(rules: QuantRules, staged: TracedCall, params: Any) -> dict[str, QS
 
 def _with_axes(params: Any) -> Any:
     """A learned parameter as one that is quantized, which has axes."""
-    swap = lambda leaf: jax.eval_shape(trained, leaf) if is_learned(leaf) else leaf
+
+    def swap(leaf: Any) -> Any:
+        return jax.eval_shape(trained, leaf) if is_learned(leaf) else leaf
+
     return jax.tree.map(swap, params, is_leaf=trees.is_compound)
 
 
@@ -93,11 +88,13 @@ def resolved(
     for name in found:
         check_dtype(name, known[name].dtype)
     met = meetings(staged, plain)
-    given = lambda name: known[name].axes if is_quantized(known[name]) else None
     lost = [name for name in found if all(m.kind not in _USES for m in met.get(name, []))]
     if lost:
         raise ValueError(_meets_nothing(lost[0], staged, sources))
-    out = [(name, _filled(name, spec, met[name], given(name))) for name, spec in found.items()]
+    out: list[tuple[Any, DotSpec]] = []
+    for name, spec in found.items():
+        given = known[name].axes if is_quantized(known[name]) else None
+        out.append((name, _filled(name, spec, met[name], given)))
     return out + [(pairs[k][0], pairs[k][1].with_axes(ACTIVATIONS)) for k in others]
 
 
@@ -106,8 +103,9 @@ def _of_activations(
 ) -> list[int]:
     """Numbers of the rules that name no parameter; each must decide on a product of activations."""
     patterns = [pattern for pattern, _ in named_rules.pairs_of(rules)]
-    names_one = lambda k: named_rules.first_match(patterns, names, [k]) is not None
-    of_params = [k for k in range(len(patterns)) if names_one(k)]
+    of_params = [
+        k for k in range(len(patterns)) if named_rules.first_match(patterns, names, [k]) is not None
+    ]
     others = [k for k in range(len(patterns)) if k not in of_params]
     if others:
         items: dict[Any, tuple[str, ...]] = {name: (name,) for name in names}

@@ -48,7 +48,10 @@ def varying(product: Product, side: int, t: QTensor) -> list[int]:
 
 
 def grouped(product: Product, side: int, t: QTensor) -> bool:
-    """Whether a scale differs along one contracted dimension only, by its groups."""
+    """True if a scale differs along one contracted dimension only, by its groups.
+
+    Such a product is summed tile by tile; of other products that vary the scale crosses the sum.
+    """
     last = max(t.axes, default=-1) % t.ndim
     tiles = varying(product, side, t)
     return tiles == [last] and t.scale.shape[last] < t.shape[last] and product.splits
@@ -121,11 +124,19 @@ def _sums(product: Product, t: QTensor, codes: jax.Array, side: int) -> jax.Arra
 
 
 def _float_exact(product: Product, codes: list[jax.Array], reach: list[int]) -> jax.Array:
-    """The integer product by float32 arithmetic, in parts that float32 sums exactly."""
+    """The integer product by float32 arithmetic, in parts that float32 sums exactly.
+
+    Partial sums of n products are integers up to n Qx Qw, and float32 has every integer up to 2^24:
+    so a part has at most 2^24 / (Qx Qw) terms, 1040 for int8 (127 * 127), and parts are added up as
+    int32. Cutting one dimension at `step` leaves each part `step` times the size of all others.
+    """
     highest = {"precision": (jax.lax.Precision.HIGHEST,) * 2}
     wide = [c.astype(jnp.float32) for c in codes]
     most = EXACT // (reach[0] * reach[1])
-    times = lambda a, b: product.bind(a, b, jnp.float32, **highest).astype(jnp.int32)
+
+    def times(a: jax.Array, b: jax.Array) -> jax.Array:
+        return product.bind(a, b, jnp.float32, **highest).astype(jnp.int32)
+
     if product.terms <= most:
         return times(*wide)
     if not product.splits:
@@ -161,8 +172,15 @@ def _tile_by_tile(product: Product, sides: list[QTensor], side: int, spec: DotSp
     t, other = sides[side], sides[1 - side]
     dim = max(t.axes) % t.ndim
     pair, count = product.pair(side, dim), t.groups
-    front = lambda x, axis: jnp.moveaxis(tiled(x, axis, count), axis, 0)
-    row = lambda x: None if x is None else jnp.expand_dims(jnp.moveaxis(x, dim, 0), dim + 1)
+
+    def front(x: jax.Array, axis: int) -> jax.Array:
+        """Tiles of an axis as a leading axis: (.., K, ..) to (count, .., K / count, ..)."""
+        return jnp.moveaxis(tiled(x, axis, count), axis, 0)
+
+    def row(x: jax.Array | None) -> jax.Array | None:
+        """Scales of tiles as a leading axis, size 1 where it was: (.., count, ..) likewise."""
+        return None if x is None else jnp.expand_dims(jnp.moveaxis(x, dim, 0), dim + 1)
+
     stacked = (
         front(integer_codes(t), dim),
         row(t.scale),
@@ -195,5 +213,5 @@ class _Tile(Dot):
         object.__setattr__(self, "_shapes", [p.shape for p in pieces])
 
     def shape(self, side: int) -> tuple[int, ...]:
-        """Shape of one operand of the tile."""
+        """The shape of one operand, cut to the tile."""
         return self._shapes[side]  # type: ignore[attr-defined]

@@ -40,18 +40,8 @@ from unitscale_jax.quant._roles import resolved
 from unitscale_jax.quant._spec import DotSpec
 from unitscale_jax.statistics import Stat, Stats, required
 from unitscale_jax.trace.dimensions import Dims, dims
-from unitscale_jax.trace.params import (
-    Meeting,
-    meetings,
-    stacks_of,
-    to_matrices,
-)
-from unitscale_jax.trace.program import (
-    ClosedJaxpr,
-    trace,
-    trace_call,
-    walk,
-)
+from unitscale_jax.trace.params import Meeting, meetings, stacks_of, to_matrices
+from unitscale_jax.trace.program import ClosedJaxpr, trace, trace_call, walk
 
 FEWEST = np.float32(1e-4)
 
@@ -94,13 +84,13 @@ def smoothquant(
         raise ValueError(f"alpha is {alpha}; it is between 0, all stays, and 1, all moves.")
 
     def scale(plan: "_SmoothingPlan", weights: Mapping[str, Any]) -> np.ndarray:
+        wide = {name: jnp.asarray(weights[name]).astype(jnp.float32) for name in plan.weights}
         peaks = np.maximum.reduce([np.asarray(stats[name].peak) for name in plan.weights])
-        sizes = [plan.channels(name, np.abs(_wide(weights[name]))) for name in plan.weights]
+        sizes = [plan.channels(name, np.abs(np.asarray(w))) for name, w in wide.items()]
         most = np.maximum.reduce(sizes)
         zero = (peaks == 0) | (most == 0)
-        log = alpha * np.log2(np.where(zero, 1, peaks)) - (1 - alpha) * np.log2(
-            np.where(zero, 1, most)
-        )
+        peaks, most = (np.where(zero, 1, x) for x in (peaks, most))
+        log = alpha * np.log2(peaks) - (1 - alpha) * np.log2(most)
         return np.where(zero, 1.0, np.exp2(np.round(log)))
 
     plans, _ = _plans(fn, params, stats, rules, ["channels"])
@@ -163,10 +153,6 @@ def _cost(w: Any, s: Any, spec: DotSpec, stat: Stat) -> float:
     columns = to_matrices(off, stat.layout)
     exact = jax.lax.Precision.HIGHEST
     return float(jnp.einsum("bkn,bkl,bln->", columns, stat.matrices, columns, precision=exact))
-
-
-def _wide(x: Any) -> np.ndarray:
-    return np.asarray(jnp.asarray(x).astype(jnp.float32))
 
 
 Scale: TypeAlias = Callable[["_SmoothingPlan", Mapping[str, Any]], np.ndarray]
@@ -237,7 +223,11 @@ class _SmoothingPlan:
     shape: tuple[int, ...]
 
     def on(self, name: str, s: np.ndarray) -> np.ndarray:
-        """A scale, laid out to multiply a parameter."""
+        """A scale, laid out to multiply a parameter.
+
+        Three steps: dimensions of the channels in the parameter's order; size 1 beside each of its
+        other dimensions, then repeated along those; joined to its axes.
+        """
         flat = self._flat(name)
         order = [self.factors.index(f) for f in flat if f in self.factors]
         s = s.reshape([f.size for f in self.factors]).transpose(order)
@@ -292,11 +282,12 @@ def _plan(
     flow = Degrees(graph, factors, {k: f[0] for k, f in layers.items() if len(f) == 1})
     leaves = trees.named_leaves(params)
     whole = frozenset(factors)
-    degree = lambda path: (
-        unknown(path)
-        if trees.is_floating(leaves[path]) and carries(axes[path], whole) == "once"
-        else ZERO
-    )
+
+    def degree(path: str) -> Degree:
+        """A parameter that has the channels may take a power of the scale; others take none."""
+        open_ = trees.is_floating(leaves[path]) and carries(axes[path], whole) == "once"
+        return unknown(path) if open_ else ZERO
+
     count = len(closed.jaxpr.invars) - len(axes)
     known: list[Degree] = [*map(degree, axes), *[ZERO] * count]
     for out in walk(flow, closed.jaxpr, known, closed.consts):

@@ -1,4 +1,4 @@
-"""What is quantized, and how: specs as data.
+"""Specs, as data, of what is quantized and how.
 
     QSpec    how one operand becomes codes and scales
     DotSpec  how a product is computed from two of them
@@ -8,7 +8,7 @@ belong to whatever meets that parameter.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -42,7 +42,7 @@ class Group:
     scale: Literal["free", "integer"] = "free"
 
     def __post_init__(self) -> None:
-        """Checks the fields."""
+        """Checks the size and the kind of scale."""
         if type(self.size) is not int or self.size < 1:
             raise ValueError(f"{self!r}: size is a positive whole number of elements.")
         if self.scale not in ("free", "integer"):
@@ -51,7 +51,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class QSpec:
-    """How an array becomes codes and scales.
+    """The spec by which an array becomes codes and scales.
 
     Attributes:
         format: Of the codes: "int2" to "int8", or "e4m3fn", "e5m2".
@@ -90,12 +90,12 @@ class QSpec:
 
     @functools.cached_property
     def grid(self) -> Format:
-        """The number format of the codes."""
+        """The number format of the codes, as a `Format`."""
         return _grid(self.format)
 
     @property
     def is_integer(self) -> bool:
-        """Whether the codes are integers."""
+        """True for integer codes, False for 8-bit floats."""
         return self.grid.is_integer
 
     @property
@@ -122,11 +122,11 @@ class QSpec:
 
     @property
     def clips(self) -> bool:
-        """Whether values may lie beyond the range, and so receive no gradient."""
+        """True if values may lie beyond the range, and so receive no gradient."""
         return self.calibrator.clips
 
     def measure(self, axes: AxisNumbers) -> Measure:
-        """What a calibrated range is read from; see `Calibrator.measure`."""
+        """The measure of a first pass, by the calibrator; see `Calibrator.measure`."""
         return self.calibrator.measure(axes)
 
     def refine(self, axes: AxisNumbers, found: Any) -> Measure | None:
@@ -136,7 +136,7 @@ class QSpec:
         return self.calibrator.refine(axes, found, functools.partial(whole_error, self))
 
     def __str__(self) -> str:
-        """The format, and what is not the default."""
+        """The format, and what is not the default, as "int4 asymmetric"."""
         tags = ["" if self.symmetric else "asymmetric", "po2" if self.scale == "po2" else ""]
         group = self.group
         tags.append("" if group is None else f"g{group.size}{'i' * (group.scale == 'integer')}")
@@ -147,7 +147,7 @@ class QSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class DotSpec:
-    """How a product (dot, convolution, lookup) is computed from quantized operands.
+    """The spec by which a product (dot, convolution, lookup) is computed from quantized operands.
 
     Attributes:
         w: The parameter that a rule names; of two activations the right one.
@@ -172,23 +172,23 @@ class DotSpec:
     compute: Compute = "int"
 
     def __post_init__(self) -> None:
-        """Checks that the specs agree."""
+        """Checks that the specs of the operands agree."""
         for wrong in _disagreements(self):
             raise ValueError(f"{self!r}: {wrong}")
 
     @staticmethod
     def operands(rules: Any, staged: Any, params: Any) -> "Mapping[str, QSpec | None]":
-        """Parameter -> how what it meets is quantized: what `calibrate` asks of rules."""
+        """Parameter -> the spec of what it meets, which `calibrate` asks of rules."""
         from unitscale_jax.quant._roles import operands  # rules are resolved by them
 
         return operands(rules, staged, params)
 
     def with_axes(self, axes: tuple[int, ...] | None) -> "DotSpec":
-        """The same with the parameter's axes given."""
+        """The same spec with the axes of the parameter given."""
         return replace(self, w=replace(self.w, axes=axes))
 
     def __str__(self) -> str:
-        """The operands' formats, activation first."""
+        """The formats of the operands, activation first, as "int8 x int4"."""
         parts = [f"{self.x or 'float'} x {self.w}"]
         parts += [f"g {self.g}"] if self.g else []
         return ", ".join(parts + ([self.compute] if self.compute != "int" else []))
@@ -216,7 +216,8 @@ def _name(grid: Format) -> str:
     return next(name for name in _FLOATS if format_of(name) == grid)
 
 
-def _contradictions(spec: QSpec) -> Any:
+def _contradictions(spec: QSpec) -> Iterator[str]:
+    """Sentences about fields that are unknown, or that exclude each other."""
     try:
         grid = _grid(spec.format)
     except ValueError:
@@ -257,7 +258,8 @@ def _are_axes(axes: Any) -> bool:
     return whole and all(axis < 0 for axis in axes) and len(set(axes)) == len(axes)
 
 
-def _disagreements(spec: DotSpec) -> Any:
+def _disagreements(spec: DotSpec) -> Iterator[str]:
+    """Sentences about specs of operands that exclude each other."""
     for name, given in (("w", spec.w), ("x", spec.x), ("g", spec.g)):
         if not (isinstance(given, QSpec) or (given is None and name != "w")):
             yield f"{name} is a QSpec, as QSpec()."

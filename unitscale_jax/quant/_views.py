@@ -20,12 +20,7 @@ from unitscale_jax import tree as trees
 from unitscale_jax.mesh_axes import varying_axes, zeros
 from unitscale_jax.quant._lsq import is_learned
 from unitscale_jax.quant._ops import no_fma
-from unitscale_jax.quant._qtensor import (
-    LIKE_SCALE,
-    QTensor,
-    has_codes,
-    is_quantized,
-)
+from unitscale_jax.quant._qtensor import LIKE_SCALE, QTensor, has_codes, is_quantized
 from unitscale_jax.trace.program import (
     CUTS,
     JOINS,
@@ -111,7 +106,7 @@ def _fitted(value: Any, shape: Sequence[int]) -> Any:
 
 
 def partitioned(t: QTensor, spec: PartitionSpec) -> QTensor:
-    """How the arrays of a quantized one are partitioned, which is partitioned by a spec."""
+    """The partitioning of each array of a `QTensor`, given that of the array it stands for."""
 
     def of(name: str, x: Any) -> PartitionSpec:
         if name == "input_range":
@@ -122,7 +117,7 @@ def partitioned(t: QTensor, spec: PartitionSpec) -> QTensor:
 
 
 def _spec_of_shape(spec: PartitionSpec, shape: Sequence[int]) -> PartitionSpec:
-    """The same for an array that has size 1 on some axes."""
+    """The spec without the axes along which an array has size 1."""
     entries = [*spec, *[None] * (len(shape) - len(spec))]
     return PartitionSpec(*(e if n > 1 else None for e, n in zip(entries, shape, strict=True)))
 
@@ -206,7 +201,7 @@ def _shared_axes(site: Site, t: QTensor) -> tuple[int, ...] | None:
 
 
 def _keeps_groups(site: Site, t: QTensor, axes: tuple[int, ...], cut: set[int]) -> bool:
-    """Whether groups stay along the last of the axes; `cut` are those that are cut or repeated."""
+    """True if groups stay along the last of the axes; `cut` are those that are cut or repeated."""
     if t.groups == 1:
         return True
     sources, last = moved_axes(site), max(t.axes) % t.ndim
@@ -216,7 +211,13 @@ def _keeps_groups(site: Site, t: QTensor, axes: tuple[int, ...], cut: set[int]) 
 
 
 def _moved(site: Site, x: Any, t: QTensor, starts: Sequence[Any]) -> list[Any] | None:
-    """The move of an array that is like the scale of `t`; None if it would not stay so."""
+    """The move of an array that is like the scale of `t`; None if it would not stay so.
+
+    Like the scale: its axes are those of `t`, of full size, of size 1 where they share a scale, or
+    of the number of groups. The equation moves an array of the shape of `t`, so its sizes and
+    bounds have to be written anew for the smaller one, which `_small` does.
+    """
+    # An axis of size 1 cannot be split in parts; each part has that one scale.
     if site.name in ("split", "unstack") and x.shape[site.eqn.params["axis"]] == 1:
         gone = [site.eqn.params["axis"]] if site.name == "unstack" else []
         return [x.squeeze(gone)] * len(site.eqn.outvars)
@@ -230,9 +231,13 @@ def _small(site: Site, x: Any, t: QTensor) -> dict[str, Any] | None:
     """Parameters of the move for an array that has size 1, or that of groups, on some axes."""
     params, shape = site.eqn.params, site.result_shapes[0]
     pairs = list(zip(x.shape, t.shape, strict=True))
-    pick = lambda theirs, own: tuple(
-        a if n == full else b for a, b, (n, full) in zip(theirs, own, pairs, strict=True)
-    )
+
+    def pick(theirs: Sequence[int], own: Sequence[int]) -> tuple[int, ...]:
+        """By axis the numbers of the equation where the array is whole, its own where it is not."""
+        return tuple(
+            a if n == full else b for a, b, (n, full) in zip(theirs, own, pairs, strict=True)
+        )
+
     if site.name == "slice":
         ones = (1,) * x.ndim
         return {
@@ -258,7 +263,7 @@ def _small(site: Site, x: Any, t: QTensor) -> dict[str, Any] | None:
 
 
 def _spread(site: Site, x: Any, t: QTensor) -> Any:
-    """What is like the scale, over each axis that a reshape joins with those of scales.
+    """Repeats an array like the scale over each axis that a reshape joins with axes of scales.
 
     An axis that a broadcast added has scales of size 1. `jnp.repeat` of columns (4, 3) adds such an
     axis, with scales (1, 3, 1), and joins it with the columns, whose six scales are (1, 3, 2).
@@ -272,7 +277,12 @@ def _spread(site: Site, x: Any, t: QTensor) -> Any:
 
 
 def _segment(t: QTensor, x: Any, before: Sequence[int], new: Sequence[int]) -> list[int] | None:
-    """The sizes of what is like the scale where a run of axes takes new sizes."""
+    """The sizes of an array like the scale where the axes `before` of `t` take sizes `new`.
+
+    A reshape (6, 8) -> (2, 3, 8) has the runs (6,) -> (2, 3) and (8,) -> (8,). Along a run the
+    array has one scale for all, one for each position, or one for each group; groups of a run stay
+    in order if a single axis of it has more than one position, before and after. None: they do not.
+    """
     count = math.prod(x.shape[d] for d in before)
     if count == 1:
         return [1] * len(new)
@@ -297,18 +307,25 @@ def _range_moved(site: Site, r: Any, t: QTensor, starts: Sequence[Any]) -> list[
     in_order = all(len(of) == 1 for of in kept) and kept == sorted(kept)
     if not in_order or kept != sources[: len(kept)]:
         return None
-    whole = lambda x: x.reshape(x.shape + (1,) * (t.ndim - lead))
-    low, high = (_moved(site, whole(r[..., k]), t, starts) for k in (0, 1))
+    # Each end moves as an array like the scale: the leading axes, then axes of size 1.
+    shape = r.shape[:-1] + (1,) * (t.ndim - lead)
+    low, high = (_moved(site, r[..., k].reshape(shape), t, starts) for k in (0, 1))
     if low is None or high is None:
         return None
-    cut = lambda x: x.reshape(x.shape[: len(kept)])
-    return [jnp.stack([cut(a), cut(b)], -1) for a, b in zip(low, high, strict=True)]
+    pairs = zip(low, high, strict=True)
+    return [jnp.stack([end.reshape(end.shape[: len(kept)]) for end in ends], -1) for ends in pairs]
 
 
 # ------------------------------------------------------------------------- several into one
 
 
 def _joined(site: Site, operands: list[Any]) -> list[Any] | None:
+    """Codes beside one another, and scales likewise.
+
+    Along an axis with a scale for each position scales are put beside one another, and along one
+    that shares a scale each array becomes a group: (4, 3) and (4, 3) with scales (1, 3), joined to
+    (8, 3), have scales (2, 3).
+    """
     first = operands[0]
     axes = _shared_axes(site, first) if is_quantized(first) else None
     if axes is None or not _alike(operands):
@@ -334,19 +351,22 @@ def _joined(site: Site, operands: list[Any]) -> list[Any] | None:
 
 
 def _alike(operands: list[Any]) -> bool:
-    """Whether all are quantized in one way, and can be put beside one another."""
+    """True if all are quantized in one way, and can be put beside one another."""
     first = operands[0]
     if not all(map(is_quantized, operands)):
         return False
     if first.input_range is not None and first.input_range.ndim > 1:
         return False  # a range for each layer, whose axis a join may move
-    bounds = lambda t: None if t.input_range is None else t.input_range.shape
-    kind = lambda t: (t.spec, t.axes, t.master is None, bounds(t))
+
+    def kind(t: QTensor) -> Any:
+        bounds = None if t.input_range is None else t.input_range.shape
+        return t.spec, t.axes, t.master is None, bounds
+
     return all(kind(t) == kind(first) for t in operands)
 
 
 def _as_groups(operands: list[QTensor], along: int) -> bool:
-    """Whether each array becomes a group, or several, of the joined one's last shared axis."""
+    """True if each array becomes a group, or several, of the joined one's last shared axis."""
     sizes = {(t.shape[along], t.groups) for t in operands}
     return len(sizes) == 1 and along - operands[0].ndim == max(operands[0].axes)
 
