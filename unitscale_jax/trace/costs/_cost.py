@@ -1,4 +1,4 @@
-"""What a function costs: every equation's operations and bytes, as often as it runs.
+"""The cost of a function: every equation's operations and bytes, as often as it runs.
 
     cost = Σ equations   cost of one evaluation · turns of the loops around it · devices
 
@@ -19,7 +19,7 @@ from unitscale_jax.trace.program import _compat
 from unitscale_jax.trace.program._compat import Equation, Jaxpr
 from unitscale_jax.trace.program._function import Traced, trace
 from unitscale_jax.trace.program._live import live
-from unitscale_jax.trace.program._walk import Site, bodies
+from unitscale_jax.trace.program._walk import Place, Site, bodies
 from unitscale_jax.trace.rewrite._notes import scope_without_notes
 
 K = TypeVar("K", bound=Hashable)
@@ -45,7 +45,7 @@ class OpRow:
 
     @property
     def total(self) -> OpCost:
-        """What it adds to the totals."""
+        """The cost that the row adds to the totals, all its repetitions together."""
         return self.op * (self.repeats * self.runs)
 
 
@@ -70,7 +70,7 @@ class Cost:
 
     @functools.cached_property
     def total(self) -> OpCost:
-        """Everything together."""
+        """The sum over all rows."""
         return sum((row.total for row in self.rows), OpCost())
 
     @property
@@ -113,13 +113,13 @@ class Cost:
     @property
     def data_dependent(self) -> tuple[Site, ...]:
         """Loops that run and whose turns depend on data, counted as one turn each."""
-        loops = {
-            site.place: site
-            for row in self.rows
-            if row.runs
-            for site in _around(row.site)
-            if site.trips(1) is None
-        }
+        loops: dict[Place, Site] = {}
+        for row in self.rows:
+            around = row.site.parent if row.runs else None
+            while around is not None:
+                if around.trips(1) is None:
+                    loops[around.place] = around
+                around = around.parent
         return tuple(loops.values())
 
 
@@ -187,28 +187,22 @@ def _rows(
 
 
 def _bodies(eqn: Equation) -> list[Jaxpr]:
-    """As `bodies`, and of a linear solve the solver, which is what evaluates it."""
+    """The bodies that an equation evaluates: `bodies`, and the solver of a linear solve."""
     if eqn.primitive.name == "custom_linear_solve":
         return [_compat.solver(eqn)]
     return [jaxpr for jaxpr, _ in bodies(eqn)]
 
 
 def _times(site: Site, body: int) -> int:
-    """How often a body is evaluated, on all devices, when the equation around it is."""
+    """Number of evaluations of a body, on all devices, in one of the equation around it."""
     if site.name == "shard_map":
         return _compat.devices(site.eqn)
     times = site.trips(body)
     return 1 if times is None else times
 
 
-def _around(site: Site) -> Iterator[Site]:
-    while site.parent is not None:
-        site = site.parent
-        yield site
-
-
 def _costliest(branches: list[list[OpRow]]) -> list[list[OpRow]]:
-    """All rows of all branches, of which only those of one run."""
+    """All rows of all branches; those of the costliest branch run, and others do not."""
 
     def price(number: int) -> tuple[int, int, int]:
         total = sum((row.total for row in branches[number]), OpCost())

@@ -1,4 +1,4 @@
-"""What devices say to one another, read from a compiled program.
+"""Messages between devices, read from a compiled program.
 
 Values cannot see a bad layout: it computes the same numbers and moves ten times the bytes. So laws
 on values have sisters on collectives: their kind, the mesh axes they run over, their bytes, and
@@ -119,7 +119,10 @@ def _found(
 
 
 def _trips(line: str, bodies: Mapping[str, Sequence[str]]) -> int | None:
-    """How often a loop runs: as the compiler says, or the one number its condition looks at."""
+    """Number of turns of a loop: as the compiler says, or the one number of its condition.
+
+    A condition with two constants may compare with either, so that its number is not known.
+    """
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
         return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", line)
@@ -139,7 +142,7 @@ def _results(text: str, start: bool) -> tuple[tuple[str, ...], int]:
         (dtype, _bytes(dtype, dims))
         for dtype, dims in re.findall(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\]", text)
     ]
-    if start and text.startswith("("):  # operands, results and maybe counters: the largest is it
+    if start and text.startswith("("):  # operands, results and maybe counters: the largest one
         arrays = [max(arrays, key=lambda array: array[1])]
     return tuple(dict.fromkeys(dtype for dtype, _ in arrays)), sum(size for _, size in arrays)
 
@@ -156,8 +159,12 @@ def _bytes(dtype: str, dims: str) -> int:
 def _axes(line: str, mesh: Mesh) -> tuple[str, ...]:
     shape = tuple(mesh.shape.values())
     places = [np.unravel_index(group, shape) for group in _groups(line, mesh.size)]
-    differ = lambda i: any(len(set(place[i].tolist())) > 1 for place in places)
-    return tuple(name for i, name in enumerate(mesh.axis_names) if differ(i))
+
+    def differs(i: int) -> bool:
+        """A message runs along an axis if members of a group have several positions on it."""
+        return any(len(set(place[i].tolist())) > 1 for place in places)
+
+    return tuple(name for i, name in enumerate(mesh.axis_names) if differs(i))
 
 
 _LISTED = re.compile(r"(?:source_target_pairs|replica_groups)=\{(\{.*?\})\}")
@@ -199,7 +206,12 @@ def _device_ids(devices: int, ids: str | None, order: str | None) -> np.ndarray:
 
 
 def _named_groups(sizes: str, chosen: str, ids: np.ndarray) -> list[list[int]]:
-    """Groups along some axes of XLA's own mesh; `'x':(2)4` is 4 of x, inside a factor of 2."""
+    """Groups along some axes of XLA's own mesh; `'x':(2)4` is 4 of x, inside a factor of 2.
+
+    Every axis of size n is cut in three, (before, part, n / (before part)), where a whole axis is
+    (1, n, 1) and one that is not chosen (1, 1, n). Members of a group differ in the chosen parts,
+    so these are moved to the end.
+    """
     cuts = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", chosen)
     found = re.findall(r"'([^']+)'=(\d+)", sizes)
     whole = {name: int(size) for name, size in found}

@@ -1,4 +1,4 @@
-"""What one equation costs: floating-point operations, transcendentals, and bytes.
+"""The cost of one equation: floating-point operations, transcendentals, and bytes.
 
 Bytes are operands plus results, each moved once, packed to bits for 4-bit dtypes. That is what an
 unfused program moves, an upper bound for a fused one. Slices, gathers and scatters move what they
@@ -58,7 +58,7 @@ def cost_of(eqn: Equation) -> OpCost:
 
 
 def is_counted(eqn: Equation) -> bool:
-    """Whether the FLOPs of an equation are known."""
+    """True if the FLOPs of an equation are known."""
     return _stated(eqn) is not None or work(eqn) is not None
 
 
@@ -70,9 +70,11 @@ def operand_dtype(eqn: Equation) -> str:
     """
     dtypes = [v.aval.dtype for v in (*eqn.invars, *eqn.outvars) if hasattr(v.aval, "dtype")]
     operands = dtypes[: len(eqn.invars)]
-    inexact = lambda dtype: jnp.issubdtype(dtype, jnp.inexact)
-    widest = max(operands or dtypes, key=lambda d: (inexact(d), _bits(d)), default="none")
-    return str(widest)
+
+    def rank(dtype: Any) -> tuple[bool, int]:
+        return jnp.issubdtype(dtype, jnp.inexact), _bits(dtype)
+
+    return str(max(operands or dtypes, key=rank, default="none"))
 
 
 def _stated(eqn: Equation) -> Any:
@@ -95,12 +97,15 @@ def _moved(eqn: Equation) -> int:
 
 
 def _taken(eqn: Equation) -> int:
-    """The part that is read, the same written, and the indices."""
+    """Bytes of a slice or a gather: the part that is read, the same written, and the indices."""
     return 2 * _nbytes(*eqn.outvars) + _nbytes(*eqn.invars[1:])
 
 
 def _put(eqn: Equation) -> int:
-    """The update is read and written in place; the other operands but the first are indices."""
+    """Bytes of an update in place, which is read and written; the rest are indices.
+
+    The first operand is not moved.
+    """
     rest = [v for v in eqn.invars[1:] if v is not update(eqn)]
     return 2 * _nbytes(update(eqn)) + _nbytes(*rest)
 

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unitscale_jax.trace.program._compat import Equation, Jaxpr, opened
+from unitscale_jax.trace.program._compat import Atom, Equation, Jaxpr, dtype_of, opened, shape_of
 from unitscale_jax.trace.program._primitives import (
     COLLECTIVES,
     CUMULATIVE,
@@ -50,25 +50,21 @@ Work: TypeAlias = tuple[int, int]
 
 
 def work(eqn: Equation) -> Work | None:
-    """What an equation without a body that can be entered computes; None if that is not known."""
+    """FLOPs and transcendentals of an equation without a body that can be entered.
+
+    None: the primitive is not in the table.
+    """
     name = eqn.primitive.name
     return _WORK[name](eqn) if name in _WORK else None
 
 
-def shape(v: Any) -> tuple[int, ...]:
-    return getattr(v.aval, "shape", ())  # a token has none
+def size(v: Atom) -> int:
+    """Number of elements of a variable or a literal; 1 of a token."""
+    return math.prod(shape_of(v))
 
 
-def dtype(v: Any) -> Any:
-    return v.aval.dtype
-
-
-def size(v: Any) -> int:
-    return math.prod(shape(v))
-
-
-def update(eqn: Equation) -> Any:
-    """What a scatter, or an update of a slice or a reference, puts there."""
+def update(eqn: Equation) -> Atom:
+    """The operand that a scatter, or an update of a slice or a reference, puts there."""
     return eqn.invars[2 if eqn.primitive.name.startswith("scatter") else 1]
 
 
@@ -78,12 +74,12 @@ def _nothing(eqn: Equation) -> Work:
 
 
 def _each(flops: int, transcendentals: int = 0) -> Callable[[Equation], Work]:
-    """The same for every element of the result."""
+    """So many operations for every element of the result."""
     return lambda eqn: (flops * size(eqn.outvars[0]), transcendentals * size(eqn.outvars[0]))
 
 
 def _convert(eqn: Equation) -> Work:
-    same = dtype(eqn.invars[0]) == dtype(eqn.outvars[0])  # only the weak type differs
+    same = dtype_of(eqn.invars[0]) == dtype_of(eqn.outvars[0])  # only the weak type differs
     return (0 if same else size(eqn.outvars[0])), 0
 
 
@@ -97,7 +93,7 @@ def _select(eqn: Equation) -> Work:
 
 
 def _pow(eqn: Equation) -> Work:
-    integer = not jnp.issubdtype(dtype(eqn.invars[1]), jnp.inexact)  # is converted
+    integer = not jnp.issubdtype(dtype_of(eqn.invars[1]), jnp.inexact)  # is converted
     return integer * size(eqn.invars[1]), size(eqn.outvars[0])
 
 
@@ -121,14 +117,14 @@ def _ragged_dot(eqn: Equation) -> Work:
 
 def _products(eqn: Equation, shared: set[int]) -> int:
     """Each element of lhs meets every index of rhs along the axes that they do not share."""
-    free = [n for axis, n in enumerate(shape(eqn.invars[1])) if axis not in shared]
+    free = [n for axis, n in enumerate(shape_of(eqn.invars[1])) if axis not in shared]
     return 2 * size(eqn.invars[0]) * math.prod(free)
 
 
 def _convolution(eqn: Equation) -> Work:
     p = eqn.params
     lhs_spec, rhs_spec, out_spec = p["dimension_numbers"]
-    lhs, rhs, out = (shape(v) for v in (*eqn.invars, *eqn.outvars))
+    lhs, rhs, out = (shape_of(v) for v in (*eqn.invars, *eqn.outvars))
     axes = zip(lhs_spec[2:], rhs_spec[2:], out_spec[2:], strict=True)
     windows = zip(
         p["window_strides"], p["padding"], p["lhs_dilation"], p["rhs_dilation"], strict=True
@@ -144,13 +140,17 @@ def _convolution(eqn: Equation) -> Work:
 def _taps(
     size: int, window: int, out: int, stride: int, padding: Any, holes: int, spread: int
 ) -> int:
-    """Pairs of a result's position and a tap, along one axis, that meet an element."""
+    """Pairs of a result's position and a tap, along one axis, that meet an element.
+
+    A tap at `spread` times its number meets position `at` of the padded, dilated operand; it meets
+    an element unless that lies in the padding, or between two elements, `holes` apart.
+    """
     at = np.arange(out)[:, None] * stride - padding[0] + np.arange(window) * spread
     return int(np.sum((at >= 0) & (at <= (size - 1) * holes) & (at % holes == 0)))
 
 
 def _removed(eqn: Equation) -> int:
-    """Elements that a reduction makes disappear: so often it combines two."""
+    """Number of elements that a reduction makes disappear, each by combining two."""
     return size(eqn.invars[0]) - size(eqn.outvars[0])
 
 
@@ -159,8 +159,8 @@ def _reduction(eqn: Equation) -> Work:
 
 
 def _arg_reduction(eqn: Equation) -> Work:
-    """What combines two pairs of value and index has 7 instructions, and 2 more to find NaN."""
-    inexact = jnp.issubdtype(dtype(eqn.invars[0]), jnp.inexact)
+    """XLA combines two pairs of value and index in 7 instructions, and in 2 more finds NaN."""
+    inexact = jnp.issubdtype(dtype_of(eqn.invars[0]), jnp.inexact)
     return (9 if inexact else 7) * _removed(eqn), 0
 
 
@@ -177,14 +177,14 @@ def _reduce(eqn: Equation) -> Work:
 def _cumulative(flops: int, transcendentals: int = 0) -> Callable[[Equation], Work]:
     def work(eqn: Equation) -> Work:
         n, axis = size(eqn.invars[0]), eqn.params["axis"]
-        steps = n - n // max(1, shape(eqn.invars[0])[axis])
+        steps = n - n // max(1, shape_of(eqn.invars[0])[axis])
         return flops * steps, transcendentals * steps
 
     return work
 
 
 def _windows(eqn: Equation) -> int:
-    """How often two values are combined, when every window is reduced by itself."""
+    """Number of combinations of two values, where every window is reduced by itself."""
     return size(eqn.outvars[0]) * (math.prod(eqn.params["window_dimensions"]) - 1)
 
 
@@ -201,7 +201,7 @@ def _reduce_window(eqn: Equation) -> Work:
 
 
 def _select_and_scatter(eqn: Equation) -> Work:
-    """To find the place of every source element in its window, and to add it there."""
+    """Finds the place of every source element in its window, and adds it there."""
     return size(eqn.invars[0]) * math.prod(eqn.params["window_dimensions"]), 0
 
 
@@ -209,7 +209,7 @@ def _gather(eqn: Equation) -> Work:
     """Nothing, or for `mode="fill"` the test of every index against two bounds, and a select."""
     if eqn.params["mode"] != jax.lax.GatherScatterMode.FILL_OR_DROP:
         return 0, 0
-    n, parts = size(eqn.invars[1]), max(1, shape(eqn.invars[1])[-1])
+    n, parts = size(eqn.invars[1]), max(1, shape_of(eqn.invars[1])[-1])
     return size(eqn.outvars[0]) + 4 * n - n // parts, 0
 
 
@@ -222,7 +222,7 @@ def _combine(eqn: Equation) -> Work:
 
 
 def _clipped(eqn: Equation) -> int:
-    """What `mode="clip"` does to the indices of a scatter; a gather clips by itself."""
+    """Operations of `mode="clip"` on the indices of a scatter; a gather clips by itself."""
     clips = eqn.params.get("mode") == jax.lax.GatherScatterMode.CLIP
     return clips * size(eqn.invars[1])
 
@@ -234,20 +234,20 @@ def _sort(eqn: Equation) -> Work:
 
 def _top_k(eqn: Equation) -> Work:
     """Counts the comparisons of a heap of k entries."""
-    k = max(1, shape(eqn.outvars[0])[-1])
+    k = max(1, shape_of(eqn.outvars[0])[-1])
     return size(eqn.invars[0]) * math.ceil(math.log2(k + 1)), 0
 
 
 def _fft(eqn: Equation) -> Work:
-    complex_to_complex = dtype(eqn.invars[0]) == dtype(eqn.outvars[0])
+    complex_to_complex = dtype_of(eqn.invars[0]) == dtype_of(eqn.outvars[0])
     n = max(size(eqn.invars[0]), size(eqn.outvars[0]))
     logs = math.log2(math.prod(eqn.params["fft_lengths"]))
     return round((5 if complex_to_complex else 2.5) * n * logs), 0
 
 
 def _random(eqn: Equation) -> Work:
-    n = size(eqn.outvars[0])
-    operand = dtype(eqn.invars[0])
+    """Threefry has 112 integer operations for a number; of others there is one for each number."""
+    n, operand = size(eqn.outvars[0]), dtype_of(eqn.invars[0])
     return (112 * n, 0) if "fry" in str(operand) or operand == jnp.uint32 else (0, n)
 
 
@@ -255,14 +255,14 @@ def _matrix(formula: Callable[[int, int], float]) -> Callable[[Equation], Work]:
     """A formula in the rows m and columns n, m >= n, of the first operand's matrices."""
 
     def work(eqn: Equation) -> Work:
-        *batch, m, n = shape(eqn.invars[0])
+        *batch, m, n = shape_of(eqn.invars[0])
         return round(math.prod(batch) * formula(max(m, n), min(m, n))), 0
 
     return work
 
 
 def _triangular_solve(eqn: Equation) -> Work:
-    return size(eqn.invars[1]) * shape(eqn.invars[0])[-1], 0
+    return size(eqn.invars[1]) * shape_of(eqn.invars[0])[-1], 0
 
 
 def _tridiagonal_solve(eqn: Equation) -> Work:

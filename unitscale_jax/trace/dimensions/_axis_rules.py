@@ -7,7 +7,7 @@ the results. A primitive without a rule marks everything it touches, which is al
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from unitscale_jax.trace.dimensions._factors import (
     UNIT,
@@ -22,7 +22,7 @@ from unitscale_jax.trace.dimensions._factors import (
     size,
     unify,
 )
-from unitscale_jax.trace.program._compat import Equation
+from unitscale_jax.trace.program._compat import Equation, shape_of
 from unitscale_jax.trace.program._primitives import (
     CUMULATIVE,
     DEVICE_REDUCTIONS,
@@ -41,12 +41,7 @@ Rule: TypeAlias = Callable[[Equation, list[Axes]], Sequence[Axes]]
 
 def shapes(eqn: Equation) -> list[Sequence[int]]:
     """Shapes of the results, one per output."""
-    return [shape(v) for v in eqn.outvars]
-
-
-def shape(v: Any) -> Sequence[int]:
-    """Shape of a variable or a literal."""
-    return getattr(v.aval, "shape", ())  # a token has none
+    return [shape_of(v) for v in eqn.outvars]
 
 
 def others(rank: int, *taken: Sequence[int]) -> list[int]:
@@ -118,7 +113,8 @@ def _tile(eqn: Equation, ins: list[Axes]) -> list[Axes]:
 
 
 def _bitcast(eqn: Equation, ins: list[Axes]) -> list[Axes]:
-    return _same(eqn, ins) if shape(eqn.invars[0]) == shapes(eqn)[0] else opaque(eqn, ins)
+    """Numbers of another width are in other positions, and tied to no axis."""
+    return _same(eqn, ins) if shape_of(eqn.invars[0]) == shapes(eqn)[0] else opaque(eqn, ins)
 
 
 def _moved(eqn: Equation, ins: list[Axes]) -> list[Axes]:
@@ -167,6 +163,8 @@ def _conv(eqn: Equation, ins: list[Axes]) -> list[Axes]:
     pin([x[k] for k in space] + [kernel[k] for k in window], "window")
     if eqn.params["batch_group_count"] != 1:
         pin([x[n], kernel[o]], "batch groups")
+    # Group g computes its output channels from its own input channels: the groups of both are one
+    # dimension, and the kernel's input axis has the channels of one group.
     of_in, in_group = reshaped((x[c],), (groups, size(x[c]) // groups))
     of_out, _ = reshaped((kernel[o],), (groups, size(kernel[o]) // groups))
     unify(in_group, kernel[i])
@@ -236,6 +234,7 @@ def _gather(eqn: Equation, ins: list[Axes]) -> list[Axes]:
 
 
 def _interleaved(at: Sequence[int], those: Sequence[Axis], rest: Sequence[Axis]) -> Axes:
+    """Axes `those` at positions `at`, and the rest in order where there is room."""
     placed, remaining = dict(zip(at, those, strict=True)), iter(rest)
     return tuple(
         placed[k] if k in placed else next(remaining) for k in range(len(those) + len(rest))
@@ -257,7 +256,7 @@ def _scatter(eqn: Equation, ins: list[Axes]) -> list[Axes]:
 
 
 def _both(x: Axis, part: Axis, why: str) -> None:
-    """The same dimension if of one size; else one is a part of the other, at some place."""
+    """Unifies two axes of one size; of two sizes one is a part of the other, at some place."""
     if size(x) == size(part):
         unify(x, part)
     else:

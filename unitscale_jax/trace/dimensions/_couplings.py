@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from unitscale_jax.trace.dimensions._axis_rules import RULES, cut_to, opaque, shape, shapes
+from unitscale_jax.trace.dimensions._axis_rules import RULES, cut_to, opaque, shapes
 from unitscale_jax.trace.dimensions._factors import Axes, Axis, expanded, new_axes, new_axis, unify
-from unitscale_jax.trace.program._compat import Jaxpr
+from unitscale_jax.trace.program._compat import Jaxpr, shape_of
 from unitscale_jax.trace.program._walk import Flow, Place, Site, bodies, walk
 
 Record: TypeAlias = Mapping[Place, tuple[list[Axes], list[Axes]]]
@@ -47,7 +47,10 @@ def coupled(
     """Unifies the axes of everything in `jaxpr`, whose operands have the axes given."""
     flow = Couplings()
     results = walk(flow, jaxpr, operands, consts, parent, body)
-    both = lambda record: {at: (settled(i), settled(o)) for at, (i, o) in record.items()}
+
+    def both(record: Record) -> Record:
+        return {at: (settled(i), settled(o)) for at, (i, o) in record.items()}
+
     return Coupled(settled(results), both(flow.record), both(flow.calls), dict(flow.unknown))
 
 
@@ -66,7 +69,7 @@ class Couplings(Flow[Axes]):
     """
 
     def __init__(self) -> None:
-        """Starts a walk with no couplings."""
+        """Starts a walk that has met no equation yet."""
         self.record: dict[Place, tuple[list[Axes], list[Axes]]] = {}
         self.calls: dict[Place, tuple[list[Axes], list[Axes]]] = {}
         self.unknown: Counter[str] = Counter()
@@ -83,7 +86,7 @@ class Couplings(Flow[Axes]):
         return a
 
     def visit(self, site: Site, inputs: list[Axes]) -> list[Axes]:
-        """Applies the rule of the primitive."""
+        """Applies the rule of the primitive; one without a rule pins every axis it meets."""
         rule = RULES.get(site.name, opaque)
         if rule is opaque:
             self.unknown[site.name] += 1
@@ -115,13 +118,13 @@ class Couplings(Flow[Axes]):
         return self._stacks.setdefault(site.place, new_axis(length, "layer"))
 
     def enter(self, site: Site, inputs: list[Axes]) -> list[Axes]:
-        """The same axes; inside `shard_map` those of another size than outside are others."""
+        """The operands' axes; inside of a `shard_map` an axis that it cuts is another one."""
         if site.name != "shard_map":
             return inputs
-        return _sharded(inputs, [shape(v) for v in bodies(site.eqn)[0][0].invars])
+        return _sharded(inputs, [shape_of(v) for v in bodies(site.eqn)[0][0].invars])
 
     def exit(self, site: Site, outputs: list[Axes]) -> list[Axes]:
-        """The same axes, with the same exception."""
+        """The results' axes; outside of a `shard_map` an axis that it cuts is another one."""
         return _sharded(outputs, shapes(site.eqn)) if site.name == "shard_map" else outputs
 
 

@@ -33,7 +33,7 @@ CLOSED_OVER = (
 
 
 class Member(NamedTuple):
-    """Where a factor stands: in the axis `axis` of the parameter `path`.
+    """A place where a factor stands: in the axis `axis` of the parameter `path`.
 
     An axis is a sum of terms, and a term a product of factors; most are one term of one factor.
     """
@@ -122,11 +122,12 @@ class Dims(Tabular):
 
     def cells(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
         """One line for each group and for each dimension that is refused."""
-        says = lambda row: (
-            ", ".join(sorted(row.flags))
-            if isinstance(row, DimGroup)
-            else f"refused: {', '.join(row.reasons)}"
-        )
+
+        def says(row: DimGroup | Refused) -> str:
+            if isinstance(row, DimGroup):
+                return ", ".join(sorted(row.flags))
+            return f"refused: {', '.join(row.reasons)}"
+
         lines = [[str(row.size), says(row), self._members(row)] for row in self.rows]
         return [">size", "flags or reasons", "members"], lines
 
@@ -138,8 +139,8 @@ class Dims(Tabular):
 
     def why_refused(self, name: str) -> str:
         """Why an axis such as "up:1" is of no group, as a sentence."""
-        named = lambda other: name in self._members(other).split(" ")
-        reasons = next((other.reasons for other in self.refused if named(other)), ())
+        of = (other.reasons for other in self.refused if name in self._members(other).split(" "))
+        reasons = next(of, ())
         if "constant" in reasons:
             return f"{name!r} is refused, {CLOSED_OVER}."
         return f"{name!r} is refused: {', '.join(reasons)}." if reasons else ""

@@ -36,7 +36,7 @@ class SymbolicDim:
         self.parent: SymbolicDim | None = None
 
     def __repr__(self) -> str:
-        """Its size, and its marks."""
+        """The size and the marks, as "SymbolicDim(4, 'input')"."""
         return f"SymbolicDim({self.size}{''.join(f', {m!r}' for m in sorted(self.marks))})"
 
 
@@ -59,15 +59,17 @@ def new_axes(shape: Sequence[int], *marks: str) -> Axes:
 
 
 def size(axis: Axis) -> int:
-    """Number of positions of an axis."""
+    """Number of positions along an axis."""
     return sum(_product(term) for term in axis)
 
 
 def expanded(axis: Axis) -> Axis:
-    """The same axis in terms of factors as they are known by now.
+    """Writes an axis in terms of factors as they are known by now.
 
-    A sum distributes over what follows it. Over what precedes it it cannot (the order of positions
-    would be another one), so there its factors are marked and the sum stays one factor.
+    A sum distributes over factors that follow it: (a + b) c = a c + b c, as positions of a sum come
+    one term after the other. Over a factor that precedes it it cannot: c (a + b) runs through a and
+    b for each channel of c, and c a + c b through all of c a first. So there the sum stays one
+    factor, which is marked.
     """
     out: list[DimProduct] = []
     for term in axis:
@@ -102,11 +104,15 @@ def unify(x: Axis, y: Axis) -> None:
 
     Both are first cut until their terms end at the same positions: (a + b) against (c + d + e) of
     sizes 4 + 8 and 4 + 2 + 6 makes b = d + e. Then terms are unified pair by pair, as products.
+
+    Such a pair is what an operation lines up: a sum of q, k and v, and the bias that is added to
+    all three at once. The bias becomes three biases.
     """
     assert size(x) == size(y), f"axes of sizes {size(x)} and {size(y)} are not the same dimension"
     # Cutting x may refine a dimension that stands in y as well (and the other way round), which
-    # moves the ends of both, so they are compared anew. Every turn refines some dimension into
-    # smaller ones, of which there are finitely many.
+    # moves the ends of both, so they are compared anew: of (a + b) against (c + a), of sizes 8 + 4
+    # and 4 + 8, a is cut at 4 on the left, and so on the right. Every turn refines some dimension
+    # into smaller ones, of which there are finitely many.
     while (x := expanded(x)) and _ends(x) != _ends(y := expanded(y)):
         if not (_cut(x, _ends(y)) and _cut(y, _ends(x))):
             return pin([x, y], "sums that do not line up")
@@ -160,7 +166,7 @@ def _find(factor: SymbolicDim) -> SymbolicDim:
 
 
 def _parts(factor: SymbolicDim) -> Axis:
-    """What a factor has been refined into, all the way; without factors of one channel."""
+    """The axis that a factor has been refined into, all the way; factors of one channel go."""
     if factor.parts is None:
         return ((factor,),) if factor.size != 1 else UNIT
     factor.parts = expanded(factor.parts)
@@ -186,6 +192,8 @@ def _merge(a: SymbolicDim, b: SymbolicDim) -> None:
     """Makes one dimension of two that have one size."""
     if a is b:
         return
+    # The one that stays has parts if either has. What the other was refined into is still in use in
+    # axes written down before, so the parts of both are unified, not dropped.
     if b.parts is None:
         a, b = b, a
     a.parent = b
@@ -196,7 +204,10 @@ def _merge(a: SymbolicDim, b: SymbolicDim) -> None:
 
 
 def _cut(axis: Axis, ends: Sequence[int]) -> bool:
-    """Refines the first factors of terms so that terms end at `ends`; whether that can be done."""
+    """Refines the first factors of terms so that terms end at `ends`; False if that cannot be done.
+
+    An axis of one term 12 with ends at 4 and 12 becomes the sum 4 + 8.
+    """
     axis = expanded(axis)
     for term, (start, end) in zip(axis, itertools.pairwise([0, *_ends(axis)]), strict=True):
         cuts = [start, *(at for at in ends if start < at < end), end]
@@ -235,7 +246,11 @@ def _unify_products(left: DimProduct, right: DimProduct) -> None:
 
 
 def _first(term: list[SymbolicDim]) -> SymbolicDim | None:
-    """The first factor of a product, which is opened in place; None if nothing is left."""
+    """The first factor of a product, which is opened in place; None if nothing is left.
+
+    A factor that was refined into a product is replaced by it, and its first factor is opened in
+    turn; one that was refined into a sum is not, as a product has no sums in it.
+    """
     while term:
         factor = _find(term[0])
         parts = _parts(factor)
@@ -272,7 +287,11 @@ def _blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[slice, sli
 
 
 def _regrouped(axes: Axes, sizes: Sequence[int]) -> list[Axis] | None:
-    """Axes of the given sizes with the positions of `axes`; None if no expression has them."""
+    """Axes of the given sizes with the positions of `axes`; None if no expression has them.
+
+    Joining axes multiplies them, and only the first, which varies slowest, may be a sum:
+    (a + b) r = a r + b r, while r (a + b) is no sum of products.
+    """
     if not axes:
         return [UNIT for _ in sizes]
     first, *rest = [expanded(axis) for axis in axes]
@@ -285,7 +304,10 @@ def _regrouped(axes: Axes, sizes: Sequence[int]) -> list[Axis] | None:
 
 
 def _grouped(term: DimProduct, sizes: Sequence[int]) -> list[Axis] | None:
-    """Consecutive products of the given sizes."""
+    """Cuts a product in consecutive ones of the given sizes: 4 · 6 for (2, 12) is 2, 2 · 6.
+
+    None where a size falls inside of a factor that it does not divide, as 4 · 6 for (3, 8).
+    """
     todo, out = list(term), []
     for need in sizes:
         product: list[SymbolicDim] = []
@@ -305,10 +327,12 @@ def _grouped(term: DimProduct, sizes: Sequence[int]) -> list[Axis] | None:
 
 
 def _grouped_sum(terms: Sequence[DimProduct], sizes: Sequence[int]) -> list[Axis] | None:
-    """a·r + b·r as (a + b, r): every term must end in the same product.
+    """Reshapes a sum, a·r + b·r as (a + b, r): every term must end in the same product.
 
-    So fused kernels q, k, v of heads are reshaped: (4·64 + 2·64 + 2·64) to (4 + 2 + 2, 64), where
-    the 64 of all three becomes one dimension.
+    The first new axis takes the sum. Its positions are those of the terms one after the other only
+    if no term is cut in the middle of r positions, so r divides the size of every term. Fused
+    kernels q, k, v of heads are reshaped: (4·64 + 2·64 + 2·64) to (4 + 2 + 2, 64), where the 64 of
+    all three becomes one dimension.
     """
     inner = math.prod(sizes[1:])
     if any(_product(term) % inner for term in terms):
@@ -329,5 +353,5 @@ def _product(term: DimProduct) -> int:
 
 
 def _ends(axis: Axis) -> list[int]:
-    """Where each term of an axis ends."""
+    """The position at which each term of an axis ends, as [4, 6, 8] of 4 + 2 + 2."""
     return list(itertools.accumulate(_product(term) for term in axis))

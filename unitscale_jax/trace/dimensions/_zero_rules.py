@@ -1,4 +1,4 @@
-"""What an operation makes of zeros: which results have them, and which channels it mixes.
+"""Rules for zeros, by primitive: which results have them, and which channels it mixes.
 
 Two tables, by primitive. A primitive that is in neither mixes nothing that could still be removed
 (its axes are marked), and nothing is known of its results.
@@ -10,9 +10,9 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 
-from unitscale_jax.trace.dimensions._axis_rules import ALIKE, others, shape
+from unitscale_jax.trace.dimensions._axis_rules import ALIKE, others
 from unitscale_jax.trace.dimensions._factors import Axes, SymbolicDim
-from unitscale_jax.trace.program._compat import Equation, dtype_of
+from unitscale_jax.trace.program._compat import Equation, dtype_of, shape_of
 from unitscale_jax.trace.program._elementwise import State, all_zero, any_zero, at_zero
 from unitscale_jax.trace.program._primitives import (
     CUMULATIVE,
@@ -32,11 +32,11 @@ EVERYWHERE: AxisKey = (-1, None)
 
 
 class KnownZeros(NamedTuple):
-    """Where a value holds zeros, and where it may be NaN or infinite.
+    """Places where a value holds zeros, and where it may be NaN or infinite.
 
     Attributes:
-        zero: Along an axis, at the removed channels of a factor; or at every position.
-        wild: Likewise.
+        zero: Keys of zeros: along an axis, at the removed channels of a factor; or everywhere.
+        wild: Keys at which a number may be NaN or infinite.
     """
 
     zero: frozenset[AxisKey] = frozenset()
@@ -63,7 +63,7 @@ class ZeroOperands:
 
     @property
     def name(self) -> str:
-        """Name of the primitive."""
+        """The name of the equation's primitive."""
         return self.eqn.primitive.name
 
     def factors(self, operand: int, axis: int) -> set[SymbolicDim]:
@@ -71,7 +71,7 @@ class ZeroOperands:
         return {factor for term in self.ins[operand][axis] for factor in term}
 
     def at(self, operand: int, axis: int, factor: SymbolicDim) -> State:
-        """What an operand is along an axis, at the removed channels of a factor in it."""
+        """State of an operand along an axis, at the removed channels of a factor in it."""
         return self.known[operand].at((axis, factor))
 
 
@@ -267,7 +267,7 @@ def _sees_something(call: ZeroOperands) -> bool:
 
 def _not_empty(call: ZeroOperands) -> bool:
     """A maximum over no position is not zero."""
-    sizes = shape(call.eqn.invars[0])
+    sizes = shape_of(call.eqn.invars[0])
     return call.name in SUMS or all(sizes[k] for k in call.eqn.params["axes"])
 
 

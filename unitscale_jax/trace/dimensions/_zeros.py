@@ -51,7 +51,7 @@ class Zeros(Flow[KnownZeros]):
         self.sums: set[SymbolicDim] = set()
 
     def parameter(self, axes: Axes) -> KnownZeros:
-        """What is known of a parameter of which channels are removed."""
+        """Knowledge of a parameter whose removed channels are zero."""
         return KnownZeros(frozenset(self._keys(axes)))
 
     def constant(self, value: Any) -> KnownZeros:
@@ -90,7 +90,7 @@ class Zeros(Flow[KnownZeros]):
         return joined
 
     def visit(self, site: Site, inputs: list[KnownZeros]) -> list[KnownZeros]:
-        """By the tables: what is mixed, and what the results know."""
+        """Notes which channels an equation mixes, and says what its results know, by the tables."""
         call = ZeroOperands(site.eqn, *self._record[site.place], inputs)
         for factor, state in MIXING.get(site.name, mixes_nothing)(call):
             if factor not in self._watched:
@@ -108,8 +108,11 @@ class Zeros(Flow[KnownZeros]):
         if rule(call, number, EVERYWHERE) == "zero":
             return ZERO
         states = {key: rule(call, number, key) for key in self._keys(call.outs[number])}
-        at = lambda wanted: frozenset(key for key, state in states.items() if state == wanted)
-        return KnownZeros(at("zero"), at("wild"))
+        zero, wild = (
+            frozenset(key for key, state in states.items() if state == wanted)
+            for wanted in ("zero", "wild")
+        )
+        return KnownZeros(zero, wild)
 
     def _keys(self, axes: Axes) -> set[AxisKey]:
         keys = {(k, f) for k, axis in enumerate(axes) for term in axis for f in term}

@@ -41,10 +41,7 @@ from unitscale_jax.trace.program._primitives import (
     moved_axes,
     segments,
 )
-from unitscale_jax.trace.program._reach import (
-    reach,
-    sliced,
-)
+from unitscale_jax.trace.program._reach import reach, sliced
 from unitscale_jax.trace.program._walk import (
     Flow,
     Place,

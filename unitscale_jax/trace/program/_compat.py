@@ -24,6 +24,7 @@ ClosedJaxpr = core.ClosedJaxpr
 Equation = core.JaxprEqn
 Literal = core.Literal
 Var = core.Var
+Atom = Var | Literal
 as_function = core.jaxpr_as_fun
 
 _NAMES = """
@@ -94,7 +95,7 @@ _TRACINGS = itertools.count()
 
 @contextlib.contextmanager
 def traced_apart() -> Iterator[None]:
-    """What is traced inside is traced anew, and what is traced outside does not find it again.
+    """Traces anew whatever is traced inside, and hides that from what is traced outside.
 
     JAX remembers the trace of a jitted function under the settings of the moment; this is one.
     """
@@ -135,7 +136,7 @@ def solver(eqn: Equation) -> Jaxpr:
 
 
 def is_concrete(value: Any) -> bool:
-    """Whether a constant's numbers are known now, outside of any transformation around."""
+    """True if a constant's numbers are known now, outside of any transformation around."""
     return not isinstance(value, jax.core.Tracer)
 
 
@@ -143,17 +144,17 @@ _COMBINERS = ("scatter", "reduce", "select_and_scatter")  # their bodies combine
 
 
 def is_closed(eqn: Equation) -> bool:
-    """Whether an equation has equations of its own among its parameters, of any kind."""
+    """True if an equation has equations of its own among its parameters, of any kind."""
     combines = eqn.primitive.name.startswith(_COMBINERS)
     return not combines and next(iter(core.jaxprs_in_params(eqn.params)), None) is not None
 
 
-def dtype_of(value: Any) -> Any:
+def dtype_of(value: Atom) -> Any:
     """The dtype of a variable or a literal; None for a token."""
     return getattr(value.aval, "dtype", None)
 
 
-def shape_of(value: Any) -> tuple[int, ...]:
+def shape_of(value: Atom) -> tuple[int, ...]:
     """The shape of a variable or a literal; of a token ()."""
     return tuple(getattr(value.aval, "shape", ()))
 
@@ -208,7 +209,7 @@ def rejit(
 
 
 def _placement(sharding: Any, layout: Any) -> Any:
-    """What `jax.jit` calls a sharding: None where nothing was said."""
+    """A sharding as `jax.jit` takes it: None where nothing was said."""
     given = isinstance(sharding, jax.sharding.Sharding)
     if layout is None:
         return sharding if given else None
@@ -306,7 +307,7 @@ def converted(x: jax.Array, dtype: np.dtype) -> jax.Array:
 
 
 def _is_differentiated(operands: Sequence[Any]) -> bool:
-    """Whether `jax.grad` or `jax.vjp` follows one of the operands as it is evaluated."""
+    """True if `jax.grad` or `jax.vjp` follows one of the operands as it is evaluated."""
     return any([type(x).__name__ == "LinearizeTracer" for x in operands])
 
 
@@ -326,7 +327,7 @@ def _traced_once(primitive: Any, params: Mapping[str, Any]) -> Callable[..., lis
 
 @functools.cache
 def _inlines() -> bool:
-    """Whether a call to be inlined is gone from a gradient; JAX 0.12 leaves it there."""
+    """True if a call to be inlined is gone from a gradient; JAX 0.12 leaves it there."""
     gradient = jax.make_jaxpr(jax.grad(jax.jit(jax.lax.sin, inline=True)))
     return all(eqn.primitive.name not in JITS for eqn in gradient(1.0).eqns)
 
@@ -341,5 +342,5 @@ def _jitted(primitive: Any, params: tuple[tuple[str, Any], ...]) -> Callable[...
 
 
 def no_cotangent(aval: Any) -> ad.Zero:
-    """What a function of `jax.vjp` takes for a result of which there is no cotangent."""
+    """The zero that a function of `jax.vjp` takes for a result without a cotangent."""
     return ad.Zero(aval.to_ct_aval())

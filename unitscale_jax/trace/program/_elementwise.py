@@ -1,4 +1,4 @@
-"""What primitives that compute each position from the same position make of zeros.
+"""Rules for zeros of primitives that compute each position from the same position.
 
 Zeros are the marks that removed channels leave in a computation. An operand is *zero* at some
 positions, may be NaN or infinite there (*wild*), or is any finite number.
@@ -20,7 +20,10 @@ State: TypeAlias = Literal["zero", "wild", "any"]
 
 
 def at_zero(name: str, params: dict[str, Any], states: Sequence[State]) -> State:
-    """What an element-wise primitive gives where its operands are in some states."""
+    """State of an element-wise result where its operands are in some states.
+
+    mul of ("zero", "any") is zero, div of ("any", "zero") is wild, add of ("zero", "any") is any.
+    """
     if "wild" in states:
         return "wild"
     first, rest = states[0], states[1:]

@@ -220,5 +220,5 @@ def _is_data(leaf: Any) -> bool:
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf has a shape and a dtype (an array, a tracer, an abstract value)."""
+    """True if a leaf has a shape and a dtype (an array, a tracer, an abstract value)."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")

@@ -1,4 +1,4 @@
-"""What results depend on: which equations they need, and which results of each."""
+"""Liveness: the equations that results need, and which results of each."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -30,7 +30,7 @@ def live(
 
 
 def _uses(eqn: Equation, own: Sequence[bool], calls: Collection[str], effects: bool) -> list[bool]:
-    """Which operands the needed results of an equation need."""
+    """For each operand, whether the needed results of an equation need it."""
     if eqn.primitive.name in calls:
         return live(_compat.opened(_compat.call_body(eqn))[0], own, calls, effects)[1]
     return [True] * len(eqn.invars)

@@ -156,17 +156,14 @@ def segments(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[list[int]
     """
     i = j = 0
     while i < len(old) or j < len(new):
-        before, after = list(range(i, i + 1))[: len(old) - i], list(range(j, j + 1))[: len(new) - j]
-        if 0 in (*old, *new):
-            before, after = list(range(i, len(old))), list(range(j, len(new)))
-        size = lambda shape, axes: math.prod(shape[k] for k in axes)
-        while size(old, before) != size(new, after):
-            if size(old, before) < size(new, after):
-                before.append(i + len(before))
-            else:
-                after.append(j + len(after))
-        yield before, after
-        i, j = i + len(before), j + len(after)
+        # The smaller run grows until both have one size: 6 | 2, then 6 | 2 · 3. With an axis of
+        # size 0 products say nothing of where a run ends, and all that is left is one.
+        stop, end = (len(old), len(new)) if 0 in (*old, *new) else (i + 1, j + 1)
+        while (size := math.prod(old[i:stop])) != (other := math.prod(new[j:end])):
+            stop, end = (stop + 1, end) if size < other else (stop, end + 1)
+        stop, end = min(stop, len(old)), min(end, len(new))
+        yield list(range(i, stop)), list(range(j, end))
+        i, j = stop, end
 
 
 # ----------------------------------------------------------------- each position by itself

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import jax
 
 from unitscale_jax.trace.program import _compat
-from unitscale_jax.trace.program._compat import Jaxpr, Literal, Var
+from unitscale_jax.trace.program._compat import Atom, Jaxpr, Literal, Var
 from unitscale_jax.trace.program._function import Traced
 from unitscale_jax.trace.program._live import live
 from unitscale_jax.trace.program._walk import Flow, Site, walk
@@ -85,7 +85,10 @@ def _evaluate(
 ) -> list[Any]:
     env: dict[Var, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env |= dict(zip(jaxpr.invars, args, strict=True))
-    read = lambda v: v.val if isinstance(v, Literal) else env.get(v)
+
+    def read(v: Atom) -> Any:  # None for what nothing needs
+        return v.val if isinstance(v, Literal) else env.get(v)
+
     needed, _ = live(jaxpr, wanted, _compat.INLINABLE, effects=False)
     for eqn, own in zip(jaxpr.eqns, needed, strict=True):
         if not any(own):

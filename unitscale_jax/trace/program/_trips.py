@@ -1,4 +1,4 @@
-"""How often a loop that counts runs, read from its equations.
+"""Turns of a loop that counts, read from its equations.
 
     i = s;  while i < n:  i += d        runs max(0, ⌈(n - s) / d⌉) times
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax.trace.program import _compat
-from unitscale_jax.trace.program._compat import Equation, Jaxpr, Literal
+from unitscale_jax.trace.program._compat import Atom, Equation, Jaxpr, Literal, Var
 
 
 class Count(NamedTuple):
@@ -26,7 +26,7 @@ class Count(NamedTuple):
 
 
 class Test(NamedTuple):
-    """A comparison of two counters."""
+    """A comparison of two counters, which decides whether a loop goes on."""
 
     name: str
     left: Count
@@ -38,18 +38,21 @@ Enter = Callable[[Equation], Jaxpr | None]
 
 
 def while_trips(eqn: Equation) -> int | None:
-    """How often a while loop that counts up or down to a known limit runs; None for any other."""
+    """Number of turns of a while loop that counts up or down to a known limit; else None."""
     opened, inlinable = _compat.opened, _compat.INLINABLE
     cond, body = (opened(eqn.params[key])[0] for key in ("cond_jaxpr", "body_jaxpr"))
     consts = sum(_compat.while_counts(eqn))
-    inside = lambda e: opened(_compat.call_body(e))[0] if e.primitive.name in inlinable else None
+
+    def inside(eqn: Equation) -> Jaxpr | None:
+        return opened(_compat.call_body(eqn))[0] if eqn.primitive.name in inlinable else None
+
     return turns(cond, body, eqn.invars[:consts], eqn.invars[consts:], inside)
 
 
 def turns(
     cond: Jaxpr, body: Jaxpr, consts: Sequence[Any], init: Sequence[Any], enter: Enter
 ) -> int | None:
-    """How often a while loop runs; None where only its data say.
+    """Number of turns of a while loop; None where only its data say.
 
     Args:
         cond: From constants of its own and the carries, whether to go on.
@@ -69,14 +72,16 @@ def turns(
     if left is None or right is None:
         return None
     found = _until(test.name, left[0] - right[0], left[1] - right[1])
-    within = lambda side, line: found is None or _in_range(side, line, found, init)
-    return found if within(test.left, left) and within(test.right, right) else None
+    if found is None:
+        return None
+    sides = ((test.left, left), (test.right, right))
+    return found if all(_in_range(side, line, found, init) for side, line in sides) else None
 
 
 def _line(
     side: Count, start: Sequence[Counted], after: Sequence[Counted]
 ) -> tuple[int, int] | None:
-    """Where a side of the test starts, and what every turn adds to it."""
+    """The start of a side of the test, and what every turn adds to it."""
     if side.carry is None:
         return side.number, 0
     s, a = start[side.carry], after[side.carry]
@@ -89,7 +94,11 @@ def _until(name: str, gap: int, step: int) -> int | None:
     """The first t >= 0 at which `gap + step t` no longer stands in a relation to zero.
 
     `gap` is one side of the comparison less the other before the first turn, and `step` what a turn
-    adds to it. None where the relation holds for ever, and so the loop does not end.
+    adds to it: `i < n` from i = s in steps of d has gap s - n and step d. None where the relation
+    holds for ever, and so the loop does not end.
+
+        lt    gap + step t >= 0    first at ⌈-gap / step⌉
+        le    gap + step t >= 1    first at ⌈(1 - gap) / step⌉, as all are integers
     """
     if name == "eq":  # holds at t = 0 alone, unless nothing moves
         if gap:
@@ -102,7 +111,8 @@ def _until(name: str, gap: int, step: int) -> int | None:
         return -gap // step if meets else None
     if name in ("gt", "ge"):  # gap > 0 is -gap < 0
         gap, step = -gap, -step
-    # Now gap < 0, or gap <= 0, has to fail: the line must rise by so much, rounded up to turns.
+    # Now gap < 0, or gap <= 0, has to fail: the line must rise by so much, rounded up to turns;
+    # -(-a // b) is ⌈a / b⌉ in integers.
     missing = -gap + (name in ("le", "ge"))
     if missing <= 0:
         return 0
@@ -110,38 +120,42 @@ def _until(name: str, gap: int, step: int) -> int | None:
 
 
 def _in_range(side: Count, line: tuple[int, int], turns: int, init: Sequence[Any]) -> bool:
-    """Whether a counter stays in the range of its dtype, beyond which it would wrap around."""
+    """True if a counter stays in the range of its dtype, beyond which it would wrap around.
+
+    An int8 that counts to 200 never gets there: 127 + 1 is -128, and the test holds for ever.
+    """
     if side.carry is None:
         return True
     limits, (start, step) = jnp.iinfo(init[side.carry].aval.dtype), line
     return all(limits.min <= at <= limits.max for at in (start, start + step * turns))
 
 
-def _literal(v: Any) -> Counted:
-    """The number that a literal integer is."""
+def _literal(v: Atom) -> Counted:
+    """The number that a literal integer is; None of a variable, or of another literal."""
     return Count(None, int(v.val)) if isinstance(v, Literal) and _is_integer(v) else None
 
 
-def _is_integer(v: Any) -> bool:
-    aval = _aval(v)
-    return aval.shape == () and jnp.issubdtype(aval.dtype, jnp.integer)
-
-
-def _aval(v: Any) -> Any:
-    return v.aval
+def _is_integer(v: Atom) -> bool:
+    return _compat.shape_of(v) == () and jnp.issubdtype(_compat.dtype_of(v), jnp.integer)
 
 
 def _counted(
     jaxpr: Jaxpr, inputs: Sequence[Counted], wanted: Sequence[Any], enter: Enter
 ) -> list[Counted]:
-    """What is known of some variables of a body, given what is known of its inputs."""
+    """Counters among some variables of a body, given those among its inputs.
+
+    Read backward from what is wanted, so that no equation is looked at that the counter does not
+    depend on: a loop's body may be a whole model, and its counter one addition.
+    """
     made = {v: (eqn, i) for eqn in jaxpr.eqns for i, v in enumerate(eqn.outvars)}
     given = dict(zip(jaxpr.invars, inputs, strict=True))
-    read = lambda v: _literal(v) if isinstance(v, Literal) else of(v)
+
+    def read(v: Atom) -> Counted:
+        return _literal(v) if isinstance(v, Literal) else of(v)
 
     @functools.cache
-    def of(v: Any) -> Counted:
-        if v not in made or _aval(v).shape:
+    def of(v: Var) -> Counted:
+        if v not in made or _compat.shape_of(v):
             return given.get(v)
         eqn, number = made[v]
         inner, rule = enter(eqn), _RULES.get(eqn.primitive.name)
@@ -167,7 +181,7 @@ def _sub(eqn: Equation, a: Counted, b: Counted) -> Counted:
 
 
 def _convert(eqn: Equation, a: Counted) -> Counted:
-    before, after = (_aval(v).dtype for v in (eqn.invars[0], eqn.outvars[0]))
+    before, after = map(_compat.dtype_of, (eqn.invars[0], eqn.outvars[0]))
     return a if _is_integer(eqn.outvars[0]) and np.can_cast(before, after, "safe") else None
 
 

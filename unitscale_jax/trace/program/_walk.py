@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 from unitscale_jax.errors import check_type
 from unitscale_jax.trace.program import _compat
-from unitscale_jax.trace.program._compat import Equation, Jaxpr, Literal, Var
+from unitscale_jax.trace.program._compat import Atom, Equation, Jaxpr, Literal, Var
 from unitscale_jax.trace.program._trips import while_trips
 
 V = TypeVar("V")
@@ -68,17 +68,17 @@ class Site:
 
     @property
     def name(self) -> str:
-        """Name of the primitive."""
+        """The name of the equation's primitive."""
         return self.eqn.primitive.name
 
     @_Once
     def operands(self) -> tuple[Any, ...]:
-        """Dtypes of the operands, as traced."""
+        """The dtypes of the operands, as traced; None for a token."""
         return tuple([_compat.dtype_of(v) for v in self.eqn.invars])
 
     @_Once
     def results(self) -> tuple[Any, ...]:
-        """Dtypes of the results, as traced."""
+        """The dtypes of the results, as traced; None for a token."""
         return tuple([_compat.dtype_of(v) for v in self.eqn.outvars])
 
     @_Once
@@ -88,12 +88,12 @@ class Site:
 
     @functools.cached_property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the operands, as traced."""
+        """The shapes of the operands, as traced."""
         return tuple(map(_compat.shape_of, self.eqn.invars))
 
     @functools.cached_property
     def result_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the results, as traced."""
+        """The shapes of the results, as traced."""
         return tuple(map(_compat.shape_of, self.eqn.outvars))
 
     @functools.cached_property
@@ -105,20 +105,20 @@ class Site:
 
     @property
     def is_opaque(self) -> bool:
-        """Whether it stands for equations that cannot be entered, or is one of those; `opaque`."""
+        """True if it stands for equations that cannot be entered, or is one of those; `opaque`."""
         closed = _compat.is_closed(self.eqn) and not bodies(self.eqn)
         return closed or (self.parent is not None and self.parent.is_opaque)
 
     @functools.cached_property
     def repeats(self) -> int | None:
-        """How often it runs in one evaluation of the function; None if that depends on data."""
+        """Number of runs in one evaluation of the function; None if that depends on data."""
         if self.parent is None:
             return 1
         above, times = self.parent.repeats, self.parent.trips(self.body)
         return None if above is None or times is None else above * times
 
     def trips(self, body: int) -> int | None:
-        """How often one evaluation of the equation runs a body; None if that depends on data."""
+        """Number of runs of a body in one evaluation; None if that depends on data."""
         if self.name == "scan":
             return self.eqn.params["length"]
         if self.name == "while":
@@ -146,7 +146,7 @@ def bodies(eqn: Equation) -> list[tuple[Jaxpr, Sequence[Any]]]:
 
 
 def is_call(eqn: Equation) -> bool:
-    """Whether an equation evaluates one body, once, on its own operands: jit, remat, .."""
+    """True if an equation evaluates one body, once, on its own operands: jit, remat, .."""
     return eqn.primitive.name in _compat.CALLS
 
 
@@ -208,13 +208,13 @@ def producers(
     return found
 
 
-def is_constant(operand: Any) -> bool:
-    """Whether an operand is written into the equation."""
+def is_constant(operand: Atom) -> bool:
+    """True if an operand is written into the equation, as a literal."""
     return isinstance(operand, Literal)
 
 
 class Flow(abc.ABC, Generic[V]):
-    """What an analysis knows of a value, and how knowledge passes an equation.
+    """The interface of an analysis: its knowledge of a value, and how that passes an equation.
 
     A subclass must say three things, and may say the others:
 
@@ -237,15 +237,15 @@ class Flow(abc.ABC, Generic[V]):
 
     @abc.abstractmethod
     def constant(self, value: Any) -> V:
-        """What is known of a literal or of an array that the function closes over."""
+        """Knowledge of a literal or of an array that the function closes over."""
 
     @abc.abstractmethod
     def visit(self, site: Site, inputs: list[V]) -> list[V]:
-        """What is known of the results of an equation without a body that can be entered."""
+        """Knowledge of the results of an equation without a body that can be entered."""
 
     @abc.abstractmethod
     def join(self, a: V, b: V) -> V:
-        """What is known of a value that is either of two: branches, or a loop's carry."""
+        """Knowledge of a value that is either of two: branches, or a loop's carry."""
 
     def on_inputs(self, site: Site, inputs: list[V]) -> None:
         """Told of every equation, calls and loops included, before it is followed."""
@@ -254,7 +254,7 @@ class Flow(abc.ABC, Generic[V]):
         """Told of every equation, calls and loops included, after it was followed."""
 
     def restart(self, site: Site, carry: list[V]) -> list[V]:
-        """What the next walk of a loop's body starts from; what it knew in the end is enough.
+        """Knowledge that the next walk of a loop's body starts from, as of its carry by now.
 
         A loop inside a loop is walked again with each walk of the outer body. Starting where it
         ended, instead of at its first operands, it is walked as often as it learns something.
@@ -266,27 +266,27 @@ class Flow(abc.ABC, Generic[V]):
         """Told of what is known in the end of a loop's carry and of a branch's results."""
 
     def select(self, site: Site, by: V, out: V) -> V:
-        """What is known of a result of a branch or a loop that a value decides on."""
+        """Knowledge of a result of a branch or a loop that a value decides on."""
         del site, by
         return out
 
     def unstacked(self, site: Site, x: V) -> V:
-        """What a scan's body knows of one row of a stacked operand."""
+        """Knowledge of one row, in a scan's body, of a stacked operand."""
         del site
         return x
 
     def stacked(self, site: Site, y: V) -> V:
-        """What is known of a scan's stacked result."""
+        """Knowledge of a scan's stacked result, from that of one row."""
         del site
         return y
 
     def enter(self, site: Site, inputs: list[V]) -> list[V]:
-        """What the body of a call (jit, remat, shard_map, ..) knows of its operands."""
+        """Knowledge of the operands in the body of a call (jit, remat, shard_map, ..)."""
         del site
         return inputs
 
     def exit(self, site: Site, outputs: list[V]) -> list[V]:
-        """What is known of the results of a call whose body knows `outputs`."""
+        """Knowledge of the results of a call, from `outputs`, that of its body."""
         del site
         return outputs
 
@@ -299,11 +299,23 @@ def walk(
     parent: Site | None = None,
     body: int = 0,
 ) -> list[V]:
-    """What `flow` knows of the results of `jaxpr`, given what it knows of the inputs."""
+    """Returns what `flow` knows of the results of `jaxpr`, given what it knows of the inputs.
+
+    Args:
+        flow: The analysis.
+        jaxpr: The equations of a function, or of a body.
+        inputs: Its knowledge of the inputs.
+        consts: Arrays that the function closes over.
+        parent: Where the equation stands whose body `jaxpr` is; None at the top.
+        body: Which body of the parent.
+    """
     check_type("`flow`", flow, Flow, "a us.trace.Flow")
     known: dict[Var, V] = dict(zip(jaxpr.invars, inputs, strict=True))
     known |= {v: flow.constant(c) for v, c in zip(jaxpr.constvars, consts, strict=True)}
-    read = lambda v: flow.constant(v.val) if isinstance(v, Literal) else known[v]
+
+    def read(v: Atom) -> V:
+        return flow.constant(v.val) if isinstance(v, Literal) else known[v]
+
     for site in listed(jaxpr, parent, body):
         eqn = site.eqn
         operands = [read(v) for v in eqn.invars]
@@ -362,7 +374,7 @@ def _while(flow: Flow[V], site: Site, inputs: list[V]) -> list[V]:
         carry = grown
 
 
-_STRUCTURES: dict[str, Any] = {
+_STRUCTURES: dict[str, Callable[[Any, Site, list[Any]], list[Any]]] = {
     **dict.fromkeys(_compat.CALLS, _call),
     "cond": _cond,
     "scan": _scan,

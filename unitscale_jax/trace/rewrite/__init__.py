@@ -1,15 +1,8 @@
 """Functions made anew from their equations: the Rewriter, custom derivatives, captures, notes."""
 
-from unitscale_jax.trace.rewrite._capture import (
-    Capture,
-    captured,
-)
-from unitscale_jax.trace.rewrite._derivatives import (
-    Derivative,
-)
-from unitscale_jax.trace.rewrite._manual import (
-    as_on_one_device,
-)
+from unitscale_jax.trace.rewrite._capture import Capture, captured
+from unitscale_jax.trace.rewrite._derivatives import Derivative
+from unitscale_jax.trace.rewrite._manual import as_on_one_device
 from unitscale_jax.trace.rewrite._notes import (
     as_traced,
     dtypes_meant,
@@ -21,12 +14,7 @@ from unitscale_jax.trace.rewrite._notes import (
     taking,
     taking_notes,
 )
-from unitscale_jax.trace.rewrite._rewrite import (
-    Rewriter,
-    RewriteRules,
-    Rule,
-    rewritten,
-)
+from unitscale_jax.trace.rewrite._rewrite import Rewriter, RewriteRules, Rule, rewritten
 
 __all__ = [
     "Capture",

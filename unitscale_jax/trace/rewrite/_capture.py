@@ -133,8 +133,7 @@ def _beside(recorder: _Recorder, site: Site, operands: list[Any]) -> Sequence[An
 
 
 def _rematerialized(recorder: _Recorder, site: Site, operands: list[Any]) -> list[Any]:
-    body = lambda *xs: recorder.apart(site, 0, xs)
-    out, tape = _compat.restage(site.eqn, body, operands)
+    out, tape = _compat.restage(site.eqn, lambda *xs: recorder.apart(site, 0, xs), operands)
     recorder.tape += tape
     return out
 
@@ -154,22 +153,33 @@ def _scanned(recorder: _Recorder, site: Site, operands: list[Any]) -> list[Any]:
 
 
 def _branched(recorder: _Recorder, site: Site, operands: list[Any]) -> list[Any]:
+    """A branch returns the tapes of all branches: its own, and those of others empty.
+
+    Branches return values of one type, so a tape of zeros, whose captures are not `taken`, stands
+    for what another branch would have recorded.
+    """
     index, *rest = operands
     numbers = range(len(site.eqn.params["branches"]))
-    run = lambda k: lambda *xs: recorder.apart(site, k, xs)
+
+    def run(k: int) -> Callable[..., tuple[list[Any], Any]]:
+        return lambda *xs: recorder.apart(site, k, xs)
+
     tapes = [jax.eval_shape(run(k), *rest)[1] for k in numbers]
-    empty = lambda tape: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tape)
 
     def branch(k: int) -> Callable[..., Any]:
         def taken(*xs: Any) -> tuple[list[Any], Any]:
             out, tape = run(k)(*xs)
-            return out, [tape if j == k else empty(tapes[j]) for j in numbers]
+            return out, [tape if j == k else jax.tree.map(_zeros, tapes[j]) for j in numbers]
 
         return taken
 
     out, taken = _compat.recond(site.eqn, [branch(k) for k in numbers], index, rest)
     recorder.tape += [capture for tape in taken for capture in tape]
     return out
+
+
+def _zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.zeros(x.shape, x.dtype)
 
 
 _STRUCTURES: dict[str, Callable[[_Recorder, Site, list[Any]], Sequence[Any]]] = {

@@ -57,7 +57,12 @@ class Derivative:
 
 
 def custom_jvp(rewriter: Any, site: Site, operands: list[Any]) -> Sequence[Any]:
-    """The same value and the user's rule for its tangent, both rewritten."""
+    """Replays a call and the user's rule for its tangent, both rewritten.
+
+    The rule is traced by `jax.jvp` of the original call, with tangents for the operands in `moving`
+    alone. Its equations take all primals and these tangents, and give results and the tangents of
+    floating results; they are replayed on whatever the operands are by now.
+    """
     flat, structure = jax.tree.flatten(operands)
     avals, master = [v.aval for v in site.eqn.invars], _master_leaves(rewriter, structure)
     floats = [k for k, v in enumerate(site.eqn.outvars) if _is_inexact(v.aval)]
@@ -92,12 +97,12 @@ def custom_jvp(rewriter: Any, site: Site, operands: list[Any]) -> Sequence[Any]:
 
 
 def custom_vjp(rewriter: Any, site: Site, operands: list[Any]) -> Sequence[Any]:
-    """The same value and the user's two passes, all rewritten.
+    """Replays a call and the user's two passes, all rewritten.
 
     JAX keeps the user's functions and not their equations, so each pass is traced here by
-    differentiating the original call: `pull` records its forward pass, whose residuals are the
-    leaves of the pullback, and `push` its backward pass, by putting traced leaves back into that
-    pullback. Both are then replayed by the rules. Operands that nothing differentiates by are
+    differentiating the original call: `_forward_pass` traces `jax.vjp` of it, whose residuals are
+    the leaves of the pullback, and `_backward_pass` the pullback itself, with traced leaves put
+    back into it. Both are then replayed by the rules. Operands that nothing differentiates by are
     constants of both traces, so that rules which assert what is perturbed find what they expect.
     """
     flat, structure = jax.tree.flatten(operands)
@@ -115,45 +120,17 @@ def custom_vjp(rewriter: Any, site: Site, operands: list[Any]) -> Sequence[Any]:
         moving = _moving(avals, master, [x.perturbed if symbolic else True for x in xs])
         if not moving:
             return call(*values), ([], None)
-        backward: list[jax.tree_util.PyTreeDef] = []  # the pullback's structure, once traced
-
-        def pull(*xs: Any) -> tuple[list[Any], list[Any]]:
-            out, pullback = jax.vjp(_open(site, xs, moving), *(xs[k] for k in moving))
-            residuals, tree = jax.tree.flatten(pullback)
-            backward[:] = [tree]
-            return list(out), residuals
-
-        closed = jax.make_jaxpr(pull)(*avals)
-        out = rewriter.derived(Derivative(site, 1, closed), structure.unflatten(values))
-        count = len(site.eqn.outvars)
-        like = _Backward(backward[0], tuple(closed.out_avals[count:]), tuple(moving))
-        return out[:count], (_after(site, out), like)
+        return _forward_pass(rewriter, site, structure.unflatten(values), avals, moving)
 
     def bwd(kept: tuple[list[Any], Any], cotangents: list[Any]) -> tuple[Any, ...]:
-        values, like = kept
+        residuals, pullback = kept
         gradients: list[Any] = [None] * len(flat)
-        if like is None:
+        if pullback is None:  # nothing was differentiated
             return tuple(gradients)
-        types: list[Any] = [v.aval for v in site.eqn.outvars]
         given = [rewriter.master(g) for g in cotangents]
-        is_zero = [g is None or isinstance(g, SymbolicZero) for g in given]
-        if all(is_zero):  # where none is left JAX passes over the rule, which may do without
-            pairs = zip(given, types, strict=True)
-            is_zero = [g is None or not _is_inexact(aval) for g, aval in pairs]
-            given = [_dense(g) for g in given]
-
-        def push(leaves: Sequence[Any], cts: Sequence[Any]) -> list[Any]:
-            rest = iter(cts)
-            pairs = zip(types, is_zero, strict=True)
-            full = [no_cotangent(aval) if zero else next(rest) for aval, zero in pairs]
-            return list(jax.tree.unflatten(like.structure, leaves)(full))
-
-        real = [k for k, zero in enumerate(is_zero) if not zero]
-        closed = jax.make_jaxpr(push)(like.avals, [types[k] for k in real])
-        own = [*values, *(given[k] for k in real)]
-        out = rewriter.derived(Derivative(site, 2, closed, Moving(real, like.moving)), own)
-        for k, g, zero in zip(like.moving, out, _are_zeros(closed.jaxpr), strict=True):
-            gradients[master[k]] = None if zero else g.astype(dtypes[master[k]])
+        found = _backward_pass(rewriter, site, residuals, pullback, given)
+        for k, g in zip(pullback.moving, found, strict=True):
+            gradients[master[k]] = None if g is None else g.astype(dtypes[master[k]])
         return tuple(gradients)
 
     call.defvjp(fwd, bwd, symbolic_zeros=symbolic)
@@ -162,12 +139,73 @@ def custom_vjp(rewriter: Any, site: Site, operands: list[Any]) -> Sequence[Any]:
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class _Backward:
-    """What the backward pass is traced from; `moving` are the operands that it is by."""
+class _Pullback:
+    """A user's backward pass, without its residuals.
+
+    Attributes:
+        structure: The pullback of `jax.vjp` as a tree, whose leaves are the residuals.
+        avals: Shapes and dtypes of the residuals.
+        moving: The operands that it gives gradients of.
+    """
 
     structure: jax.tree_util.PyTreeDef
     avals: tuple[Any, ...]
     moving: tuple[int, ...]
+
+
+def _forward_pass(
+    rewriter: Any, site: Site, operands: list[Any], avals: Sequence[Any], moving: Sequence[int]
+) -> tuple[list[Any], tuple[list[Any], _Pullback]]:
+    """Results of the call, and the residuals with the pullback that takes them."""
+    structures: list[jax.tree_util.PyTreeDef] = []  # that of the pullback, once traced
+
+    def pull(*xs: Any) -> tuple[list[Any], list[Any]]:
+        out, pullback = jax.vjp(_open(site, xs, moving), *(xs[k] for k in moving))
+        residuals, tree = jax.tree.flatten(pullback)
+        structures[:] = [tree]
+        return list(out), residuals
+
+    closed = jax.make_jaxpr(pull)(*avals)
+    out = rewriter.derived(Derivative(site, 1, closed), operands)
+    count = len(site.eqn.outvars)
+    pullback = _Pullback(structures[0], tuple(closed.out_avals[count:]), tuple(moving))
+    return out[:count], (_after(site, out), pullback)
+
+
+def _backward_pass(
+    rewriter: Any, site: Site, residuals: list[Any], pullback: _Pullback, cotangents: list[Any]
+) -> list[Any]:
+    """Gradients of the moving operands; None where the rule wrote zeros.
+
+    Args:
+        rewriter: Replays the pass.
+        site: The call.
+        residuals: Of the forward pass, as it was replayed.
+        pullback: How the pass is traced.
+        cotangents: One for each result; None or a symbolic zero where nobody made one.
+    """
+    types: list[Any] = [v.aval for v in site.eqn.outvars]
+    is_zero = [g is None or isinstance(g, SymbolicZero) for g in cotangents]
+    if all(is_zero):  # where none is left JAX passes over the rule, which may do without
+        pairs = zip(cotangents, types, strict=True)
+        is_zero = [g is None or not _is_inexact(aval) for g, aval in pairs]
+        cotangents = [
+            None if g is None else jnp.zeros(g.aval.shape, g.aval.dtype) for g in cotangents
+        ]
+
+    def push(leaves: Sequence[Any], cts: Sequence[Any]) -> list[Any]:
+        rest = iter(cts)
+        pairs = zip(types, is_zero, strict=True)
+        full = [no_cotangent(aval) if zero else next(rest) for aval, zero in pairs]
+        return list(jax.tree.unflatten(pullback.structure, leaves)(full))
+
+    real = [k for k, zero in enumerate(is_zero) if not zero]
+    closed = jax.make_jaxpr(push)(pullback.avals, [types[k] for k in real])
+    moving = Moving(real, pullback.moving)
+    own = [*residuals, *(cotangents[k] for k in real)]
+    out = rewriter.derived(Derivative(site, 2, closed, moving), own)
+    zeros = _are_zeros(closed.jaxpr)
+    return [None if zero else g for g, zero in zip(out, zeros, strict=True)]
 
 
 def _master_leaves(rewriter: Any, structure: jax.tree_util.PyTreeDef) -> list[Any]:
@@ -193,7 +231,7 @@ def _open(site: Site, xs: Sequence[Any], moving: Sequence[int]) -> Any:
 
 
 def _after(site: Site, out: Sequence[Any]) -> list[Any]:
-    """What a derived body returns after the results of the call: tangents or residuals."""
+    """The tangents or residuals, which a derived body returns after the results of the call."""
     return list(out[len(site.eqn.outvars) :])
 
 
@@ -218,10 +256,6 @@ def _are_zeros(jaxpr: Jaxpr) -> list[bool]:
     constants = {v: eqn.invars[0] for eqn in full for v in eqn.outvars}
     found = [v if isinstance(v, Literal) else constants.get(v) for v in jaxpr.outvars]
     return [isinstance(v, Literal) and not v.val for v in found]
-
-
-def _dense(g: Any) -> Any:
-    return None if g is None else jnp.zeros(g.aval.shape, g.aval.dtype)
 
 
 def _is_inexact(aval: Any) -> bool:

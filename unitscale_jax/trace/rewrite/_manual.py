@@ -58,7 +58,7 @@ class _Caster(Rewriter):
         self._axes, self._mesh = axes, jax.sharding.get_abstract_mesh()
 
     def touches(self, site: Site, operands: list[Any]) -> bool:
-        """Whether there are equations inside, whose types change as well."""
+        """True if there are equations inside, whose types change as well."""
         del operands
         return bool(bodies(site.eqn))
 

@@ -37,7 +37,7 @@ def taking_notes() -> Iterator[list[dict[str, Any]]]:
 
 
 def taking() -> bool:
-    """Whether somebody takes notes: then even what a transform leaves alone should be noted."""
+    """True if somebody takes notes: then even what a transform leaves alone should be noted."""
     return _TAKEN.get(None) is not None
 
 
@@ -77,7 +77,7 @@ def made_result() -> contextlib.AbstractContextManager[Any]:
 
 
 def dtypes_meant(site: Site) -> Literal["", "inside", "operand", "result"]:
-    """Whether an equation is one of those `as_traced`.
+    """Tells whether, and where, an equation is one of those `as_traced`.
 
     Returns:
         "" for any other; of a product that is low "operand" where one of its arrays enters and
@@ -101,7 +101,7 @@ def dtypes_meant(site: Site) -> Literal["", "inside", "operand", "result"]:
 
 
 def _is_marked(site: Site) -> bool:
-    """Whether the mark of `as_traced` is on an equation or around it, which it seldom is."""
+    """True if the mark of `as_traced` is on an equation or around it, which it seldom is."""
     at: Site | None = site
     while at is not None:
         if "as_traced:" in scope(at.eqn):
@@ -111,7 +111,7 @@ def _is_marked(site: Site) -> bool:
 
 
 def notes_at(site: Site, notes: list[dict[str, Any]]) -> dict[str, Any]:
-    """All notes at an equation in one dict, of two with one name the innermost."""
+    """Notes at an equation in one dict; of two with one name it has the innermost."""
     out: dict[str, Any] = {}
     for number in _MARK.findall(site.scope):
         out |= notes[int(number)]

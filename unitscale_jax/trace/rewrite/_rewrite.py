@@ -20,7 +20,7 @@ import jax
 
 from unitscale_jax.errors import check_callable
 from unitscale_jax.trace.program import _compat
-from unitscale_jax.trace.program._compat import Equation, Jaxpr, Literal, Var
+from unitscale_jax.trace.program._compat import Atom, Equation, Jaxpr, Literal, Var
 from unitscale_jax.trace.program._function import trace_call
 from unitscale_jax.trace.program._walk import Site, bodies, listed
 from unitscale_jax.trace.rewrite._derivatives import Derivative, custom_jvp, custom_vjp
@@ -109,7 +109,7 @@ class Rewriter:
         return operand
 
     def partitioned(self, operand: Any, placement: Any) -> Any:
-        """How an operand of a call is partitioned (a spec, a sharding) that was one array."""
+        """The partitioning (a spec, a sharding) of an operand of a call that was one array."""
         del operand
         return placement
 
@@ -143,8 +143,11 @@ class Rewriter:
         """Evaluates `jaxpr`, whose equations stand in body `body` of `parent`."""
         env: dict[Var, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
         env |= dict(zip(jaxpr.invars, operands, strict=True))
-        read = lambda v: v.val if isinstance(v, Literal) else env[v]
         last = _last_uses(jaxpr)
+
+        def read(v: Atom) -> Any:
+            return v.val if isinstance(v, Literal) else env[v]
+
         for site in listed(jaxpr, parent, body):
             eqn = site.eqn
             out = _compat.within(eqn, self.step, site, [read(v) for v in eqn.invars])
@@ -167,7 +170,7 @@ class Rewriter:
         return self.default(site, operands)
 
     def touches(self, site: Site, operands: list[Any]) -> bool:
-        """Whether the equation at `site` is to be replaced, or one inside it."""
+        """True if the equation at `site` is to be replaced, or one inside it."""
         del operands
         return self._applies(site.eqn)
 
@@ -206,31 +209,42 @@ def _last_uses(jaxpr: Jaxpr) -> dict[int, list[Var]]:
     return out
 
 
+def _inlined(rewriter: Rewriter, site: Site) -> Callable[..., list[Any]]:
+    """The replayed body of a call, as a function of its operands."""
+    return lambda *xs: rewriter.inline(site, xs)
+
+
 def _jit(rewriter: Rewriter, site: Site, operands: list[Any]) -> Sequence[Any]:
-    body = lambda *xs: rewriter.inline(site, xs)
-    return _compat.rejit(site.eqn, body, operands, rewriter.partitioned)(*operands)
+    call = _compat.rejit(site.eqn, _inlined(rewriter, site), operands, rewriter.partitioned)
+    return call(*operands)
 
 
 def _remat(rewriter: Rewriter, site: Site, operands: list[Any]) -> Sequence[Any]:
-    return _compat.restage(site.eqn, lambda *xs: rewriter.inline(site, xs), operands)
+    return _compat.restage(site.eqn, _inlined(rewriter, site), operands)
 
 
 def _shard_map(rewriter: Rewriter, site: Site, operands: list[Any]) -> Sequence[Any]:
-    body = lambda *xs: rewriter.inline(site, xs)
     specs = site.eqn.params["in_specs"]
     operands = [rewriter.entering(x, spec) for x, spec in zip(operands, specs, strict=True)]
-    return _compat.reshard_map(site.eqn, body, operands, rewriter.partitioned)(*operands)
+    call = _compat.reshard_map(site.eqn, _inlined(rewriter, site), operands, rewriter.partitioned)
+    return call(*operands)
 
 
 def _scan(rewriter: Rewriter, site: Site, operands: list[Any]) -> Sequence[Any]:
     consts, carries = _compat.scan_counts(site.eqn)
     before, xs = operands[:consts], [rewriter.sliced(site, x) for x in operands[consts + carries :]]
-    step = lambda carry, x: rewriter.enter(site, 0, [*before, *carry, *x])[:carries]
-    abstract = lambda carry: jax.eval_shape(step, carry, [jax.tree.map(_row, x) for x in xs])
+
+    def turn(carry: list[Any], x: list[Any]) -> list[Any]:
+        return rewriter.enter(site, 0, [*before, *carry, *x])
+
+    def abstract(carry: list[Any]) -> list[Any]:
+        rows = [jax.tree.map(_row, x) for x in xs]
+        return jax.eval_shape(lambda *args: turn(*args)[:carries], carry, rows)
+
     init = rewriter.carried(site, operands[consts : consts + carries], abstract)
 
     def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
-        out = rewriter.returned(site, rewriter.enter(site, 0, [*before, *carry, *x]))
+        out = rewriter.returned(site, turn(carry, x))
         return out[:carries], out[carries:]
 
     options = _compat.scan_options(site.eqn)
@@ -247,19 +261,29 @@ def _row(x: Any) -> jax.ShapeDtypeStruct:
 def _while(rewriter: Rewriter, site: Site, operands: list[Any]) -> Sequence[Any]:
     of_cond, of_body = _compat.while_counts(site.eqn)
     cond_consts, body_consts = operands[:of_cond], operands[of_cond : of_cond + of_body]
-    step = lambda carry: rewriter.enter(site, 1, [*body_consts, *carry])
-    abstract = lambda carry: jax.eval_shape(step, carry)
-    init = rewriter.carried(site, operands[of_cond + of_body :], abstract)
-    again = lambda carry: rewriter.enter(site, 0, [*cond_consts, *carry])[0]
-    body = lambda carry: rewriter.returned(site, step(carry))
+
+    def again(carry: list[Any]) -> Any:
+        return rewriter.enter(site, 0, [*cond_consts, *carry])[0]
+
+    def turn(carry: list[Any]) -> list[Any]:
+        return rewriter.enter(site, 1, [*body_consts, *carry])
+
+    def body(carry: list[Any]) -> list[Any]:
+        return rewriter.returned(site, turn(carry))
+
+    first = operands[of_cond + of_body :]
+    init = rewriter.carried(site, first, functools.partial(jax.eval_shape, turn))
     return jax.lax.while_loop(again, body, init)
 
 
 def _cond(rewriter: Rewriter, site: Site, operands: list[Any]) -> Sequence[Any]:
     index, *rest = operands
-    numbers = range(len(site.eqn.params["branches"]))
-    branch = lambda k: lambda *xs: rewriter.returned(site, rewriter.enter(site, k, xs))
-    return _compat.recond(site.eqn, [branch(k) for k in numbers], index, rest)
+
+    def branch(k: int) -> Callable[..., list[Any]]:
+        return lambda *xs: rewriter.returned(site, rewriter.enter(site, k, xs))
+
+    branches = [branch(k) for k in range(len(site.eqn.params["branches"]))]
+    return _compat.recond(site.eqn, branches, index, rest)
 
 
 _STRUCTURES: dict[str, Callable[[Rewriter, Site, list[Any]], Sequence[Any]]] = {
