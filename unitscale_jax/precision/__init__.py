@@ -1,15 +1,8 @@
 """Mixed precision: dtypes by policy, loss scaling, and weights of 16 bits."""
 
-from unitscale_jax.optimizer import (
-    LossScaleState,
-    LowPrecisionState,
-)
-from unitscale_jax.precision._autocast import (
-    autocast,
-)
-from unitscale_jax.precision._cast import (
-    cast,
-)
+from unitscale_jax.optimizer import LossScaleState, LowPrecisionState
+from unitscale_jax.precision._autocast import autocast
+from unitscale_jax.precision._cast import cast
 from unitscale_jax.precision._loss_scale import (
     current_scale,
     loss_scaled,
@@ -17,19 +10,10 @@ from unitscale_jax.precision._loss_scale import (
     unless_skipped,
     unscaled,
 )
-from unitscale_jax.precision._low_precision import (
-    low_precision_weights,
-)
-from unitscale_jax.precision._policy import (
-    Policy,
-)
-from unitscale_jax.precision._scale import (
-    DynamicScale,
-    StaticScale,
-)
-from unitscale_jax.precision._updated import (
-    updated,
-)
+from unitscale_jax.precision._low_precision import low_precision_weights
+from unitscale_jax.precision._policy import Policy
+from unitscale_jax.precision._scale import DynamicScale, StaticScale
+from unitscale_jax.precision._updated import updated
 
 __all__ = [
     "DynamicScale",

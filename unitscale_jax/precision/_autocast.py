@@ -35,12 +35,7 @@ from unitscale_jax.trace.program import (
     trace_call,
     walk,
 )
-from unitscale_jax.trace.rewrite import (
-    Derivative,
-    Rewriter,
-    noted,
-    taking,
-)
+from unitscale_jax.trace.rewrite import Derivative, Rewriter, noted, taking
 from unitscale_jax.typing import DType
 
 Products: TypeAlias = DType | tuple[DType, DType]
@@ -143,7 +138,7 @@ class _Autocast(Rewriter):
         return site.place in self.plan.changed or taking()
 
     def evaluate(self, site: Site, operands: list[Any]) -> list[Any]:
-        """Every equation without a body, as decided."""
+        """Evaluates an equation without a body as decided, with a note if notes are taken."""
         decision = self.plan.decisions[site.place]
         if not taking():
             return self._as_decided(site, operands, decision)
@@ -215,7 +210,7 @@ def _convert(x: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _narrows(x: Any, dtype: Any) -> bool:
-    """Whether autocast casts an operand to 8 bits; a user's own 8-bit floats stay the user's."""
+    """True if autocast casts an operand to 8 bits; a user's own 8-bit floats stay the user's."""
     return dtype is not None and _is_8bit(dtype) and _dtype(x) != dtype
 
 
@@ -236,14 +231,14 @@ def _narrow_product(site: Site, operands: list[Any], decision: Decision) -> list
     where it is small, and NaN where it is large.
     """
     dtype = np.dtype(decision.results[0])
-    rounded = lambda xs: [
-        x if to is None else _convert(jnp.asarray(x), to)
-        for x, to in zip(xs, decision.operands, strict=True)
-    ]
-    wide = lambda xs: [
-        x if to is None else jax.lax.convert_element_type(x, dtype)
-        for x, to in zip(xs, decision.operands, strict=True)
-    ]
+
+    def rounded(xs: Sequence[Any]) -> list[Any]:
+        pairs = zip(xs, decision.operands, strict=True)
+        return [x if to is None else _convert(jnp.asarray(x), to) for x, to in pairs]
+
+    def wide(xs: Sequence[Any]) -> list[Any]:
+        pairs = zip(xs, decision.operands, strict=True)
+        return [x if to is None else jax.lax.convert_element_type(x, dtype) for x, to in pairs]
 
     @jax.custom_jvp
     def product(*xs: Any) -> list[Any]:

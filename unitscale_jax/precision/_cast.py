@@ -60,7 +60,8 @@ def cast(apply: Apply, policy: Policy | DType) -> Apply:
         dtypes = rules.assign(policy.overrides, params, policy.compute)
         state = {name: kwargs.pop(name) for name in ("state",) if name in kwargs}
         inputs, kwargs = _cast((inputs, kwargs), policy.compute)
-        out = apply(_cast_each(params, dtypes), *inputs, **kwargs, **state)
+        params = jax.tree.map(_cast, params, dtypes, is_leaf=trees.is_compound)
+        out = apply(params, *inputs, **kwargs, **state)
         if state.get("state") is not None and isinstance(out, tuple) and len(out) == 2:
             return _cast(out[0], policy.output), out[1]
         return _cast(out, policy.output)
@@ -68,18 +69,17 @@ def cast(apply: Apply, policy: Policy | DType) -> Apply:
     return cast_fn
 
 
-def _cast_each(params: Params, dtypes: Any) -> Params:
-    return jax.tree.map(_cast, params, dtypes, is_leaf=trees.is_compound)
-
-
 def _cast(tree: Any, dtype: DType) -> Any:
-    """As `trees.cast`, but leaves what already has the dtype, so that the jaxpr stays the same."""
-    cast_leaf = lambda x: trees.astype(x, dtype) if _is_wide(x) and x.dtype != dtype else x
+    """Casts floats of 16 bits and more to a dtype; the identity leaves no equation."""
+
+    def cast_leaf(x: Any) -> Any:
+        return trees.astype(x, dtype) if _is_wide(x) and x.dtype != dtype else x
+
     return jax.tree.map(cast_leaf, tree, is_leaf=trees.is_compound)
 
 
 def _is_wide(leaf: Any) -> bool:
-    """Whether a leaf is an array of floats that stand for themselves (8-bit ones are codes)."""
+    """True for an array of floats that stand for themselves (8-bit ones are codes)."""
     # A Python number follows the arrays that it meets, so it needs no cast; a function, a string
     # or another static argument has no dtype at all.
     if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):

@@ -17,12 +17,7 @@ The intent is that of `torch.amp`; the names are JAX's.
 from collections.abc import Iterable, Mapping
 from typing import Literal, TypeAlias, get_args
 
-from unitscale_jax.trace.program import (
-    COLLECTIVES,
-    MOVES,
-    PRODUCTS,
-    SCATTERS,
-)
+from unitscale_jax.trace.program import COLLECTIVES, MOVES, PRODUCTS, SCATTERS
 
 OpClass: TypeAlias = Literal["low", "float32", "prefix", "follow", "each", "keep"]
 CLASSES = get_args(OpClass)

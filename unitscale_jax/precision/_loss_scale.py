@@ -179,7 +179,7 @@ def unscaled(grads: Params, opt_state: Any) -> Params:
 
 
 def unless_skipped(opt_state: Any, new: Any, old: Any) -> Any:
-    """What goes with a step and is no parameter, such as batch statistics: old if it was skipped.
+    """Chooses the tree that goes with a step, such as batch statistics: old if it was skipped.
 
     Args:
         opt_state: The state after the update. A step is skipped by `loss_scaled`, and a part left

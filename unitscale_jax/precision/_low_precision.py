@@ -103,7 +103,13 @@ def low_precision_weights(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _stochastic(params: Params, updates: Params, key: Any, step: jax.Array) -> Params:
+def _stochastic(params: Params, updates: Params, key: Key | None, step: jax.Array) -> Params:
+    """Updates that land on a bfloat16 neighbor of p + u, on each as likely as it is near.
+
+    The expected value of the new weight is p + u, so small updates add up in the mean
+    (https://arxiv.org/abs/2010.06192). Bits depend on the step and the number of the leaf.
+    """
+    assert key is not None  # it was checked when the transform was made
     leaves, outline = jax.tree.flatten(params)
     key = jax.random.fold_in(key, step)
     keys = jax.tree.unflatten(outline, [jax.random.fold_in(key, i) for i in range(len(leaves))])
@@ -116,6 +122,13 @@ def _stochastic(params: Params, updates: Params, key: Any, step: jax.Array) -> P
 
 
 def _kahan(params: Params, updates: Params, owed: Params) -> tuple[Params, Params]:
+    """Updates that land on bfloat16, and the part that rounding still owes (Kahan's sum).
+
+        due = u + owed,    paid = bf16(p + due) - p,    owed' = bf16(due - paid)
+
+    `paid` is exact in float32, as the difference of two bfloat16 numbers near one another; what is
+    owed is at most half of the way from the new weight to its neighbor.
+    """
     due = jax.tree.map(lambda u, c: u + c.astype(jnp.float32), updates, owed)
     paid = jax.tree.map(lambda p, z: _nearest(p + z) - p, params, due)
     return paid, jax.tree.map(lambda z, d: (z - d).astype(jnp.bfloat16), due, paid)
@@ -159,11 +172,14 @@ def _check_params(params: Params | None) -> None:
         dtype = jnp.result_type(leaf)
         if dtype == jnp.bfloat16:
             continue
-        way_out = (
-            "Cast the parameters first, Policy(param='bfloat16').cast_to_param(params); or give "
-            "what stays as it is an optimizer of its own by optax.partition."
-            if trees.is_floating(leaf)
-            else "It cannot be trained: take it out of the parameters by tree.partition, or give it"
-            " optax.set_to_zero() by optax.partition."
-        )
+        if trees.is_floating(leaf):
+            way_out = (
+                "Cast the parameters first, Policy(param='bfloat16').cast_to_param(params); or "
+                "give what stays as it is an optimizer of its own by optax.partition."
+            )
+        else:
+            way_out = (
+                "It cannot be trained: take it out of the parameters by tree.partition, or give it "
+                "optax.set_to_zero() by optax.partition."
+            )
         raise ValueError(f"parameter {name!r} is {dtype}, expected bfloat16. {way_out}")

@@ -6,7 +6,7 @@ Forwards, the dtypes: each equation's from those of its operands, loops to a fix
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
@@ -17,16 +17,7 @@ import numpy as np
 from unitscale_jax import rules as named_rules
 from unitscale_jax.precision._classes import OpClass
 from unitscale_jax.trace.params import Origin, provenance, rule_names
-from unitscale_jax.trace.program import (
-    Flow,
-    Jaxpr,
-    Literal,
-    Place,
-    Site,
-    bodies,
-    is_call,
-    listed,
-)
+from unitscale_jax.trace.program import Flow, Jaxpr, Literal, Place, Site, bodies, is_call, listed
 from unitscale_jax.trace.rewrite import dtypes_meant
 
 FLOAT32 = np.dtype(np.float32)
@@ -43,7 +34,7 @@ class KnownDtype(NamedTuple):
 
 @dataclass(frozen=True)
 class Decision:
-    """What autocast does with an equation.
+    """The dtypes that autocast evaluates an equation in.
 
     Attributes:
         operands: The dtype each operand is cast to; None leaves it.
@@ -55,7 +46,6 @@ class Decision:
     operands: DTypes
     results: DTypes
     why: str
-
     widens: bool = False
 
     @property
@@ -66,11 +56,17 @@ class Decision:
 
 
 class Outcome(NamedTuple):
-    """What the plan makes of an equation: one of the same kind has the same."""
+    """The plan's answer for a kind of equation: all of one kind have the same.
+
+    Attributes:
+        decision: The dtypes of operands and results.
+        results: Knowledge of the results, for the equations that read them.
+        changes: Whether it is evaluated otherwise than it was traced.
+    """
 
     decision: Decision
     results: list[KnownDtype]
-    changes: bool  # whether it is evaluated otherwise than it was traced
+    changes: bool
 
 
 @dataclass
@@ -102,7 +98,7 @@ class DtypePlan(Flow[KnownDtype]):
         self.demand(jaxpr, [False] * len(jaxpr.outvars), parent, body)
 
     def origins_at(self, site: Site) -> tuple[Origin, ...]:
-        """Where the operands of an equation come from; only rules and derivatives ask."""
+        """Origins of the operands of an equation; only rules and derivatives ask for them."""
         while self.unfollowed:
             self.origins |= provenance(*self.unfollowed.pop(0))
         return self.origins[site.place]
@@ -110,7 +106,11 @@ class DtypePlan(Flow[KnownDtype]):
     def demand(
         self, jaxpr: Jaxpr, wanted: Sequence[bool], parent: Site | None = None, body: int = 0
     ) -> list[bool]:
-        """Whether float32 is wanted of each input, given whether it is of each result."""
+        """For each input whether float32 is wanted of it, given that of each result.
+
+        So `x * 0.5 - max` before an `exp` is computed in float32 from the product's result on:
+        rounding it to 16 bits again would lose what the `exp` needs.
+        """
         needed = {v for v, want in zip(jaxpr.outvars, wanted, strict=True) if want and _is_var(v)}
         for site in reversed(listed(jaxpr, parent, body)):
             wide = [v in needed for v in site.eqn.outvars]
@@ -156,7 +156,7 @@ class DtypePlan(Flow[KnownDtype]):
         return KnownDtype(a.dtype if same else _widest(a.dtype, b.dtype), a.active or b.active)
 
     def on_inputs(self, site: Site, inputs: list[KnownDtype]) -> None:
-        """Keeps what calls and loops are called with."""
+        """Keeps the dtypes that calls and loops are called with."""
         if bodies(site.eqn):
             self.operands[site.place] = inputs
             if _arrive_changed(site, inputs):
@@ -227,7 +227,7 @@ class DtypePlan(Flow[KnownDtype]):
             return _kept(site, "no floats")
         if any(_bits(dtype) not in (16, 32) for dtype in floats):
             return _back(_kept(site, "kept: not a float of 16 or 32 bits"), site, inputs)
-        return getattr(self, f"_{self._class(site)}")(site, inputs)
+        return _BY_CLASS[self._class(site)](self, site, inputs)
 
     def _low(self, site: Site, inputs: list[KnownDtype]) -> Decision:
         """A product, by the first rule that addresses it, else in the compute dtype."""
@@ -243,7 +243,7 @@ class DtypePlan(Flow[KnownDtype]):
         return Decision(casts, (asked if wider else result,), why)
 
     def _dtypes(self, site: Site) -> tuple[np.dtype, np.dtype, str]:
-        """Of the operands and the result of a product, and what decided on them."""
+        """Dtypes of the operands and of the result of a product, and what decided on them."""
         rule = None
         if self.rules:
             names = self.products[site.place] = rule_names(site, self.origins_at(site))
@@ -279,22 +279,19 @@ class DtypePlan(Flow[KnownDtype]):
             return Decision((dtype,), (dtype,), "low")
         return kept
 
-    def _float32(self, site: Site, inputs: list[KnownDtype], why: str = "float32") -> Decision:
-        del inputs
-        return _uniform(site, FLOAT32, why)
-
     def _prefix(self, site: Site, inputs: list[KnownDtype]) -> Decision:
+        """As it follows its operands, unless a float32 operation reads its result."""
         if site.place in self.demanded:
-            return self._float32(site, inputs, "prefix of float32")
+            return _uniform(site, FLOAT32, "prefix of float32")
         return self._follow(site, inputs)
 
     def _follow(self, site: Site, inputs: list[KnownDtype]) -> Decision:
+        """The widest dtype of the activations, which others adapt to."""
         if site.name == "convert_element_type":
             return self._convert(site, inputs[0])
         active = [k.dtype for k in inputs if k.active and is_float(k.dtype)]
         if active:
-            target = _widest(*active)
-            return _uniform(site, target, "follow")
+            return _uniform(site, _widest(*active), "follow")
         if any(known.active for known in inputs) and site.name in _LOOKUPS:
             results = tuple(self.low[1] if is_float(dtype) else dtype for dtype in site.results)
             return Decision((None,) * len(inputs), results, "lookup")
@@ -309,16 +306,36 @@ class DtypePlan(Flow[KnownDtype]):
             return Decision((None,), (known.dtype,), "follow")
         return Decision((None,), (after,), "cast by the user")
 
-    def _each(self, site: Site, inputs: list[KnownDtype]) -> Decision:
-        del site
-        return Decision((None,) * len(inputs), tuple(k.dtype for k in inputs), "each")
 
-    def _keep(self, site: Site, inputs: list[KnownDtype]) -> Decision:
-        return _back(_kept(site, "kept: unknown"), site, inputs)
+def _float32(plan: DtypePlan, site: Site, inputs: list[KnownDtype]) -> Decision:
+    del plan, inputs
+    return _uniform(site, FLOAT32, "float32")
+
+
+def _each(plan: DtypePlan, site: Site, inputs: list[KnownDtype]) -> Decision:
+    """Every result has the dtype of the operand at its place."""
+    del plan, site
+    return Decision((None,) * len(inputs), tuple(k.dtype for k in inputs), "each")
+
+
+def _keep(plan: DtypePlan, site: Site, inputs: list[KnownDtype]) -> Decision:
+    del plan
+    return _back(_kept(site, "kept: unknown"), site, inputs)
+
+
+_BY_CLASS: dict[OpClass, Callable[[DtypePlan, Site, list[KnownDtype]], Decision]] = {
+    "low": DtypePlan._low,
+    "float32": _float32,
+    "prefix": DtypePlan._prefix,
+    "follow": DtypePlan._follow,
+    "each": _each,
+    "keep": _keep,
+}
+"""How an equation of each class is decided on."""
 
 
 def _arrive_changed(site: Site, inputs: list[KnownDtype]) -> bool:
-    """Whether an operand has another dtype than it was traced with."""
+    """True if an operand has another dtype than it was traced with."""
     return any(k.dtype != traced for k, traced in zip(inputs, site.operands, strict=True))
 
 
@@ -328,11 +345,14 @@ def _kept(site: Site, why: str) -> Decision:
 
 
 def _back(decision: Decision, site: Site, inputs: list[KnownDtype]) -> Decision:
-    """The same, with results back in the dtype that the activations came in."""
+    """The decision with results back in the dtype that the activations came in.
+
+    An operation kept in float32 in the middle of a bfloat16 model would make float32 of all that
+    follows it.
+    """
     pairs = zip(inputs, site.operands, strict=True)
-    narrow = [
-        k.dtype for k, traced in pairs if k.active and is_float(k.dtype) and k.dtype != traced
-    ]
+    floats = [(k.dtype, traced) for k, traced in pairs if k.active and is_float(k.dtype)]
+    narrow = [dtype for dtype, traced in floats if dtype != traced]
     if not narrow:
         return decision
     results = tuple(_widest(*narrow) if d == FLOAT32 else d for d in decision.results)
@@ -341,13 +361,13 @@ def _back(decision: Decision, site: Site, inputs: list[KnownDtype]) -> Decision:
 
 def _uniform(site: Site, dtype: Any, why: str) -> Decision:
     """Gives every float one dtype."""
-    cast = lambda traced: dtype if is_float(traced) else None
-    results = tuple(cast(d) or d for d in site.results)
-    return Decision(tuple(cast(d) for d in site.operands), results, why)
+    operands = tuple(dtype if is_float(traced) else None for traced in site.operands)
+    results = tuple(dtype if is_float(traced) else traced for traced in site.results)
+    return Decision(operands, results, why)
 
 
 def _is_widened(known: KnownDtype, traced: Any, to: Any) -> bool:
-    """Whether autocast made a value narrow, and casts it back to what it was."""
+    """True if autocast made a value narrow, and casts it back to what it was."""
     return to == traced and known.dtype != traced and is_float(traced)
 
 
@@ -357,7 +377,7 @@ def _bits(dtype: Any) -> int:
 
 
 def _is_precise(precision: Any) -> bool:
-    """Whether a user asked for the highest precision of a product."""
+    """True if a user asked for the highest precision of a product."""
     given = precision if isinstance(precision, tuple) else (precision,)
     return jax.lax.Precision.HIGHEST in given
 

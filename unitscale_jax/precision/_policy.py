@@ -137,6 +137,8 @@ def _name(dtype: Any) -> str:
 
 
 def _spelled_out(name: str) -> str:
-    return {"bf16": "bfloat16", "f16": "float16", "fp16": "float16", "half": "float16"}.get(
-        name, name.replace("fp", "float") if name.startswith("fp") else name
-    )
+    """The name that an abbreviation may be meant for, as "float32" for "fp32"."""
+    short = {"bf16": "bfloat16", "f16": "float16", "half": "float16"}
+    if name.startswith("fp"):
+        return name.replace("fp", "float")
+    return short.get(name, name)

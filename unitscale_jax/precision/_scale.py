@@ -37,7 +37,7 @@ class StaticScale:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        """Checks the scale."""
+        """Checks that the scale is a power of two."""
         _check_power("StaticScale.scale", self.scale)
 
     def start(self, params: Params, inner: Any) -> LossScaleState:
@@ -45,7 +45,7 @@ class StaticScale:
         return _start(self.scale, 0, params, inner)
 
     def after(self, state: LossScaleState, finite: jax.Array) -> LossScaleState:
-        """Where the scale stands after a step, which was finite or overflowed."""
+        """The state after a step: the same scale, `stuck` if the step overflowed."""
         good = jnp.where(finite, state.good + 1, 0)
         return dataclasses.replace(state, good=good, stuck=~finite)
 
@@ -110,7 +110,7 @@ would round. Use 512 or 1024.
         return _start(self.init, self.hysteresis - 1, params, inner)
 
     def after(self, state: LossScaleState, finite: jax.Array) -> LossScaleState:
-        """Where the scale stands after a step, which was finite or overflowed."""
+        """The state after a step, which was finite or overflowed, by the equations above."""
         grows = finite & (state.good + 1 >= self.interval)
         forgiven = ~finite & (state.credits > 0)
         falls = ~finite & ~forgiven

@@ -105,7 +105,10 @@ def _kept(aux: Any, state: State, terms: Terms, opt_state: Any) -> Any:
     if state is None:
         return aux
     none = none_left(terms.get("dropped", 0))
-    kept = lambda new: trees.select(none, state, unless_skipped(opt_state, new, state))
+
+    def kept(new: Any) -> Any:
+        return trees.select(none, state, unless_skipped(opt_state, new, state))
+
     if isinstance(aux, Mapping) and "state" in aux:
         return {**aux, "state": kept(aux["state"])}
     outline = jax.tree.structure(state)
