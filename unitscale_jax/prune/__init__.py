@@ -1,49 +1,15 @@
 """Pruning by masks: patterns, scores, schedules, and optimizers that keep zeros zero."""
 
-from unitscale_jax.optimizer import (
-    PrunedState,
-)
-from unitscale_jax.prune._allocate import (
-    ERK,
-    OWL,
-    Global,
-    uniform,
-)
-from unitscale_jax.prune._masks import (
-    apply_masks,
-    masked,
-)
-from unitscale_jax.prune._patterns import (
-    Balanced,
-    Block,
-    Channel,
-    NofM,
-    Unstructured,
-)
-from unitscale_jax.prune._pruned import (
-    masks_of,
-    pruned,
-)
-from unitscale_jax.prune._refit import (
-    refit,
-)
-from unitscale_jax.prune._report import (
-    SparsityReport,
-    report,
-)
-from unitscale_jax.prune._resolve import (
-    resolve_axes,
-)
-from unitscale_jax.prune._rigl import (
-    SET,
-    rigl,
-)
-from unitscale_jax.prune._schedules import (
-    Cubic,
-    Linear,
-    OneShot,
-    Steps,
-)
+from unitscale_jax.optimizer import PrunedState
+from unitscale_jax.prune._allocate import ERK, OWL, Global, uniform
+from unitscale_jax.prune._masks import apply_masks, masked
+from unitscale_jax.prune._patterns import Balanced, Block, Channel, NofM, Unstructured
+from unitscale_jax.prune._pruned import masks_of, pruned
+from unitscale_jax.prune._refit import refit
+from unitscale_jax.prune._report import SparsityReport, report
+from unitscale_jax.prune._resolve import resolve_axes
+from unitscale_jax.prune._rigl import SET, rigl
+from unitscale_jax.prune._schedules import Cubic, Linear, OneShot, Steps
 from unitscale_jax.prune._scores import (
     FisherState,
     Score,
@@ -53,32 +19,12 @@ from unitscale_jax.prune._scores import (
     random,
     saliency,
 )
-from unitscale_jax.prune._select import (
-    exact_k,
-    exact_k_of,
-    n_of_m,
-)
-from unitscale_jax.prune._sparsegpt import (
-    SparseGPTReport,
-    sparsegpt,
-)
-from unitscale_jax.prune._spec import (
-    SparsitySpec,
-    make_masks,
-)
-from unitscale_jax.prune._straight import (
-    magnitude_masks,
-    masked_straight_through,
-    sr_ste,
-)
-from unitscale_jax.prune._wanda import (
-    owl_ratios,
-    wanda,
-    wanda_masks,
-)
-from unitscale_jax.statistics import (
-    calibrate,
-)
+from unitscale_jax.prune._select import exact_k, exact_k_of, n_of_m
+from unitscale_jax.prune._sparsegpt import SparseGPTReport, sparsegpt
+from unitscale_jax.prune._spec import SparsitySpec, make_masks
+from unitscale_jax.prune._straight import magnitude_masks, masked_straight_through, sr_ste
+from unitscale_jax.prune._wanda import owl_ratios, wanda, wanda_masks
+from unitscale_jax.statistics import calibrate
 
 __all__ = [
     "Balanced",

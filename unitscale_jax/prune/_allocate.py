@@ -28,7 +28,7 @@ EVERYWHERE = ""
 
 @dataclass(frozen=True)
 class Layer:
-    """What an allocation knows of a parameter.
+    """A parameter as an allocation sees it.
 
     Attributes:
         name: Its path.
@@ -81,8 +81,9 @@ def ERK(layers: Sequence[Layer], sparsity: float) -> Counts:  # noqa: N802, an a
         {'a': 18714, 'b': 6906, 'c': 1000}
     """
     check_type("layers", layers, Sequence, "a list of layers")
-    copies = [(n, sum(layer.shape) / math.prod(layer.shape)) for n, layer in _copies(layers, "ERK")]
-    sizes, ratios = (np.array(column, np.float64) for column in _columns(copies))
+    copies = _copies(layers, "ERK")
+    sizes = np.array([n for n, _ in copies], np.float64)
+    ratios = np.array([sum(layer.shape) / math.prod(layer.shape) for _, layer in copies])
     total = kept(int(sizes.sum()), sparsity)
     return _by_layer(layers, _apportion(_scaled(sizes, ratios, total), sizes, total))
 
@@ -138,16 +139,18 @@ class OWL:  # noqa: N801, used like the functions beside it
     lam: float = 0.08
 
     def __post_init__(self) -> None:
-        """Checks the bound."""
+        """Checks that `lam` is in [0, 1/2]."""
         check_number("OWL.lam", self.lam)
         if not 0 <= self.lam <= 0.5:
             raise ValueError(f"OWL: lam is {self.lam}; it is from 0 to 0.5.")
 
     def __call__(self, layers: Sequence[Layer], sparsity: float) -> Counts:
-        """How many units each parameter keeps."""
+        """Returns the number of units that each parameter keeps."""
         sizes = np.array([n for n, _ in _copies(layers, "OWL")], np.float64)
         r = np.concatenate([np.zeros(0), *(self._ratios(layer) for layer in layers)])
-        self._check_names(layers)
+        odd = sorted(self.ratios.keys() - {layer.name for layer in layers})
+        if odd:
+            raise ValueError(f"OWL has ratios for {', '.join(odd)}, which nothing ranked is named.")
         spread = np.ptp(r) if r.size else 0
         d = 2 * self.lam * (r - r.min()) / spread if spread else np.zeros_like(r)
         total = kept(int(sizes.sum()), sparsity)
@@ -166,11 +169,6 @@ class OWL:  # noqa: N801, used like the functions beside it
             )
         return np.broadcast_to(r, layer.stacked).reshape(-1)
 
-    def _check_names(self, layers: Sequence[Layer]) -> None:
-        odd = sorted(self.ratios.keys() - {layer.name for layer in layers})
-        if odd:
-            raise ValueError(f"OWL has ratios for {', '.join(odd)}, which nothing ranked is named.")
-
 
 @dataclass(frozen=True)
 class ByRule:
@@ -187,13 +185,13 @@ class ByRule:
     whole: float
 
     def __post_init__(self) -> None:
-        """Checks the sparsities."""
+        """Checks that each rule has a sparsity in [0, 1)."""
         for pattern, s in named_rules.pairs_of(self.rules):
             if not (isinstance(s, int | float) and 0 <= s < 1):
                 raise ValueError(f"allocate: rule {pattern!r} has {s!r}; a sparsity is in [0, 1).")
 
     def __call__(self, layers: Sequence[Layer], sparsity: float) -> Counts:
-        """How many units each parameter keeps."""
+        """Returns the number of units that each parameter keeps."""
         own = named_rules.match(self.rules, [layer.name for layer in layers])
         for name, s in own.items():
             if s is None:
@@ -222,11 +220,8 @@ def _copies(layers: Sequence[Layer], noun: str) -> list[tuple[int, Layer]]:
     return [(layer.units, layer) for layer in layers for _ in range(layer.copies)]
 
 
-def _columns(rows: list[tuple[int, float]]) -> list[list[float]]:
-    return [[row[i] for row in rows] for i in range(2)]
-
-
 def _by_layer(layers: Sequence[Layer], counts: np.ndarray) -> Counts:
+    """Counts of all indices in a row, cut into those of each parameter."""
     ends = np.cumsum([layer.copies for layer in layers])[:-1]
     parts = np.split(counts.astype(np.int32), ends) if layers else []
     return {
@@ -237,6 +232,7 @@ def _by_layer(layers: Sequence[Layer], counts: np.ndarray) -> Counts:
 def _scaled(sizes: np.ndarray, ratios: np.ndarray, total: int) -> np.ndarray:
     """Shares e * ratio * size, those above their size cut and e solved again for the rest.
 
+    With D the parameters that are dense, sum_D size + e sum_rest ratio size = total gives e.
     Cutting a share leaves more for the others, so e only grows from one round to the next: what was
     cut once stays cut, and there are at most as many rounds as sizes.
     """
@@ -256,7 +252,10 @@ def _shifted(sizes: np.ndarray, d: np.ndarray, total: int) -> np.ndarray:
     Clipping makes the sum piecewise linear in c, and 100 halvings of an interval of length 2 reach
     the last bit of float64 long before they end.
     """
-    cut = lambda c: np.clip(d + c, 0, 1) * sizes
+
+    def cut(c: float) -> np.ndarray:
+        return np.clip(d + c, 0, 1) * sizes
+
     low, high = -1.0, 1.0  # 0 <= d <= 1, so these give nothing and everything
     for _ in range(100):
         c = (low + high) / 2

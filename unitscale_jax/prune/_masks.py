@@ -20,7 +20,7 @@ from unitscale_jax.typing import Apply, Params
 
 
 def apply_masks(params: Params, masks: Any) -> Params:
-    """Sets to zero what masks leave out.
+    """Sets to zero the weights that masks leave out.
 
     Args:
         params: A pytree of parameters.

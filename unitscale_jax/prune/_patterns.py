@@ -33,7 +33,7 @@ class Unstructured:
     """
 
     def units(self, name: str, shape: Shape) -> Shape:
-        """Shape of the scores of the units."""
+        """The shape of the weights, as each is a unit."""
         del name
         return shape
 
@@ -71,7 +71,7 @@ class NofM:
     axis: int | None = None
 
     def __post_init__(self) -> None:
-        """Checks the fields."""
+        """Checks that N is at most M, and the axis a whole number."""
         if not (type(self.n) is int and type(self.m) is int and 1 <= self.n <= self.m):
             raise ValueError(f"{self!r}: n of m neighbors stay, whole numbers with 1 <= n <= m.")
         if self.axis is not None:
@@ -92,7 +92,7 @@ class NofM:
         return shape
 
     def mask(self, scores: jax.Array) -> jax.Array:
-        """Returns the mask of the weights."""
+        """The mask of the weights: the N largest scores of every M neighbors."""
         assert self.axis is not None
         return n_of_m(scores, self.n, self.m, self.axis)
 
@@ -116,13 +116,13 @@ class Block:
     shape: Shape = (16, 16)
 
     def __post_init__(self) -> None:
-        """Checks the sides."""
+        """Checks that sides are positive whole numbers."""
         object.__setattr__(self, "shape", tuple(self.shape))
         if not (self.shape and all(type(side) is int and side > 0 for side in self.shape)):
             raise ValueError(f"{self!r}: sides of a block are positive whole numbers.")
 
     def units(self, name: str, shape: Shape) -> Shape:
-        """How many tiles there are, axis by axis."""
+        """The number of tiles, axis by axis."""
         if len(self.shape) > len(shape):
             raise ValueError(
                 f"{name} has the shape {shape}, and {self!r} has more axes. Give a block of at "
@@ -137,19 +137,22 @@ class Block:
 
     def pooled(self, scores: jax.Array) -> jax.Array:
         """Sums the scores over each tile, in float32."""
-        sides = self._sides(scores.shape)
-        tiled = [
-            n for size, side in zip(scores.shape, sides, strict=True) for n in (size // side, side)
-        ]
-        inner = tuple(range(1, len(tiled), 2))
+        tiled, inner = self._tiled(scores.shape)
         return jnp.sum(scores.astype(jnp.float32).reshape(tiled), axis=inner)
 
     def spread(self, keep: jax.Array, shape: Shape) -> jax.Array:
         """Repeats the bit of each tile over its weights."""
-        sides = self._sides(shape)
-        open_up = tuple(range(1, 2 * len(shape), 2))
-        tiled = [n for size, side in zip(shape, sides, strict=True) for n in (size // side, side)]
-        return jnp.broadcast_to(jnp.expand_dims(keep, open_up), tiled).reshape(shape)
+        tiled, inner = self._tiled(shape)
+        return jnp.broadcast_to(jnp.expand_dims(keep, inner), tiled).reshape(shape)
+
+    def _tiled(self, shape: Shape) -> tuple[Shape, tuple[int, ...]]:
+        """A shape with each axis cut into tiles, and the axes within a tile.
+
+        Of blocks (2, 4) it makes of (6, 8) the shape (3, 2, 2, 4), and the axes 1 and 3.
+        """
+        pairs = zip(shape, self._sides(shape), strict=True)
+        tiled = tuple(n for size, side in pairs for n in (size // side, side))
+        return tiled, tuple(range(1, len(tiled), 2))
 
     def _sides(self, shape: Shape) -> Shape:
         return (1,) * (len(shape) - len(self.shape)) + self.shape
@@ -176,22 +179,22 @@ class Channel:
     axis: int = -1
 
     def __post_init__(self) -> None:
-        """Checks the axis."""
+        """Checks that there is an axis, and that it is a whole number."""
         if self.axis is None:
             raise ValueError(f"{self!r}: channels are along one axis, as Channel(axis=-1).")
         _check_axis(self, self.axis)
 
     def units(self, name: str, shape: Shape) -> Shape:
-        """One score for each channel."""
+        """The number of channels, each of which is a unit."""
         return (_size_of(name, shape, self.axis),)
 
     def pooled(self, scores: jax.Array) -> jax.Array:
-        """float32 sums over all but the axis."""
+        """Sums the scores of each channel, in float32."""
         others = tuple(a for a in range(scores.ndim) if a != self.axis % scores.ndim)
         return jnp.sum(scores.astype(jnp.float32), axis=others)
 
     def spread(self, keep: jax.Array, shape: Shape) -> jax.Array:
-        """Each channel's bit, over the channel."""
+        """Repeats the bit of each channel over its weights."""
         others = tuple(a for a in range(len(shape)) if a != self.axis % len(shape))
         return jnp.broadcast_to(jnp.expand_dims(keep, others), shape)
 
@@ -225,7 +228,7 @@ class Balanced:
     axis: int
 
     def __post_init__(self) -> None:
-        """Checks the fields."""
+        """Checks the parts, the pattern and the axis."""
         if type(self.parts) is not int or self.parts < 1:
             raise ValueError(f"{self!r}: parts is a positive whole number.")
         if not isinstance(self.pattern, Unstructured | Block | Channel):
@@ -245,7 +248,9 @@ class Balanced:
 
     def pooled(self, scores: jax.Array) -> jax.Array:
         """Sums the scores of weights into scores of units, part by part."""
-        return jax.vmap(self.pattern.pooled)(self._cut(scores))
+        axis, part = self.axis % scores.ndim, self._part(scores.shape)
+        cut = scores.reshape(*part[:axis], self.parts, *part[axis:])
+        return jax.vmap(self.pattern.pooled)(jnp.moveaxis(cut, axis, 0))
 
     def spread(self, keep: jax.Array, shape: Shape) -> jax.Array:
         """The mask of weights that a mask of units stands for."""
@@ -256,10 +261,6 @@ class Balanced:
     def _part(self, shape: Shape) -> Shape:
         axis = self.axis % len(shape)
         return (*shape[:axis], shape[axis] // self.parts, *shape[axis + 1 :])
-
-    def _cut(self, x: jax.Array) -> jax.Array:
-        axis, part = self.axis % x.ndim, self._part(x.shape)
-        return jnp.moveaxis(x.reshape(*part[:axis], self.parts, *part[axis:]), axis, 0)
 
 
 Ranked: TypeAlias = Unstructured | Block | Channel | Balanced

@@ -213,10 +213,11 @@ def full(spec: SparsitySpec, params: Params) -> Any:
     chosen = selected(spec, params)
     leaves, structure = jax.tree.flatten(params, is_leaf=trees.is_compound)
     named = zip(trees.names(params, is_leaf=trees.is_compound), leaves, strict=True)
-    # What is made like a parameter has its sharding.
-    ones = lambda name, w: (
-        jnp.ones_like(trees.values_of(w), bool) if name in chosen else jnp.ones((), bool)
-    )
+
+    def ones(name: str, w: Any) -> jax.Array:
+        # What is made like a parameter has its sharding.
+        return jnp.ones_like(trees.values_of(w), bool) if name in chosen else jnp.ones((), bool)
+
     return structure.unflatten([ones(name, w) for name, w in named])
 
 
@@ -227,8 +228,11 @@ def zeroed(masks: Any, tree: Any) -> Any:
 
 def ranked(masks: Any, tree: Any) -> Any:
     """A tree of arrays, with a scalar in place of what is not pruned."""
-    leaf = lambda m, x: trees.values_of(x) if np.ndim(m) else jnp.zeros(())
-    return jax.tree.map(leaf, masks, tree)
+
+    def values(mask: jax.Array, leaf: Any) -> Any:
+        return trees.values_of(leaf) if np.ndim(mask) else jnp.zeros(())
+
+    return jax.tree.map(values, masks, tree)
 
 
 def sunk(scores: Any, masks: Any) -> Any:
@@ -238,14 +242,19 @@ def sunk(scores: Any, masks: Any) -> Any:
     number.
     """
     lowest = np.finfo(np.float32).min
-    sink = lambda m, s: jnp.where(m, jnp.where(jnp.isnan(s), lowest, s), np.nan)
-    return jax.tree.map(lambda m, s: sink(m, s) if np.ndim(m) else s, masks, scores)
+
+    def sink(mask: jax.Array, s: jax.Array) -> jax.Array:
+        if not np.ndim(mask):
+            return s
+        return jnp.where(mask, jnp.where(jnp.isnan(s), lowest, s), np.nan)
+
+    return jax.tree.map(sink, masks, scores)
 
 
 def _table(
     spec: SparsitySpec, schedule: Schedule, params: Params, sticky: bool
 ) -> dict[str, jax.Array]:
-    """How many units stay after each update, as data."""
+    """Parameter -> number of units that stay after each update, as data."""
     table = counts(spec, params, schedule.sparsities(spec.sparsity))
     if sticky:
         # Shares rounded to a common total may give one parameter 1 more at a higher sparsity, which
@@ -271,12 +280,12 @@ def _renewed(
 
     def anew() -> tuple[Any, Any]:
         masks = renew()
-        return masks, _cleared(state.inner, jax.tree.map(_spread, masks, params))
+        return masks, _cleared(state.inner, jax.tree.map(_in_form_of, masks, params))
 
     return jax.lax.cond(due, anew, lambda: (state.masks, state.inner))
 
 
-def _spread(mask: jax.Array, w: Any) -> Any:
+def _in_form_of(mask: jax.Array, w: Any) -> Any:
     """A mask in the form of its parameter: of a compound its values have it, its scales none."""
     if not np.ndim(mask):
         return mask
@@ -317,7 +326,11 @@ def _erased(mask: jax.Array, update: Any, w: Any) -> Any:
 
 
 def _adds_up(score: Score, state: Any, params: Params) -> bool:
-    """Whether what a score remembers depends on gradients."""
+    """True if what a score remembers depends on gradients.
+
+    Read from the equations of `update(state, grads, params)`: leaves of the new state are traced
+    back to leaves of the arguments, of which those of `grads` come after those of `state`.
+    """
     sizes = [len(jax.tree.leaves(tree)) for tree in (state, params)]
     of_grads = set(range(sizes[0], sum(sizes)))
     sources = jax.tree.leaves(

@@ -63,8 +63,7 @@ def refit(params: Any, stats: Mapping[str, Stat], masks: Any, damp: float = 0.01
         done[name] = _refitted(leaves[name], mask, stat.matrices, damp, stat.layout)
         if not bool(jnp.isfinite(done[name]).all()):
             raise ValueError(singular(name, [damp]))
-    structure = jax.tree.structure(params, is_leaf=trees.is_compound)
-    return structure.unflatten(list(done.values()))
+    return trees.by_names(done, params)
 
 
 def singular(name: str, tried: Sequence[float]) -> str:
@@ -79,6 +78,6 @@ def singular(name: str, tried: Sequence[float]) -> str:
 def _refitted(
     w: jax.Array, mask: jax.Array, h: jax.Array, damp: float, layout: MatrixForm
 ) -> jax.Array:
-    one = lambda w, h, mask: least_squares(w, h, mask, damp)
-    new = jax.vmap(one)(to_matrices(w.astype(jnp.float32), layout), h, to_matrices(mask, layout))
+    columns, kept = to_matrices(w.astype(jnp.float32), layout), to_matrices(mask, layout)
+    new = jax.vmap(functools.partial(least_squares, damp=damp))(columns, h, kept)
     return from_matrices(new, layout, w.shape).astype(w.dtype)

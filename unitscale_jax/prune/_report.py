@@ -1,4 +1,4 @@
-"""What masks leave of a model, parameter by parameter."""
+"""A report of the weights that masks leave, parameter by parameter."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from unitscale_jax.typing import Params
 
 @dataclass(frozen=True)
 class ParamSparsity:
-    """How many weights of one parameter are left.
+    """The number of weights that are left of one parameter.
 
     Attributes:
         name: Its path.
@@ -37,7 +37,7 @@ class ParamSparsity:
 
 @dataclass(frozen=True)
 class SparsityReport(Tabular):
-    """What is left of every parameter; printed, a table.
+    """The weights that are left of every parameter; printed, a table.
 
     Attributes:
         rows: One for each parameter, in tree order.
@@ -47,7 +47,7 @@ class SparsityReport(Tabular):
 
     @property
     def total(self) -> ParamSparsity:
-        """All parameters, those without a mask included."""
+        """Total over all parameters, those without a mask included."""
         return _sum("all", self.rows)
 
     @property

@@ -6,7 +6,7 @@ a kernel (in, out) groups run along `in`, for that of a convolution along its in
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from unitscale_jax.errors import check_type
 from unitscale_jax.prune._patterns import NofM
@@ -51,15 +51,15 @@ def resolve_axes(
         return spec
     staged = trace_call(fn, params, *inputs, **kwargs)
     met = meetings(staged, params)
-    fill = lambda name, pattern: (
-        replace(pattern, axis=_axis(name, met.get(name, []))) if is_open(pattern) else pattern
-    )
-    filled: dict[Any, Any] = {name: fill(name, pattern) for name, pattern in chosen.items()}
+    filled: dict[Any, Any] = dict(chosen)
+    for name, pattern in chosen.items():
+        if is_open(pattern):
+            filled[name] = replace(pattern, axis=_axis(name, met.get(name, [])))
     return replace(spec, patterns=filled)
 
 
-def is_open(pattern: Any) -> bool:
-    """Whether a pattern is an `NofM` that does not say along which axis."""
+def is_open(pattern: Any) -> TypeGuard[NofM]:
+    """True if a pattern is an `NofM` that does not say along which axis."""
     return isinstance(pattern, NofM) and pattern.axis is None
 
 

@@ -80,7 +80,11 @@ def rigl(
         [1, 1, 1, 0, 0, 1, 0, 0]
     """
     check_optimizer(tx, "rigl")
-    of_gradient = lambda number, grads, _: magnitude().value((), None, grads, number)
+
+    def of_gradient(number: jax.Array, grads: Params, params: Params) -> Any:
+        del params
+        return magnitude().value((), None, grads, number)
+
     return _moving("rigl", tx, spec, schedule, of_gradient, score, drop, end)
 
 
@@ -123,7 +127,10 @@ def SET(  # noqa: N802, an acronym
     """
     check_optimizer(tx, "SET")
     draw = random(seed)
-    at_random = lambda number, grads, params: draw.value((), grads, params, number)
+
+    def at_random(number: jax.Array, grads: Params, params: Params) -> Any:
+        return draw.value((), grads, params, number)
+
     return _moving("SET", tx, spec, schedule, at_random, draw, drop, end)
 
 
@@ -149,6 +156,8 @@ def _moving(
         return masks_from(spec, scores, _active(spec, params))
 
     def renew(state: PrunedState, grads: Params, params: Params, number: jax.Array) -> Any:
+        # k of f move: the k - moving largest stay, and among all others, those that just left
+        # included, as many as moved grow. `sunk` ranks below all what may not be chosen.
         active = _active(spec, params)
         moving = {name: _of(shares, k)[number - 1] for name, k in active.items()}
         staying = {name: jnp.asarray(k) - moving[name] for name, k in active.items()}

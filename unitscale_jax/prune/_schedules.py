@@ -36,13 +36,13 @@ class OneShot:
     final: float | None = None
 
     def __post_init__(self) -> None:
-        """Checks the fields."""
+        """Checks the step and the sparsity."""
         _check_steps(self, (self.at,))
         _check_sparsities(self, (self.final,))
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """Steps at which masks are updated."""
+        """The one step at which masks are updated."""
         return (self.at,)
 
     def sparsities(self, target: float) -> tuple[float, ...]:
@@ -51,7 +51,41 @@ class OneShot:
 
 
 @dataclass(frozen=True)
-class Cubic:
+class _Ramp:
+    """Steps from `start` to `end`, and a sparsity that rises with the part that is left of them."""
+
+    start: int
+    end: int
+    every: int = 1
+    initial: float = 0.0
+    final: float | None = None
+
+    def __post_init__(self) -> None:
+        """Checks steps and sparsities."""
+        _check_span(self)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Steps at which masks are updated."""
+        return (*range(self.start, self.end, self.every), self.end)
+
+    def sparsities(self, target: float) -> tuple[float, ...]:
+        """The sparsity at each step; `target` is the spec's."""
+        final = _or(self.final, target)
+        return tuple(self._at(t, final) for t in self.steps)
+
+    def _at(self, t: int, final: float) -> float:
+        if t == self.end:  # also where start is end
+            return final
+        left = 1 - (t - self.start) / (self.end - self.start)
+        return final + (self.initial - final) * self._eased(left)
+
+    def _eased(self, left: float) -> float:
+        return left
+
+
+@dataclass(frozen=True)
+class Cubic(_Ramp):
     """Gradual pruning that slows down as it nears the end.
 
     Attributes:
@@ -74,33 +108,21 @@ class Cubic:
         ((200, 500, 800, 1000), (0.0, 0.6802734375, 0.8859375, 0.9))
     """
 
-    start: int
-    end: int
-    every: int = 1
-    initial: float = 0.0
-    final: float | None = None
     power: float = 3
 
     def __post_init__(self) -> None:
-        """Checks the fields."""
-        _check_span(self)
+        """Checks steps, sparsities and the power."""
+        super().__post_init__()
         check_number("Cubic.power", self.power)
         if not 0 < self.power < math.inf:
             raise ValueError(f"{self!r}: power is positive and finite.")
 
-    @property
-    def steps(self) -> tuple[int, ...]:
-        """Steps at which masks are updated."""
-        return _span(self.start, self.end, self.every)
-
-    def sparsities(self, target: float) -> tuple[float, ...]:
-        """The sparsity at each step; `target` is the spec's."""
-        final = _or(self.final, target)
-        return tuple(_between(self, t, final, self.power) for t in self.steps)
+    def _eased(self, left: float) -> float:
+        return left**self.power
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(_Ramp):
     """Raises the sparsity by equal amounts, from one update to the next.
 
     Attributes:
@@ -117,26 +139,6 @@ class Linear:
         >>> Linear(0, 20, every=10).sparsities(0.5)
         (0.0, 0.25, 0.5)
     """
-
-    start: int
-    end: int
-    every: int = 1
-    initial: float = 0.0
-    final: float | None = None
-
-    def __post_init__(self) -> None:
-        """Checks the fields."""
-        _check_span(self)
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        """Steps at which masks are updated."""
-        return _span(self.start, self.end, self.every)
-
-    def sparsities(self, target: float) -> tuple[float, ...]:
-        """The sparsity at each step; `target` is the spec's."""
-        final = _or(self.final, target)
-        return tuple(_between(self, t, final, 1) for t in self.steps)
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class Steps:
     levels: tuple[float | None, ...]
 
     def __post_init__(self) -> None:
-        """Checks the fields."""
+        """Makes tuples of steps and levels, and checks them."""
         object.__setattr__(self, "steps", tuple(self.steps))
         object.__setattr__(self, "levels", tuple(self.levels))
         if len(self.steps) != len(self.levels):
@@ -180,22 +182,11 @@ Schedule: TypeAlias = OneShot | Cubic | Linear | Steps
 """Any of the schedules."""
 
 
-def _span(start: int, end: int, every: int) -> tuple[int, ...]:
-    return (*range(start, end, every), end)
-
-
-def _between(schedule: Cubic | Linear, t: int, final: float, power: float) -> float:
-    if t == schedule.end:  # also where start is end
-        return final
-    left = 1 - (t - schedule.start) / (schedule.end - schedule.start)
-    return final + (schedule.initial - final) * left**power
-
-
 def _or(sparsity: float | None, target: float) -> float:
     return target if sparsity is None else sparsity
 
 
-def _check_span(schedule: Cubic | Linear) -> None:
+def _check_span(schedule: _Ramp) -> None:
     if type(schedule.every) is not int or schedule.every < 1:
         raise ValueError(f"{schedule!r}: every is a positive whole number of steps.")
     ends = (schedule.start, schedule.end)
@@ -211,7 +202,7 @@ def _check_steps(schedule: Schedule, steps: Sequence[int]) -> None:
         raise ValueError(f"{schedule!r}: steps are whole numbers from 0 on, each above the last.")
 
 
-def _check_sparsities(schedule: Schedule, sparsities: Sequence[float | None]) -> None:
+def _check_sparsities(schedule: Schedule | _Ramp, sparsities: Sequence[float | None]) -> None:
     for s in sparsities:
         if s is None:  # that of the spec
             continue

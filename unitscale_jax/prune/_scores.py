@@ -9,6 +9,7 @@ gradient need not be. Larger stays. Movement: https://arxiv.org/abs/2005.07683; 
 https://arxiv.org/abs/1801.05787.
 """
 
+import itertools
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from unitscale_jax.typing import Params
 
 
 class Score(NamedTuple):
-    """What a weight is worth, with what has to be remembered to say so.
+    """The worth of weights, as functions, and the state that they remember for it.
 
     Attributes:
         init: `init(params) -> state`.
@@ -55,7 +56,11 @@ def saliency() -> Score:
         >>> saliency().value((), jnp.array([3.0, 0.5]), jnp.array([1.0, -2.0]), 1).tolist()
         [3.0, 1.0]
     """
-    cost = lambda _, w, g: jnp.abs(_wide(w) * _wide(g))
+
+    def cost(name: str, w: jax.Array, g: jax.Array) -> jax.Array:
+        del name
+        return jnp.abs(_wide(w) * _wide(g))
+
     return _stateless(lambda grads, params: _each(cost, params, grads))
 
 
@@ -119,15 +124,21 @@ def fisher(decay: float = 0.99) -> Score:
         )
 
     def update_fn(state: FisherState, grads: Params, params: Params) -> FisherState:
-        add = lambda _, __, g, mean: decay * mean + (1 - decay) * jnp.square(_wide(g))
-        squares = _each(add, params, grads, state.squares)
-        return FisherState(state.steps + 1, squares)
+        def added(name: str, w: jax.Array, g: jax.Array, mean: jax.Array) -> jax.Array:
+            del name, w
+            return decay * mean + (1 - decay) * jnp.square(_wide(g))
+
+        return FisherState(state.steps + 1, _each(added, params, grads, state.squares))
 
     def value_fn(state: FisherState, grads: Params, params: Params, count: Any) -> Any:
         del grads, count
         steps = jnp.maximum(state.steps, 1).astype(jnp.float32)
         seen = 1 - jnp.power(jnp.float32(decay), steps)
-        cost = lambda _, w, mean: 0.5 * jnp.square(_wide(w)) * (mean / seen)
+
+        def cost(name: str, w: jax.Array, mean: jax.Array) -> jax.Array:
+            del name
+            return 0.5 * jnp.square(_wide(w)) * (mean / seen)
+
         return _each(cost, params, state.squares)
 
     return Score(lambda p: FisherState(jnp.zeros((), jnp.int32), _zeros(p)), update_fn, value_fn)
@@ -150,7 +161,12 @@ def movement() -> Score:
 
 
 def _stateless(value: Callable[[Params, Params], Any]) -> Score:
-    value_fn = lambda _, grads, params, __: value(grads, params)
+    """A score that remembers nothing: `value(grads, params)`."""
+
+    def value_fn(state: Any, grads: Params, params: Params, count: Any) -> Any:
+        del state, count
+        return value(grads, params)
+
     return Score(lambda _: (), lambda state, *_: state, value_fn)
 
 
@@ -160,7 +176,13 @@ def _each(fn: Callable[..., jax.Array], params: Params, *rest: Any) -> Any:
     names = trees.names(params, is_leaf=trees.is_compound)
     columns = [map(trees.values_of, structure.flatten_up_to(tree)) for tree in rest]
     rows = zip(names, map(trees.values_of, leaves), *columns, strict=True)
-    return structure.unflatten([fn(*row) if _is_ranked(row[1]) else _nothing() for row in rows])
+
+    def ranked(name: str, w: Any, *others: Any) -> jax.Array:
+        if w is None or not trees.is_floating(w):
+            return jnp.full((), np.nan, jnp.float32)
+        return fn(name, w, *others)
+
+    return structure.unflatten(itertools.starmap(ranked, rows))
 
 
 def _zeros(params: Params) -> Any:
@@ -169,11 +191,3 @@ def _zeros(params: Params) -> Any:
 
 def _wide(x: Any) -> jax.Array:
     return jnp.asarray(x).astype(jnp.float32)
-
-
-def _is_ranked(leaf: Any) -> bool:
-    return leaf is not None and trees.is_floating(leaf)
-
-
-def _nothing() -> jax.Array:
-    return jnp.full((), np.nan, jnp.float32)

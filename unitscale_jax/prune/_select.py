@@ -25,7 +25,7 @@ MOST = 2**31 - 1
 
 
 def exact_k(scores: Any, k: Any, *, balanced: str | int | None = None) -> jax.Array:
-    """Marks the k largest of an array.
+    """Marks the k largest numbers of an array.
 
     Args:
         scores: Floating numbers of any shape, fewer than 2^31.
@@ -190,18 +190,25 @@ def _largest(bits: int, dtype: Any, holds: Callable, axes: Sequence[str]) -> jax
 
 
 def _before(tied: list[jax.Array], need: jax.Array, axes: Sequence[str]) -> list[jax.Array]:
-    """Where a position is early enough to be among the first `need` of the tied ones."""
+    """Marks positions early enough to be among the first `need` of the tied ones.
+
+    That is the largest bound i such that at most `need` ties lie before it, found bit by bit.
+    """
     sizes = [x.size for x in tied]
     starts = np.cumsum([0, *sizes[:-1]])
     index = [_positions(x.shape, int(start)) for x, start in zip(tied, starts, strict=True)]
     unsigned = np.dtype(np.uint32)
 
     def search() -> jax.Array:
-        # A prefix sum over ties would follow the shards; counting does not.
-        few = lambda c: _count([t & (i < c) for t, i in zip(tied, index, strict=True)]) <= need
+        def few(c: jax.Array) -> jax.Array:
+            # A prefix sum over ties would follow the shards; counting does not.
+            return _count([t & (i < c) for t, i in zip(tied, index, strict=True)]) <= need
+
         return _largest(sum(sizes).bit_length(), unsigned, few, axes)
 
-    everything = lambda: varying(jnp.asarray(sum(sizes), unsigned), axes)
+    def everything() -> jax.Array:
+        return varying(jnp.asarray(sum(sizes), unsigned), axes)
+
     bound = lax.cond(_count(tied) == need, everything, search)
     return [i < bound for i in index]
 

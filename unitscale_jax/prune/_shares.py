@@ -1,4 +1,4 @@
-"""What a parameter keeps, shared out among its parts: columns for Wanda, blocks for SparseGPT."""
+"""Shares of a parameter's count among its parts: columns for Wanda, blocks for SparseGPT."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,7 +30,7 @@ def shares(total: int, sizes: Sequence[int]) -> np.ndarray:
 def counts_of_parts(
     name: str, layout: MatrixForm, spec: SparsitySpec, params: Any, parts: Sequence[int]
 ) -> np.ndarray:
-    """How many weights each part of each of a parameter's matrices keeps: (batch, parts).
+    """Number of weights that each part of each of a parameter's matrices keeps: (batch, parts).
 
     With one sparsity s for the parameter, a part of n weights keeps kept(n, s). Where sparsities
     are allocated over parameters, parts share what the parameter keeps, which so holds exactly.

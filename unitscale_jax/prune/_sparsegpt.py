@@ -27,19 +27,14 @@ from unitscale_jax.prune._spec import SparsitySpec, selected, stacked_axes
 from unitscale_jax.prune._surgeon import obs_sweep, squared_error
 from unitscale_jax.statistics import Stat, required, warn_unseen
 from unitscale_jax.tables import Tabular
-from unitscale_jax.trace.params import (
-    MatrixForm,
-    from_matrices,
-    inverse_factor,
-    to_matrices,
-)
+from unitscale_jax.trace.params import MatrixForm, from_matrices, inverse_factor, to_matrices
 
 RETRIES = 3
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """What pruning did to the products of one parameter: squared errors ||X (W' - W)||^2.
+    """Squared errors ||X (W' - W)||^2 of the products of one pruned parameter.
 
     Attributes:
         dense: ||X W||^2, to compare with.
@@ -73,7 +68,7 @@ class SparseGPTReport(Tabular):
 
     @property
     def rows(self) -> tuple[tuple[str, Pruned], ...]:
-        """Each parameter with its errors."""
+        """Pairs of a parameter's name and its errors."""
         return tuple(self.errors.items())
 
     def data(self) -> list[dict[str, Any]]:
@@ -84,17 +79,19 @@ class SparseGPTReport(Tabular):
         """One line for each parameter: |X (W' - W)| / |X W|, and the largest damping."""
 
         def line(name: str, e: Pruned) -> list[str]:
-            part = lambda error: math.sqrt(error / e.dense) if e.dense > 0 else 0.0
-            errors = [f"{part(error):.4f}" for error in (e.masked, e.updated)]
+            whole = e.dense if e.dense > 0 else math.inf
+            errors = [f"{math.sqrt(error / whole):.4f}" for error in (e.masked, e.updated)]
             return [name, *errors, f"{max(e.damp):.2g}", str(e.unseen)]
 
         titles = ["parameter", ">masked", ">updated", ">damp", ">unseen"]
         return titles, [line(name, error) for name, error in self.rows]
 
     def below(self) -> Sequence[str]:
-        """Every damping that had to be raised."""
-        listed = lambda tried: ", ".join(f"{d:g}" for d in tried)
-        return [f"{name}: singular at damp {listed(d)}" for name, d in self.retries.items()]
+        """One line for each parameter whose damping had to be raised."""
+        return [
+            f"{name}: singular at damp {', '.join(f'{d:g}' for d in tried)}"
+            for name, tried in self.retries.items()
+        ]
 
 
 def sparsegpt(
@@ -162,23 +159,21 @@ def sparsegpt(
         done[name], masks[name], errors[name], tried = out
         if tried:
             retries[name] = tried
-    structure = jax.tree.structure(params, is_leaf=trees.is_compound)
-    tree = lambda named: structure.unflatten(list(named.values()))
-    kept = tuple(name for name in leaves if name not in chosen)
-    return tree(done), tree(masks), SparseGPTReport(errors, kept, retries)
+    report = SparseGPTReport(errors, tuple(n for n in leaves if n not in chosen), retries)
+    return trees.by_names(done, params), trees.by_names(masks, params), report
 
 
 @dataclass(frozen=True)
 class _UpdatePlan:
-    """How one parameter is pruned; `axis` is the place among its input axes that groups run along.
+    """The plan by which one parameter is pruned.
 
     Attributes:
         layout: Its matrices.
-        sizes: Of its input axes.
-        axis: The one that becomes the last of them.
-        block: Inputs decided on together.
-        parts: Weights in each block.
-        ratio: Of N:M.
+        sizes: Sizes of its input axes.
+        axis: The place among its input axes that groups run along; it becomes the last of them.
+        block: How many inputs are decided on together.
+        parts: Number of weights in each block.
+        ratio: N and M of an `NofM`; None for a count of each block.
     """
 
     layout: MatrixForm
@@ -242,12 +237,10 @@ def _pruned(
     u, dead, damps, tried = _factored(name, h[:, plan.order][:, :, plan.order], damp)
     new, mask = _swept(jnp.asarray(w), u, dead, jnp.asarray(counts, jnp.int32), plan)
     wide = to_matrices(jnp.asarray(w, jnp.float32), plan.layout)
-    off = lambda x: to_matrices(x.astype(jnp.float32), plan.layout) - wide
-    power = lambda x: float(squared_error(x, h))
     alone = jnp.where(mask, w, jnp.zeros_like(w))
-    unseen = int(of.unseen.sum())
-    errors = Pruned(power(wide), power(off(alone)), power(off(new)), damps, unseen)
-    return new, mask, errors, tried
+    offs = [to_matrices(x.astype(jnp.float32), plan.layout) - wide for x in (alone, new)]
+    dense, masked, updated = (float(squared_error(x, h)) for x in (wide, *offs))
+    return new, mask, Pruned(dense, masked, updated, damps, int(of.unseen.sum())), tried
 
 
 def _factored(
@@ -275,8 +268,10 @@ def _swept(
     w: jax.Array, u: jax.Array, dead: jax.Array, counts: jax.Array, plan: _UpdatePlan
 ) -> tuple[jax.Array, jax.Array]:
     columns = to_matrices(w.astype(jnp.float32), plan.layout)[:, plan.order]
-    one = lambda *x: obs_sweep(*x, block=plan.block, ratio=plan.ratio)
-    new, mask = jax.vmap(one)(columns, u, dead, counts)
+    sweep = functools.partial(obs_sweep, block=plan.block, ratio=plan.ratio)
     back = np.argsort(plan.order)
-    laid = lambda x: from_matrices(x[:, back], plan.layout, w.shape)
-    return laid(new).astype(w.dtype), laid(mask)
+    new, mask = (
+        from_matrices(x[:, back], plan.layout, w.shape)
+        for x in jax.vmap(sweep)(columns, u, dead, counts)
+    )
+    return new.astype(w.dtype), mask

@@ -1,4 +1,4 @@
-"""What is pruned, and masks of it: a spec as data, counts on the host, masks from scores.
+"""Specs of pruning and their masks: a spec as data, counts on the host, masks from scores.
 
 spec                          which parameters, in which pattern, how many in all
 counts(spec, params, ...)     how many units each keeps, as integers
@@ -16,14 +16,7 @@ import numpy as np
 
 from unitscale_jax import rules as named_rules, tree as trees
 from unitscale_jax.errors import check_number, check_type
-from unitscale_jax.prune._allocate import (
-    EVERYWHERE,
-    Allocation,
-    ByRule,
-    Global,
-    Layer,
-    uniform,
-)
+from unitscale_jax.prune._allocate import EVERYWHERE, Allocation, ByRule, Global, Layer, uniform
 from unitscale_jax.prune._patterns import Balanced, NofM, Pattern, Ranked
 from unitscale_jax.prune._select import exact_k, exact_k_of
 from unitscale_jax.typing import Params
@@ -59,7 +52,7 @@ class SparsitySpec:
     stacked: named_rules.Rules[int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Checks the fields."""
+        """Checks the sparsity and the values of all rules."""
         check_number("SparsitySpec.sparsity", self.sparsity)
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity is {self.sparsity}; it is the share that goes, in [0, 1).")
@@ -81,7 +74,7 @@ class SparsitySpec:
 
     @property
     def allocation(self) -> Allocation:
-        """How the total is shared out, as a function."""
+        """The function that shares out the total."""
         if callable(self.allocate):
             return self.allocate
         return ByRule(self.allocate, self.sparsity)
@@ -107,14 +100,14 @@ def selected(spec: SparsitySpec, params: Params) -> dict[str, Pattern]:
 
 
 def stacked_axes(spec: SparsitySpec, params: Params) -> dict[str, int]:
-    """How many leading axes are stacked, of the parameters that a spec prunes."""
+    """Parameter -> number of its leading axes that are stacked, of those that a spec prunes."""
     return {name: axes for name, (_, axes) in _chosen(spec, params).items()}
 
 
 def counts(
     spec: SparsitySpec, params: Params, sparsities: Sequence[float]
 ) -> dict[str, np.ndarray]:
-    """How many units each parameter keeps at each of several sparsities.
+    """Counts the units that each parameter keeps at each of several sparsities.
 
     Args:
         spec: What to prune.
@@ -215,8 +208,11 @@ def _chosen(spec: SparsitySpec, params: Any) -> dict[str, tuple[Pattern, int]]:
     known = _known(params)
     stacked = named_rules.match(spec.stacked, known, 0)
     if isinstance(spec.patterns, Pattern):
-        big = lambda n: known[n] is None or _is_matrix(known[n], stacked[n])
-        patterns = {name: spec.patterns if big(name) else None for name in known}
+        # Codes count as matrices, so that `_check_leaf` refuses them rather than nobody.
+        patterns = {
+            name: spec.patterns if leaf is None or _is_matrix(leaf, stacked[name]) else None
+            for name, leaf in known.items()
+        }
     else:
         patterns = named_rules.match(spec.patterns, known)
     chosen = {n: (p, stacked[n]) for n, p in patterns.items() if p is not None}
@@ -256,7 +252,7 @@ def _check_leaf(name: str, leaf: Any, stacked: int) -> None:
 
 
 def _layers(spec: SparsitySpec, params: Any) -> list[Layer]:
-    """What is ranked, as allocations see it; every pattern is checked on the way."""
+    """The ranked parameters as allocations see them; every pattern is checked on the way."""
     known, out = _known(params), []
     for name, (pattern, axes) in _chosen(spec, params).items():
         shape = tuple(np.shape(known[name]))
@@ -306,9 +302,8 @@ def _masks_together(
             )
     pooled = [_over(p.pooled, axes)(jnp.asarray(known[n])) for n, (p, axes) in ranked.items()]
     out = {}
-    for (name, (pattern, axes)), keep in zip(
-        ranked.items(), exact_k_of(pooled, count), strict=True
-    ):
+    found = zip(ranked.items(), exact_k_of(pooled, count), strict=True)
+    for (name, (pattern, axes)), keep in found:
         shape = np.shape(known[name])[axes:]
         out[name] = _over(functools.partial(pattern.spread, shape=shape), axes)(keep)
     return out

@@ -6,6 +6,8 @@
 weights when the mask is given. Matrices are (K, outputs), H is (K, K).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,6 +44,9 @@ def obs_sweep(
 
     Law: blocks only put off work for N:M, so there `block` changes rounding alone.
     """
+    # The last block is filled up with inputs that depend on no other (U_jj = 1) and that are ranked
+    # below all, so that one loop serves blocks of one size. Within a block the error of an input is
+    # spread over the block at once; later blocks take the errors of a whole block in one product.
     k, outputs = w.shape
     blocks = -(-k // block)
     short = blocks * block - k
@@ -68,8 +73,7 @@ def obs_sweep(
                 part = jax.lax.dynamic_slice_in_dim(scores, g * size, size)
                 keep = n_of_m(part, *ratio, axis=0)
             mask = jax.lax.dynamic_update_slice_in_dim(mask, keep, g * size, axis=0)
-            step = lambda j, pair: _one_row(j, pair, corner, mask)
-            first = g * size
+            first, step = g * size, functools.partial(_one_row, corner=corner, mask=mask)
             rows, errors = jax.lax.fori_loop(first, first + size, step, (rows, errors))
             return rows, mask, errors
 
@@ -88,7 +92,7 @@ _State = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def _shared(scores: jax.Array, unseen: jax.Array, left: jax.Array, count: jax.Array) -> jax.Array:
-    """Which weights of a block stay, by |w| / U_jj: the order of its square.
+    """Marks the weights of a block that stay, by |w| / U_jj: the order of its square.
 
     Inputs that were seen and those that were not are two rankings, since |w| / U_jj of the ones has
     a scale that |w| of the others has not; each keeps its share of the count, rounded down for the
@@ -99,13 +103,20 @@ def _shared(scores: jax.Array, unseen: jax.Array, left: jax.Array, count: jax.Ar
     many = jnp.sum(unseen, dtype=jnp.int32)
     # count * many / size, in two parts that stay within int32.
     share = count // size * many + count % size * many // size
-    rank = lambda those, k: exact_k(jnp.where(those[:, None], scores, np.float32(np.nan)), k)
+
+    def rank(those: jax.Array, k: jax.Array) -> jax.Array:
+        return exact_k(jnp.where(those[:, None], scores, np.float32(np.nan)), k)
+
     return rank(~unseen, count - share) | rank(unseen, share)
 
 
 def _one_row(
     j: jax.Array, pair: tuple[jax.Array, jax.Array], corner: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
+    """Prunes input j of a block, and spreads its error over the block's later inputs.
+
+    e = (w_j - w'_j) / U_jj,    w_i -= U_ji e    for i > j
+    """
     rows, errors = pair
     row = rows[j]
     left = jnp.where(mask[j], row, np.float32(0))

@@ -58,12 +58,12 @@ def wanda(params: Any, stats: Mapping[str, Stat]) -> Any:
 
 
 def _scores(params: Any, stats: Mapping[str, Stat]) -> Any:
-    score = lambda name, w: (
-        _score(w, stats[name]) if name in stats else jnp.full((), np.nan, jnp.float32)
-    )
-    leaves, structure = jax.tree.flatten(params, is_leaf=trees.is_compound)
-    names = trees.names(params, is_leaf=trees.is_compound)
-    return structure.unflatten([score(*pair) for pair in zip(names, leaves, strict=True)])
+    """|W| ||X|| for each parameter with statistics, and the scalar NaN for others."""
+    scores = trees.named_leaves(params, is_leaf=trees.is_compound)
+    for name, w in scores.items():
+        known = name in stats
+        scores[name] = _score(w, stats[name]) if known else jnp.full((), np.nan, jnp.float32)
+    return trees.by_names(scores, params)
 
 
 def _score(w: Any, of: Stat) -> jax.Array:
@@ -73,7 +73,7 @@ def _score(w: Any, of: Stat) -> jax.Array:
 
 
 def _norms(of: Stat) -> jax.Array:
-    """float32 (matrices, K): lengths of what meets each input."""
+    """float32 (matrices, K): lengths ||X_k|| of the inputs; a typical one where no row used it."""
     squares = np.asarray(of.squares, np.float64)
     squares = squares.reshape(-1, squares.shape[-1])
     used = ~of.unseen
@@ -126,8 +126,7 @@ def wanda_masks(params: Any, stats: Mapping[str, Stat], spec: SparsitySpec) -> A
         masks = dict(zip(leaves, jax.tree.leaves(made), strict=True))
     for name in by_output:
         masks[name] = _per_output(name, leaves[name], stats[name], spec, params)
-    structure = jax.tree.structure(params, is_leaf=trees.is_compound)
-    return structure.unflatten(list(masks.values()))
+    return trees.by_names(masks, params)
 
 
 def _per_output(name: str, w: Any, of: Stat, spec: SparsitySpec, params: Any) -> jax.Array:
@@ -143,7 +142,7 @@ _best = jax.jit(jax.vmap(jax.vmap(exact_k)))
 
 
 def owl_ratios(params: Any, stats: Mapping[str, Stat], m: float = 5.0) -> dict[str, Any]:
-    """How many outliers each parameter has: the share of scores above m times their mean.
+    """Measures the share of outliers of each parameter: of scores above m times their mean.
 
     Args:
         params: A pytree of parameters.
