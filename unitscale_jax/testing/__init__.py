@@ -2,8 +2,17 @@
 
 from unitscale_jax.testing._parts import check_inplace, check_parts
 from unitscale_jax.testing._sharded import check_collectives, check_sharded
+from unitscale_jax.testing._width import WidthReport, WidthRow, check_width
 
-__all__ = ["check_collectives", "check_inplace", "check_parts", "check_sharded"]
+__all__ = [
+    "WidthReport",
+    "WidthRow",
+    "check_collectives",
+    "check_inplace",
+    "check_parts",
+    "check_sharded",
+    "check_width",
+]
 
 
 def __dir__() -> list[str]:
