@@ -166,6 +166,11 @@ def activations(_, fn, params, /, *args, **kwargs):
     return {name: found.tolist() for name, found in scores.items()}
 
 
+def roles(_, fn, params, /, *args, **kwargs):
+    """Its options have the names of some keywords, so all of these come in `kwargs`."""
+    return us.tree.named_leaves(us.unit.roles(fn, params, *args, kwargs=kwargs))
+
+
 MESH = us.parallel.mesh(dp=4, tp=2)
 ANALYSERS = {
     "explain": explained,
@@ -179,6 +184,7 @@ ANALYSERS = {
     "trace": lambda _, *args, **kwargs: equations(trace.trace(*args, **kwargs)),
     "dims": lambda _, *args, **kwargs: str(trace.dims(trace.trace(*args, **kwargs))),
     "meetings": met,
+    "roles": roles,
     "features": featured,
     "captured": seen,
 }

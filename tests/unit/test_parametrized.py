@@ -304,6 +304,19 @@ def test_all_wrappers_at_once_skip_a_step_and_leave_its_count():
     assert int(state.skipped) == 1 and int(state.inner.inner.inner.count) == 0
 
 
+def test_devices_that_hold_parts_of_the_parameters_take_the_same_step():
+    """ZeRO: the rates are those of the whole, whatever part a device updates."""
+    mesh = us.parallel.mesh(dp=2, devices=jax.devices()[:2])
+    place = us.parallel.layout(TASK, {"w": {0: "dp"}}, mesh)
+    tx = task_tx()
+    sharded = us.parallel.sharded(tx, place, place.over("dp"))
+    want, _ = tx.update(gradient(TASK), tx.init(TASK), TASK)
+    with jax.set_mesh(mesh):
+        params, grads = (us.parallel.shard(x, place) for x in (TASK, gradient(TASK)))
+        got, _ = jax.jit(sharded.update)(grads, sharded.init(params), params)
+    chex.assert_trees_all_close(jax.device_get(got), jax.device_get(want), rtol=1e-5, atol=1e-7)
+
+
 def test_parameters_in_bfloat16_keep_their_masters():
     tx = us.low_precision_weights(task_tx(), "kahan")
     params = us.tree.astype(TASK, "bfloat16")

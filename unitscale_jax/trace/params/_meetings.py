@@ -77,6 +77,9 @@ def stacks_of(found: Sequence[Meeting]) -> dict[Place, int]:
 # ------------------------------------------------------------------------------------ the walk
 
 
+NO_PLACES: frozenset[Place] = frozenset()
+
+
 @dataclass(frozen=True)
 class _Known:
     """What is known of a value.
@@ -94,7 +97,7 @@ class _Known:
     rows: tuple[HeldParam, ...] = ()
     active: bool = False
     given: bool = False
-    products: frozenset[Place] = frozenset()
+    products: frozenset[Place] = NO_PLACES
 
 
 def _entering(x: Any, name: str | None) -> _Known:
@@ -161,8 +164,11 @@ class _Holding(Flow[_Known]):
 
         Integers have no gradient, so no product is on the way to the loss through them.
         """
+        if not out.products:
+            return out
         floating = jnp.issubdtype(dtype, jnp.inexact)
-        return replace(out, products=out.products - self.followed if floating else frozenset())
+        left = out.products - self.followed if floating else NO_PLACES
+        return out if left == out.products else replace(out, products=left)
 
     def _passed(self, site: Site, inputs: Sequence[_Known]) -> frozenset[Place]:
         """The products that a product's result comes from; of two such it is the next one.
@@ -176,7 +182,7 @@ class _Holding(Flow[_Known]):
         if left.given and right.given and layer:
             self.followed |= before
             return frozenset({site.place})
-        return before | {site.place} if left.given or right.given else frozenset()
+        return before | {site.place} if left.given or right.given else NO_PLACES
 
     def _meet(self, site: Site, kind: Kind, inputs: Sequence[_Known], sides: Sequence[int]) -> None:
         for side in sides:
@@ -215,11 +221,8 @@ class _Holding(Flow[_Known]):
 
 def _mixed(values: Sequence[_Known]) -> _Known:
     """What is known of a value that is computed from some others."""
-    return _Known(
-        active=any([x.active for x in values]),
-        given=any([x.given for x in values]),
-        products=frozenset[Place]().union(*[x.products for x in values]),
-    )
+    products = NO_PLACES.union(*[x.products for x in values])
+    return _Known((), (), any([x.active for x in values]), any([x.given for x in values]), products)
 
 
 def _kind(site: Site) -> Kind | None:
@@ -266,7 +269,8 @@ def _computed(site: Site, inputs: Sequence[_Known], mixed: _Known) -> list[_Know
 
     What a gain or a bias is broadcast to meet is an activation, and holds neither afterwards.
     """
-    if len(site.eqn.outvars) != 1:
+    holding = any([x.helds or x.rows for x in inputs])
+    if not holding or len(site.eqn.outvars) != 1:
         return [mixed] * len(site.eqn.outvars)
     pairs = zip(site.shapes, inputs, strict=True)
     alike = [x for shape, x in pairs if shape == site.result_shapes[0]]
