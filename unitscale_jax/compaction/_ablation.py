@@ -1,4 +1,4 @@
-"""What a plan costs in loss, by trying it.
+"""The loss that a plan costs, by trying it.
 
     increase = loss(compacted, compact(params)) - loss(fn, params)
 
@@ -23,7 +23,7 @@ from unitscale_jax.typing import Batch, Loss, Params
 def loss_increase(
     loss: Loss, params: Params, batches: Iterable[Batch], plans: Sequence[CompactionPlan]
 ) -> np.ndarray:
-    """How much a loss rises with each of several plans, each carried out by itself.
+    """Measures how much a loss rises with each of several plans, each carried out by itself.
 
     Args:
         loss: `loss(params, batch)`: a `us.Mean`, named ones, or a scalar mean over rows.
@@ -83,11 +83,12 @@ def layer_losses(
     layers = [group for group in graph.groups if "layer" in group.flags]
     if not layers:
         raise ValueError("no scan runs over stacked layers here; try plans by `loss_increase`.")
-    rest = lambda group, k: [j for j in range(group.size) if j != k]
-    one_less = lambda group: [
-        plan_of(graph, {group.name: rest(group, k)}, exact_only=False) for k in range(group.size)
-    ]
-    return {group.name: loss_increase(loss, params, those, one_less(group)) for group in layers}
+    out = {}
+    for group in layers:
+        rests = ([j for j in range(group.size) if j != k] for k in range(group.size))
+        plans = [plan_of(graph, {group.name: rest}, exact_only=False) for rest in rests]
+        out[group.name] = loss_increase(loss, params, those, plans)
+    return out
 
 
 def _jitted(loss: Loss) -> Any:

@@ -1,4 +1,4 @@
-"""What a model costs, as a polynomial in the sizes of its groups.
+"""The cost of a model, as a polynomial in the sizes of its groups.
 
     w (d, f), v (f, d), bias (f):    2 d f + f parameters
 
@@ -19,18 +19,10 @@ import jax
 
 from unitscale_jax import tree as trees
 from unitscale_jax.compaction._groups import Graph
-from unitscale_jax.compaction._named_axes import named_axes
 from unitscale_jax.errors import check_number
 from unitscale_jax.trace.costs import OpRow, cost
 from unitscale_jax.trace.params import above, meetings, stacks_of
-from unitscale_jax.trace.program import (
-    Place,
-    Site,
-    TracedCall,
-    bodies,
-    producers,
-    sites,
-)
+from unitscale_jax.trace.program import Place, Site, TracedCall, bodies, producers, sites
 
 Monomial: TypeAlias = tuple[str, ...]
 """A product of sizes of groups, ascending by name; one that occurs twice is squared."""
@@ -108,7 +100,7 @@ class Budget(abc.ABC):
     limit: float
 
     def __post_init__(self) -> None:
-        """Checks the limit."""
+        """Checks that the limit is a finite number above 0."""
         check_number(f"{type(self).__name__}.limit", self.limit)
         if not self.limit > 0:
             raise ValueError(f"{self!r} allows nothing: a limit is above 0, a number of {self}.")
@@ -117,7 +109,7 @@ class Budget(abc.ABC):
 
     @abc.abstractmethod
     def price(self, graph: Graph) -> Polynomial:
-        """What the function of a graph costs, by the sizes of its groups."""
+        """The cost of the function of a graph, by the sizes of its groups."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +121,7 @@ class Params(Budget):
         return added(_elements(axes) for axes in graph.axes.values())
 
     def __str__(self) -> str:
-        """The unit."""
+        """The unit of the limit, for messages."""
         return "parameters"
 
 
@@ -141,11 +133,13 @@ class Bytes(Budget):
         """Sizes of all parameters, by the bytes of an element."""
         params, *_ = graph.traced.arguments
         dtypes = {path: leaf.dtype for path, leaf in trees.named_leaves(params).items()}
-        each = {d: _bytes_of_one(d) for d in set(dtypes.values())}
+        # Eight elements have a whole number of bytes in any dtype, packed ones too.
+        eight = {d: trees.nbytes(jax.ShapeDtypeStruct((8,), d)) for d in set(dtypes.values())}
+        each = {d: _exact(n, 8) for d, n in eight.items()}
         return added(_elements(axes) * each[dtypes[path]] for path, axes in graph.axes.items())
 
     def __str__(self) -> str:
-        """The unit."""
+        """The unit of the limit, for messages."""
         return "bytes"
 
 
@@ -164,12 +158,8 @@ class Flops(Budget):
         return added(_operations(graph, turns, row) for row in runs)
 
     def __str__(self) -> str:
-        """The unit."""
+        """The unit of the limit, for messages."""
         return "FLOPs"
-
-
-def _bytes_of_one(dtype: Any) -> int | Fraction:
-    return _exact(trees.nbytes(jax.ShapeDtypeStruct((8,), dtype)), 8)
 
 
 def _exact(a: int, b: int) -> int | Fraction:
@@ -179,8 +169,11 @@ def _exact(a: int, b: int) -> int | Fraction:
 
 def _elements(axes: Iterable[Any]) -> Polynomial:
     """Elements of a value whose axes are sums of products of names and sizes."""
-    factor = lambda axis: added(multiplied(map(Polynomial.of, term)) for term in axis)
-    return multiplied(map(factor, axes))
+
+    def length(axis: Any) -> Polynomial:
+        return added(multiplied(map(Polynomial.of, term)) for term in axis)
+
+    return multiplied(map(length, axes))
 
 
 def scans_of(graph: Graph) -> list[tuple[Site, str]]:
@@ -220,15 +213,19 @@ def _operations(graph: Graph, turns: Mapping[Place, str], row: OpRow) -> Polynom
     indices, dense = Polynomial.of(1), {group.name: group.size for group in graph.groups}
     if not row.site.is_opaque:
         ins, outs = graph.dims.at(row.site.place)
-        named = lambda values: [named_axes(graph, axes) for axes in values]
-        indices = _indices(row.site, named(ins), named(outs))
+        named = [[graph.named(axes) for axes in values] for values in (ins, outs)]
+        indices = _indices(row.site, *named)
     loops = [turns[site.place] for site in above(row.site) if site.place in turns]
     whole = indices * multiplied(map(Polynomial.of, loops))
     return whole * _exact(row.total.flops, int(whole.at(dense)))
 
 
 def _indices(site: Site, ins: list[Any], outs: list[Any]) -> Polynomial:
-    """How many times an equation does what it does."""
+    """The number of indices that an equation runs through, to which its work is proportional.
+
+    Of a product those of all three dimensions (m, k, n), of a reduction the elements that vanish,
+    of most others those of the result.
+    """
     params = site.eqn.params
     if site.name == "dot_general":
         (_, contracted), (_, batch) = params["dimension_numbers"]

@@ -66,7 +66,7 @@ def zero_channels(params: Any, plan: CompactionPlan) -> Any:
 
 
 def channel_masks(params: Any, plan: CompactionPlan) -> Any:
-    """Where `mask(params, plan)` keeps its values: bool, of each leaf's shape.
+    """Makes masks of the values that `zero_channels(params, plan)` keeps: bool, of leaves' shapes.
 
     A leaf that keeps all of its channels has the scalar True, which broadcasts.
 
@@ -83,15 +83,13 @@ def channel_masks(params: Any, plan: CompactionPlan) -> Any:
             kept = kept & along.reshape([-1 if j == k else 1 for j in range(np.ndim(x))])
         return jnp.asarray(np.broadcast_to(kept, np.shape(x)) if kept.ndim else kept)
 
-    return jax.tree.unflatten(
-        jax.tree.structure(params, is_leaf=trees.is_compound),
-        [leaf_mask(path, x) for path, x in _named(params)],
-    )
+    return _map_named(leaf_mask, params)
 
 
-def _named(params: Any) -> list[tuple[str, Any]]:
-    leaves = jax.tree.leaves(params, is_leaf=trees.is_compound)
-    return list(zip(trees.names(params, is_leaf=trees.is_compound), leaves, strict=True))
+def _map_named(change: Callable[[str, Any], Any], params: Any) -> Any:
+    """Maps `change(path, leaf)` over parameters; a compound one is one leaf."""
+    leaves, structure = jax.tree.flatten(params, is_leaf=trees.is_compound)
+    return structure.unflatten(map(change, trees.names(params, is_leaf=trees.is_compound), leaves))
 
 
 Change = Callable[[str, Any, int, np.ndarray, int], Any]
@@ -113,10 +111,7 @@ def _over_axes(
             out = change(path, out, k, at, n)
         return out if out is x else _placed(out, x)
 
-    return jax.tree.unflatten(
-        jax.tree.structure(params, is_leaf=trees.is_compound),
-        [changed(path, x) for path, x in _named(params)],
-    )
+    return _map_named(changed, params)
 
 
 def _cut_axes(path: str, plan: CompactionPlan) -> list[tuple[int, np.ndarray, int]]:

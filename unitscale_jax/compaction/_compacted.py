@@ -21,17 +21,8 @@ from unitscale_jax import tree as trees
 from unitscale_jax.compaction._cuts import Cuts
 from unitscale_jax.compaction._groups import CompactionPlan
 from unitscale_jax.loss import around
-from unitscale_jax.trace.dimensions import (
-    Axes,
-    coupled,
-    new_axes,
-    pin,
-)
-from unitscale_jax.trace.program import (
-    Site,
-    shape_of,
-    trace_call,
-)
+from unitscale_jax.trace.dimensions import Axes, coupled, new_axes, pin
+from unitscale_jax.trace.program import Site, shape_of, trace_call
 from unitscale_jax.trace.rewrite import Derivative, Rewriter
 
 
@@ -143,7 +134,7 @@ class _Compactor(Rewriter):
         return site.bind(operands, **change(self._cuts, site, *self._cuts.record[site.place]))
 
     def touches(self, site: Site, operands: list[Any]) -> bool:
-        """Whether something in an equation loses channels."""
+        """True if something in an equation loses channels."""
         shapes = zip(operands, site.shapes, strict=True)
         return site.place in self._cuts.changed or any(np.shape(x) != shape for x, shape in shapes)
 
@@ -184,7 +175,7 @@ def _new_sizes(cuts: Cuts, site: Site, ins: list[Axes], outs: list[Axes]) -> dic
 
 
 def _slice_sizes(cuts: Cuts, site: Site, ins: list[Axes], outs: list[Axes]) -> dict[str, Any]:
-    """Of an axis that loses channels a slice takes the whole."""
+    """Sizes of a slice: of an axis that loses channels it takes the whole."""
     del outs
     dense = site.eqn.params["slice_sizes"]
     sized = zip(dense, ins[0], strict=True)

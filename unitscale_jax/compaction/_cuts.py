@@ -12,12 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from unitscale_jax.compaction._groups import CompactionPlan, positions
-from unitscale_jax.trace.dimensions import (
-    Axes,
-    Coupled,
-    SymbolicDim,
-    expanded,
-)
+from unitscale_jax.trace.dimensions import Axes, Coupled, SymbolicDim, expanded
 from unitscale_jax.trace.program import Place
 
 AxesPair = tuple[list[Axes], list[Axes]]
@@ -53,8 +48,9 @@ class Cuts:
 
     def axes(self, path: str) -> Axes:
         """The axes of a dense parameter, which may be asked for only once."""
-        term = lambda entries: tuple(map(self._factor, entries))
-        return tuple(tuple(map(term, axis)) for axis in self._plan.axes[path])
+        return tuple(
+            tuple(tuple(map(self._factor, term)) for term in axis) for axis in self._plan.axes[path]
+        )
 
     def _factor(self, entry: str | int) -> SymbolicDim:
         if isinstance(entry, str):
@@ -73,10 +69,13 @@ class Cuts:
         return broken
 
     def settle(self) -> dict[str, str]:
-        """Finds what stands for the groups by now; returns those that nothing does, and why."""
-        # Unification may have made one dimension of several, or several of one, since the plan was
-        # laid on. A group is cut only if one dimension stands for it, no mark bars that, and it is
-        # no dimension that the plan leaves whole.
+        """Finds the dimensions that stand for groups by now; returns groups without, and why.
+
+        Unification may have made one dimension of several, or several of one, since the plan was
+        laid on. A group is cut only if one dimension stands for it, no mark bars that, and it is
+        no dimension that the plan leaves whole. What was cut before may be barred by equations
+        added later (a derivative's), so everything is found anew.
+        """
         whole = set(itertools.chain.from_iterable(map(_standing, self._others)))
         owners: dict[SymbolicDim, str] = {}
         self._kept, self._broken = {}, {}
@@ -92,39 +91,40 @@ class Cuts:
             else:
                 self._kept[factor] = np.asarray(channels, int)
                 owners[factor] = name
-        # Two groups that became one dimension must agree on every channel, whichever is met first.
+        # Two groups that became one dimension must agree on every channel, whichever is met first:
+        # with the kept channels [0, 2] of one and all of the other, positions would not line up.
         for name in self._plan.sizes:
             for factor in _standing(self._groups[name]):
-                if factor in owners and not self._alike(owners[factor], name):
+                owner = owners.get(factor, name)
+                mine, theirs = self._plan.channels(name), self._plan.channels(owner)
+                if not np.array_equal(mine, theirs):
                     self._broken[owners[factor]] = f"it is the same dimension as {name}"
         self._kept = {f: kept for f, kept in self._kept.items() if owners[f] not in self._broken}
+        # Dimensions of which the plan knows what is kept: groups that hold, and sizes left whole.
         named = [self._groups[name] for name in self._plan.sizes if name not in self._broken]
         self._known = whole | set(itertools.chain.from_iterable(map(_standing, named)))
         for name in self._broken:
             self._known -= set(_standing(self._groups[name]))
         return self._broken
 
-    def _alike(self, a: str, b: str) -> bool:
-        return np.array_equal(self._plan.channels(a), self._plan.channels(b))
-
     def loses(self, axis: Sequence[Sequence[SymbolicDim]]) -> bool:
-        """Whether an axis has channels that are not kept."""
+        """True if an axis has channels that are not kept."""
         return any(f in self._kept for term in expanded(tuple(map(tuple, axis))) for f in term)
 
     def follows(self, axis: Sequence[Sequence[SymbolicDim]]) -> bool:
-        """Whether all of an axis is made of dimensions of parameters."""
+        """True if all of an axis is made of dimensions of parameters."""
         return all(f in self._known for term in expanded(tuple(map(tuple, axis))) for f in term)
 
     def positions(self, axis: Sequence[Sequence[SymbolicDim]]) -> np.ndarray:
-        """Where the kept channels are in a dense axis."""
+        """Positions of the kept channels in a dense axis, ascending."""
         return positions(expanded(tuple(map(tuple, axis))), self._channels)
 
     def size(self, axis: Sequence[Sequence[SymbolicDim]]) -> int:
-        """How many channels of an axis are kept."""
+        """Number of channels of an axis that are kept."""
         return len(self.positions(axis))
 
     def shape(self, axes: Axes) -> tuple[int, ...]:
-        """Shape of a value after the cuts."""
+        """The shape of a value after the cuts."""
         return tuple(map(self.size, axes))
 
     def _channels(self, factor: SymbolicDim) -> tuple[np.ndarray, int]:
@@ -133,5 +133,5 @@ class Cuts:
 
 
 def _standing(factor: SymbolicDim) -> list[SymbolicDim]:
-    """What stands for a factor by now: itself, what it was merged into, or its parts."""
+    """The dimensions of a factor by now: itself, the one it was merged into, or its parts."""
     return [f for term in expanded(((factor,),)) for f in term]

@@ -9,6 +9,7 @@ when the groups inside their branches lose all channels: x + f(x) is x then, to 
 bias at the end of the branch.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,20 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unitscale_jax import rules as named_rules
 from unitscale_jax.compaction._budget import scans_of
 from unitscale_jax.compaction._groups import CompactionPlan, Graph, groups, plan_of
+from unitscale_jax.compaction._named_axes import named_groups
 from unitscale_jax.errors import check_type
 from unitscale_jax.rules import Pattern
 from unitscale_jax.statistics import over_batches
-from unitscale_jax.trace.program import (
-    Jaxpr,
-    Place,
-    Site,
-    bodies,
-    dtype_of,
-    is_call,
-)
+from unitscale_jax.trace.params import above
+from unitscale_jax.trace.program import Jaxpr, Place, Site, bodies, dtype_of, is_call, shape_of
 from unitscale_jax.trace.rewrite import Capture, captured
 
 
@@ -127,8 +122,7 @@ def without(
         ((0, 4), True)
     """
     check_type("graph", graph, Graph, "what us.compaction.groups returns")
-    found = named_rules.match([(p, True) for p in branches], graph.by_name, False, noun="group")
-    empty = [name for name, named in found.items() if named]
+    empty = named_groups(graph, branches)
     kept = ({} if plan is None else dict(plan.kept)) | {name: () for name in empty}
     return plan_of(graph, kept, exact_only=exact_only, empty=empty)
 
@@ -138,7 +132,7 @@ def without(
 
 @dataclass(frozen=True)
 class _Ends:
-    """Where what a scan carries can be seen: equations in its body that read it, and make it.
+    """The equations in a scan's body that read its carry and make it, where it can be seen.
 
     Attributes:
         group: The scan's layers.
@@ -165,35 +159,32 @@ def _ends(graph: Graph) -> list[_Ends]:
                 f"what the scan over {group} carries cannot be seen: no equation outside of loops "
                 "and custom derivatives reads it and makes it. Score layers by `layer_losses`."
             )
-        depth = sum(outer.name == "scan" for outer in _above(site))
+        depth = sum(outer.name == "scan" for outer in above(site))
         out.append(_Ends(group, depth, reads, makes))
     return out
 
 
-def _above(site: Site) -> Iterable[Site]:
-    while site.parent is not None:
-        site = site.parent
-        yield site
-
-
 def _carried(site: Site, jaxpr: Jaxpr) -> tuple[int, int] | None:
     """The largest floating carry, as an operand and as a result of the body."""
-    ranks = lambda variables: [len(_shape(v)) for v in variables]
-    outside, inside = ranks(site.eqn.outvars), ranks(jaxpr.outvars)
-    carries = sum(a == b for a, b in zip(outside, inside, strict=True))  # others are stacked
-    rows = sum(a != b for a, b in zip(ranks(site.eqn.invars), ranks(jaxpr.invars), strict=True))
+    eqn = site.eqn
+    # Results of a body are carries, then rows, which outside are stacked: one more axis. Operands
+    # are constants, carries, then rows, likewise.
+    carries = sum(
+        len(shape_of(a)) == len(shape_of(b))
+        for a, b in zip(eqn.outvars, jaxpr.outvars, strict=True)
+    )
+    rows = sum(
+        len(shape_of(a)) != len(shape_of(b)) for a, b in zip(eqn.invars, jaxpr.invars, strict=True)
+    )
     consts = len(jaxpr.invars) - rows - carries
     made = jaxpr.outvars[:carries]
-    is_array = lambda v: len(_shape(v)) > 0 and jnp.issubdtype(dtype_of(v), jnp.floating)
-    floating = [k for k, v in enumerate(made) if is_array(v)]
+    floating = [
+        k for k, v in enumerate(made) if shape_of(v) and jnp.issubdtype(dtype_of(v), jnp.floating)
+    ]
     if not floating:
         return None
-    largest = max(floating, key=lambda k: int(np.prod(_shape(made[k]))))
+    largest = max(floating, key=lambda k: math.prod(shape_of(made[k])))
     return consts + largest, largest
-
-
-def _shape(v: Any) -> tuple[int, ...]:
-    return getattr(v.aval, "shape", ())  # a token has none
 
 
 def _reads(jaxpr: Jaxpr, v: Any, parent: Site) -> tuple[Place, int] | None:
@@ -223,7 +214,7 @@ def _makes(jaxpr: Jaxpr, v: Any, parent: Site) -> tuple[Place, int] | None:
 
 
 def _is_open(site: Site) -> bool:
-    """Whether what is inside of a call can be captured."""
+    """True if equations inside of a call can be captured."""
     return is_call(site.eqn) and not site.name.startswith(("custom_", "shard_map"))
 
 

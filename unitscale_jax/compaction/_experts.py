@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unitscale_jax import rules as named_rules
 from unitscale_jax.compaction._groups import Graph, groups
-from unitscale_jax.compaction._named_axes import named_axes
+from unitscale_jax.compaction._named_axes import named_groups, totals
 from unitscale_jax.errors import check_type
 from unitscale_jax.rules import Pattern
 from unitscale_jax.statistics import over_batches
@@ -63,14 +62,17 @@ def expert_scores(
         [1.5, 4.5]
     """
     check_type("graph", graph, Graph, "what us.compaction.groups returns")
-    found = named_rules.match([(p, True) for p in experts], graph.by_name, False, noun="group")
-    names = [name for name, named in found.items() if named]
+    names = named_groups(graph, experts)
 
     def measured(params: Any, /, *inputs: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         here = groups(fn, params, *inputs, **kwargs)
-        pick = lambda site, operands, _: _lengths(here, names, site, operands)
+
+        def pick(site: Site, operands: list[Any], results: list[Any]) -> dict[str, Any] | None:
+            del results
+            return _lengths(here, names, site, operands)
+
         result, captures = captured(fn, pick)(params, *inputs, **kwargs)
-        return result, _totals([capture.value for capture in captures])
+        return result, totals(capture.value for capture in captures)
 
     sums = over_batches(measured, params, batches)
     missing = [name for name in names if name not in sums]
@@ -89,7 +91,7 @@ def _lengths(
     if site.name not in ("dot_general", "reduce_sum") or site.is_opaque:
         return None
     ins, _ = graph.dims.at(site.place)
-    axes = named_axes(graph, ins[0])
+    axes = graph.named(ins[0])
     out: dict[str, Any] = {}
     for k in _summed(site):
         name = axes[k][0][0] if len(axes[k]) == 1 and len(axes[k][0]) == 1 else None
@@ -109,12 +111,16 @@ def _summed(site: Site) -> Sequence[int]:
 
 
 def _is_softmax(site: Site, axis: int) -> bool:
-    """Whether what is summed has no features, such as the denominator of the gates."""
+    """True if the terms of a sum have no features, such as the denominator of the gates."""
     return site.name == "reduce_sum" and axis == len(site.shapes[0]) - 1
 
 
 def _terms(site: Site, axis: int, operands: Sequence[Any]) -> jax.Array:
-    """What is added up over an axis of the first operand, that axis first; float32."""
+    """The terms that are added up over an axis of the first operand, that axis first; float32.
+
+    Of a product summed over experts e and features d, te,td,edf->tf, the terms are etf: the axis is
+    taken for a batch dimension, and the other contractions stay.
+    """
     x, *others = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in operands[:2])
     if site.name == "reduce_sum":
         rest = [k - (k > axis) + 1 for k in site.eqn.params["axes"] if k != axis]
@@ -124,14 +130,3 @@ def _terms(site: Site, axis: int, operands: Sequence[Any]) -> jax.Array:
     left_rest, right_rest = ([*dims[:at], *dims[at + 1 :]] for dims in (left, right))
     batch = [left[at], *left_batch], [right[at], *right_batch]
     return jax.lax.dot_general(x, others[0], ((left_rest, right_rest), batch))
-
-
-def _totals(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Sums by group, over sites, and over the turns of loops, which are leading axes."""
-    out: dict[str, Any] = {}
-    flat = lambda x: jnp.sum(x, axis=tuple(range(x.ndim - 1)))
-    for values in found:
-        for name, pair in values.items():
-            new = jax.tree.map(flat, pair)
-            out[name] = jax.tree.map(jnp.add, out[name], new) if name in out else new
-    return out

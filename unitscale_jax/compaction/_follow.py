@@ -19,12 +19,7 @@ from unitscale_jax.compaction._compact import compact
 from unitscale_jax.compaction._cuts import Cuts
 from unitscale_jax.compaction._groups import CompactionPlan
 from unitscale_jax.errors import check_type
-from unitscale_jax.trace.dimensions import (
-    Axes,
-    coupled,
-    new_axes,
-    unify,
-)
+from unitscale_jax.trace.dimensions import Axes, coupled, new_axes, unify
 from unitscale_jax.trace.program import as_arrays, trace
 
 

@@ -1,4 +1,4 @@
-"""What a channel is worth, by what flows through it.
+"""The worth of channels, by what flows through it.
 
     score_c = sqrt(sum over rows of (mean over positions of |x_c|)^2)
 
@@ -15,19 +15,12 @@ import numpy as np
 
 from unitscale_jax.compaction._group_scores import Scores, chosen
 from unitscale_jax.compaction._groups import Graph, groups
-from unitscale_jax.compaction._named_axes import along, named_axes, places
+from unitscale_jax.compaction._named_axes import along, places, totals
 from unitscale_jax.errors import check_type
 from unitscale_jax.rules import Pattern
 from unitscale_jax.statistics import over_batches
 from unitscale_jax.trace.params import meetings, observable, product_of
-from unitscale_jax.trace.program import (
-    PRODUCTS,
-    Place,
-    Site,
-    TracedCall,
-    sites,
-    trace_call,
-)
+from unitscale_jax.trace.program import PRODUCTS, Place, Site, TracedCall, sites, trace_call
 from unitscale_jax.trace.rewrite import captured
 
 Valid = Callable[..., Any]
@@ -77,9 +70,13 @@ def activation(
         mask = None if valid is None else jnp.asarray(valid(*inputs, **kwargs))
         here = groups(fn, params, *inputs, **kwargs)
         seen = _met(here, trace_call(fn, params, *inputs, **kwargs), params)
-        pick = lambda site, operands, _: _squares(here, names, seen, mask, site, operands)
+
+        def pick(site: Site, operands: list[Any], results: list[Any]) -> dict[str, Any] | None:
+            del results
+            return _squares(here, names, seen, mask, site, operands)
+
         result, captures = captured(fn, pick)(params, *inputs, **kwargs)
-        return result, _added(c.value for c in captures)
+        return result, totals(capture.value for capture in captures)
 
     squares = over_batches(measured, params, batches)
     missing = [name for name in names if name not in squares]
@@ -88,7 +85,12 @@ def activation(
             f"no product that can be seen sums over {', '.join(missing)} (what is inside of while "
             "loops, custom derivatives and shard_map cannot be). Leave it out by `only`."
         )
-    return {name: _unit_mean(np.sqrt(squares[name])) for name in names}
+    out = {}
+    for name in names:
+        x = np.sqrt(squares[name])
+        mean = x.mean()
+        out[name] = jnp.asarray(x / (mean if mean > 0 else 1.0), jnp.float32)
+    return out
 
 
 def _met(graph: Graph, staged: TracedCall, params: Any) -> dict[Place, list[int]]:
@@ -113,7 +115,7 @@ def _squares(
     sizes = {group.name: group.size for group in graph.groups}
     out: list[dict[str, jax.Array]] = []
     for side in seen[site.place]:
-        axes = named_axes(graph, graph.dims.at(site.place)[0][side])
+        axes = graph.named(graph.dims.at(site.place)[0][side])
         product = product_of(site)
         for dim in () if product is None else product.channels(side):
             for t, i, name in places(axes[dim]):
@@ -121,7 +123,7 @@ def _squares(
                     x = _means(operands[side], dim, mask, site)
                     each = along(x, axes[dim], t, i, sizes, jnp.mean)
                     out.append({name: jnp.sum(jnp.square(each), axis=0)})
-    return _added(out)
+    return totals(out)
 
 
 def _means(x: jax.Array, dim: int, mask: Any, site: Site) -> jax.Array:
@@ -143,18 +145,3 @@ def _valid(mask: Any, x: jax.Array, dim: int, site: Site) -> jax.Array:
             "or leave the group out by `only`."
         )
     return jnp.broadcast_to(mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim)), x.shape)
-
-
-def _added(found: Iterable[Mapping[str, jax.Array] | None]) -> dict[str, jax.Array]:
-    """Sums by group, over products, and over the turns of loops, which are leading axes."""
-    out: dict[str, jax.Array] = {}
-    for values in found:
-        for name, x in (values or {}).items():
-            flat = jnp.sum(x, axis=tuple(range(x.ndim - 1)))
-            out[name] = out[name] + flat if name in out else flat
-    return out
-
-
-def _unit_mean(x: np.ndarray) -> jax.Array:
-    mean = x.mean()
-    return jnp.asarray(x / (mean if mean > 0 else 1.0), jnp.float32)

@@ -1,4 +1,4 @@
-"""What a channel is worth, by the weights of all its members.
+"""The worth of channels, by the weights of all its members.
 
     l2       sum over members of w^2
     taylor   (sum over members of w g)^2,  or  sum over members of |w g|
@@ -18,7 +18,7 @@ import numpy as np
 
 from unitscale_jax import rules as named_rules, tree as trees
 from unitscale_jax.compaction._groups import Graph
-from unitscale_jax.compaction._named_axes import along, places
+from unitscale_jax.compaction._named_axes import along, named_groups, places
 from unitscale_jax.errors import check_type
 from unitscale_jax.rules import Pattern, Rules
 
@@ -102,18 +102,18 @@ def taylor(
     _check_shapes(graph, grads, "grads")
     other = dict(zip(trees.names(params), jax.tree.leaves(grads), strict=True))
     products = trees.map_named(lambda path, w: _wide(w) * _wide(other[path]), params)
-    part = (lambda x: x) if squared else jnp.abs
-    sums = _sums(graph, products, only, counted, part)
-    worth: Callable[[jax.Array], jax.Array] = jnp.square if squared else (lambda x: x)
-    return {name: _normalized(worth(x)) for name, x in sums.items()}
+    if squared:
+        sums = _sums(graph, products, only, counted, lambda x: x)
+        return {name: _normalized(jnp.square(x)) for name, x in sums.items()}
+    sums = _sums(graph, products, only, counted, jnp.abs)
+    return {name: _normalized(x) for name, x in sums.items()}
 
 
 def chosen(graph: Graph, only: Sequence[Pattern] | None) -> list[str]:
     """Names of the groups to score: those that patterns name, or all but layers."""
     if only is None:
         return [group.name for group in graph.groups if "layer" not in group.flags]
-    found = named_rules.match([(p, True) for p in only], graph.by_name, False, noun="group")
-    return [name for name, named in found.items() if named]
+    return named_groups(graph, only)
 
 
 def _sums(

@@ -20,13 +20,7 @@ import numpy as np
 from unitscale_jax import tree as trees
 from unitscale_jax.errors import check_callable, check_type
 from unitscale_jax.tables import Tabular
-from unitscale_jax.trace.dimensions import (
-    DimGroup,
-    Dims,
-    Member,
-    Refused,
-    dims,
-)
+from unitscale_jax.trace.dimensions import Axes, DimGroup, Dims, Member, Refused, SymbolicDim, dims
 from unitscale_jax.trace.program import Traced, trace
 
 DimTerm: TypeAlias = tuple[str | int, ...]
@@ -78,7 +72,7 @@ class Graph(Tabular):
 
     @property
     def groups(self) -> tuple[DimGroup, ...]:
-        """What can be removed, in the order of the parameters."""
+        """The groups whose channels can be removed, in the order of the parameters."""
         return self.dims.groups
 
     @property
@@ -105,16 +99,23 @@ class Graph(Tabular):
         return self.dims.cells()
 
     def below(self) -> Sequence[str]:
-        """Primitives without a rule."""
+        """Primitives without a rule, and arrays that are closed over."""
         return self.dims.below()
 
     @functools.cached_property
     def axes(self) -> dict[str, tuple[Axis, ...]]:
         """The axes of each parameter, in names of groups and sizes of what is none."""
-        names = {group.factor: group.name for group in self.groups}
-        term = lambda factors: tuple(names.get(f, f.size) for f in factors)
-        of = lambda path: tuple(tuple(map(term, axis)) for axis in self.dims.axes(path))
-        return {path: of(path) for path in self.shapes}
+        return {path: self.named(self.dims.axes(path)) for path in self.shapes}
+
+    def named(self, axes: Axes) -> tuple[Axis, ...]:
+        """Axes of a value anywhere in the function, in names of groups and sizes of other ones."""
+        return tuple(
+            tuple(tuple(self._names.get(f, f.size) for f in term) for term in axis) for axis in axes
+        )
+
+    @functools.cached_property
+    def _names(self) -> dict[SymbolicDim, str]:
+        return {group.factor: group.name for group in self.groups}
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,8 @@ class CompactionPlan:
         """Checks that channels exist, and that axes speak of known groups."""
         for name, channels in self.kept.items():
             _check_channels(name, channels, self.sizes)
-        used = {name for name in _names(self.axes) if name not in self.sizes}
+        entries = [entry for axes in self.axes.values() for *_, entry in _entries(axes)]
+        used = {e for e in entries if isinstance(e, str) and e not in self.sizes}
         if used:
             raise ValueError(
                 f"axes of the plan name {', '.join(sorted(used))}, whose sizes it does not have."
@@ -170,12 +172,15 @@ class CompactionPlan:
         return self._shapes(self.new_sizes)
 
     def _shapes(self, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-        of = lambda axis: sum(math.prod(sizes.get(f, f) for f in term) for term in axis)
-        return {path: tuple(map(of, axes)) for path, axes in self.axes.items()}
+
+        def length(axis: Axis) -> int:
+            return sum(math.prod(size_of(entry, sizes) for entry in term) for term in axis)
+
+        return {path: tuple(map(length, axes)) for path, axes in self.axes.items()}
 
     @functools.cached_property
     def members(self) -> dict[str, tuple[Member, ...]]:
-        """Where the channels of each group are."""
+        """The places of each group in the axes of parameters."""
         found: dict[str, list[Member]] = {name: [] for name in self.sizes}
         for path, axes in self.axes.items():
             for k, t, i, entry in _entries(axes):
@@ -184,7 +189,7 @@ class CompactionPlan:
         return {name: tuple(members) for name, members in found.items()}
 
     def positions(self, path: str, axis: int) -> np.ndarray:
-        """Where the kept channels are in an axis of a dense parameter, ascending."""
+        """Positions of the kept channels in an axis of a dense parameter, ascending."""
         return positions(self.axes[path][axis], self._channels_of)
 
     def _channels_of(self, entry: str | int) -> tuple[np.ndarray, int]:
@@ -200,16 +205,19 @@ class CompactionPlan:
 
         Law: `compact(compact(p, first), second) == compact(p, first.then(second))`.
         """
-        if second.shapes != self.new_shapes:
-            path, shape = _first_difference(second.shapes, self.new_shapes)
-            raise ValueError(
-                f"{path} has shape {shape} in the second plan, and the first one leaves "
-                f"{self.new_shapes.get(path)}. Find groups of the compacted function."
-            )
+        for path in (*second.shapes, *self.new_shapes):
+            shape, mine = second.shapes.get(path), self.new_shapes.get(path)
+            if shape != mine:
+                raise ValueError(
+                    f"{path} has shape {shape} in the second plan, and the first one leaves "
+                    f"{mine}. Find groups of the compacted function."
+                )
+        # Groups of `second` have names of their own, so what it leaves of a group is read from one
+        # of the group's members, and then has to hold of all parameters.
         kept = {
             name: tuple(sorted(found))
             for name, members in self.members.items()
-            if len(found := self._left(name, members[0], second)) < self.sizes[name]
+            if len(found := self._left(members[0], second)) < self.sizes[name]
         }
         both = CompactionPlan(kept, self.sizes, self.axes, self.flags)
         for path, axes in self.axes.items():
@@ -222,9 +230,8 @@ class CompactionPlan:
                     )
         return both
 
-    def _left(self, group: str, member: Member, second: "CompactionPlan") -> set[int]:
+    def _left(self, member: Member, second: "CompactionPlan") -> set[int]:
         """The channels of a group that are still in one of its members in the end."""
-        del group
         axis = self.axes[member.path][member.axis]
         of = channel_at(axis, member.term, member.position, self.sizes)
         at = self.positions(member.path, member.axis)
@@ -255,9 +262,12 @@ def plan_of(
     check_type("graph", graph, Graph, "what us.compaction.groups returns")
     for name, channels in kept.items():
         _check_group(graph, name, channels, exact_only, name in empty)
-    whole = lambda name, channels: len(channels) == graph.by_name[name].size
     return CompactionPlan(
-        {n: tuple(sorted(map(int, c))) for n, c in kept.items() if not whole(n, c)},
+        {
+            name: tuple(sorted(map(int, channels)))
+            for name, channels in kept.items()
+            if len(channels) < graph.by_name[name].size
+        },
         {group.name: group.size for group in graph.groups},
         graph.axes,
         {group.name: group.flags for group in graph.groups},
@@ -267,7 +277,9 @@ def plan_of(
 def positions(
     axis: Sequence[Sequence[Any]], channels: Callable[[Any], tuple[np.ndarray, int]]
 ) -> np.ndarray:
-    """Where kept channels are in a dense axis: a sum of products of dimensions, row-major.
+    """Positions of kept channels in a dense axis: a sum of products of dimensions, row-major.
+
+    Of the axis 2 · 3 whose second dimension keeps [0, 2] they are [0, 2, 3, 5].
 
     Args:
         axis: Terms of dimensions.
@@ -286,11 +298,15 @@ def positions(
 
 def channel_at(axis: Axis, term: int, position: int, sizes: Mapping[str, int]) -> np.ndarray:
     """For each place of a dense axis the channel of one of its dimensions; -1 in other terms."""
-    of = lambda entry: sizes.get(entry, entry)
-    pieces = [np.full(math.prod(map(of, other)), -1) for other in axis]
-    shape = [of(entry) for entry in axis[term]]
-    pieces[term] = np.indices(shape)[position].reshape(-1)
+    shapes = [[size_of(entry, sizes) for entry in each] for each in axis]
+    pieces = [np.full(math.prod(shape), -1) for shape in shapes]
+    pieces[term] = np.indices(shapes[term])[position].reshape(-1)
     return np.concatenate(pieces)
+
+
+def size_of(entry: str | int, sizes: Mapping[str, int]) -> int:
+    """The size of a dimension that is a group, or that is named by its size."""
+    return entry if isinstance(entry, int) else sizes[entry]
 
 
 def _entries(axes: Sequence[Axis]) -> list[tuple[int, int, int, str | int]]:
@@ -300,16 +316,6 @@ def _entries(axes: Sequence[Axis]) -> list[tuple[int, int, int, str | int]]:
         for t, term in enumerate(axis)
         for i, entry in enumerate(term)
     ]
-
-
-def _names(axes: Mapping[str, Sequence[Axis]]) -> set[str]:
-    entries = [entry for of_path in axes.values() for *_, entry in _entries(of_path)]
-    return {entry for entry in entries if isinstance(entry, str)}
-
-
-def _first_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[str, Any]:
-    path = next(path for path in (*a, *b) if a.get(path) != b.get(path))
-    return path, a.get(path)
 
 
 def _check_channels(name: str, channels: Sequence[int], sizes: Mapping[str, int]) -> None:

@@ -6,22 +6,29 @@ An axis is a sum of products of dimensions; a dimension that is a group goes by 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from unitscale_jax.compaction._groups import Axis, Graph
-from unitscale_jax.trace.dimensions import Axes
+import jax
+import jax.numpy as jnp
+
+from unitscale_jax import rules as named_rules
+from unitscale_jax.compaction._groups import Axis, Graph, size_of
+from unitscale_jax.rules import Pattern
 
 
-def named_axes(graph: Graph, axes: Axes) -> tuple[Axis, ...]:
-    """Axes of a value anywhere in the function, in names of groups and sizes of what is none."""
-    names = {group.factor: group.name for group in graph.groups}
-    term = lambda factors: tuple(names.get(f, f.size) for f in factors)
-    return tuple(tuple(map(term, axis)) for axis in axes)
+def named_groups(graph: Graph, patterns: Sequence[Pattern]) -> list[str]:
+    """Names of the groups that patterns name.
+
+    Raises:
+        ValueError: A pattern names none.
+    """
+    found = named_rules.match([(p, True) for p in patterns], graph.by_name, False, noun="group")
+    return [name for name, named in found.items() if named]
 
 
 def places(axis: Axis) -> list[tuple[int, int, str]]:
-    """Where groups stand in an axis: term, position, name."""
+    """Places of groups in an axis: term, position, name."""
     return [
         (t, i, entry)
         for t, term in enumerate(axis)
@@ -31,7 +38,7 @@ def places(axis: Axis) -> list[tuple[int, int, str]]:
 
 
 def along(x: Any, axis: Axis, term: int, position: int, sizes: Any, reduce: Callable) -> Any:
-    """What is known along a dense axis (.., n), reduced to the channels of one of its dimensions.
+    """Reduces numbers along a dense axis (.., n) to the channels of one of its dimensions.
 
     Args:
         x: (.., n).
@@ -41,9 +48,18 @@ def along(x: Any, axis: Axis, term: int, position: int, sizes: Any, reduce: Call
         sizes: Name -> size.
         reduce: `reduce(x, axis=..)`, over the other dimensions of the term.
     """
-    of = lambda entry: entry if isinstance(entry, int) else sizes[entry]
-    before = sum(math.prod(map(of, other)) for other in axis[:term])
-    shape = [of(entry) for entry in axis[term]]
+    *earlier, shape = [[size_of(entry, sizes) for entry in each] for each in axis[: term + 1]]
+    before = sum(map(math.prod, earlier))
     piece = x[..., before : before + math.prod(shape)].reshape(*x.shape[:-1], *shape)
     lead = x.ndim - 1
     return reduce(piece, axis=tuple(lead + k for k in range(len(shape)) if k != position))
+
+
+def totals(found: Iterable[Mapping[str, Any] | None]) -> dict[str, Any]:
+    """Sums by group, over equations, and over the turns of loops, which are leading axes."""
+    out: dict[str, Any] = {}
+    for values in found:
+        for name, each in (values or {}).items():
+            new = jax.tree.map(lambda x: jnp.sum(x, axis=tuple(range(x.ndim - 1))), each)
+            out[name] = jax.tree.map(jnp.add, out[name], new) if name in out else new
+    return out

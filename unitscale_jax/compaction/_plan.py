@@ -17,7 +17,7 @@ import numpy as np
 
 from unitscale_jax import rules as named_rules
 from unitscale_jax.compaction._budget import Budget
-from unitscale_jax.compaction._groups import CompactionPlan, DimGroup, Graph, plan_of
+from unitscale_jax.compaction._groups import CompactionPlan, Graph, plan_of
 from unitscale_jax.compaction._search import Removal, removal_of, within
 from unitscale_jax.errors import check_type
 from unitscale_jax.rules import Rules
@@ -36,7 +36,7 @@ def plan(
     tp: int = 1,
     exact_only: bool = True,
 ) -> CompactionPlan:
-    """Plans which channels stay.
+    """Plans which channels of each group stay.
 
     Args:
         graph: The groups of a function.
@@ -77,9 +77,15 @@ def plan(
     check_type("graph", graph, Graph, "what us.compaction.groups returns")
     if (keep is None) == (budget is None):
         raise ValueError("say how much stays: either keep=.. or budget=.., and not both.")
-    unit = _unit(round_to, tp)
+    if min(round_to, tp) < 1:
+        raise ValueError(f"round_to={round_to}, tp={tp}: both are 1 (no matter) or more.")
+    unit = math.lcm(round_to, tp)
     values = {name: _checked(graph, name, x) for name, x in scores.items()}
-    mine = [g for g in graph.groups if g.name in values and _allowed(g, exact_only)]
+    mine = [
+        group
+        for group in graph.groups
+        if group.name in values and ("exact" in group.flags or not exact_only)
+    ]
     if not mine:
         raise ValueError(_nothing_to_remove(graph, values))
     removals = {g.name: removal_of(values[g.name], unit, tp) for g in mine}
@@ -90,12 +96,6 @@ def plan(
         cuts = _by_share(graph, keep, removals, unit)
     chosen = {name: removals[name].kept(n) for name, n in cuts.items() if n}
     return plan_of(graph, chosen, exact_only=exact_only)
-
-
-def _unit(round_to: int, tp: int) -> int:
-    if min(round_to, tp) < 1:
-        raise ValueError(f"round_to={round_to}, tp={tp}: both are 1 (no matter) or more.")
-    return math.lcm(round_to, tp)
 
 
 def _checked(graph: Graph, name: str, scores: Any) -> np.ndarray:
@@ -116,10 +116,6 @@ def _checked(graph: Graph, name: str, scores: Any) -> np.ndarray:
             "or leave the group out of the scores: it then stays whole."
         )
     return values
-
-
-def _allowed(group: DimGroup, exact_only: bool) -> bool:
-    return not exact_only or "exact" in group.flags
 
 
 def _nothing_to_remove(graph: Graph, scores: Mapping[str, Any]) -> str:
@@ -180,7 +176,7 @@ def _shares(
 
 
 def _cuts(name: str, share: float | int, removal: Removal, size: int, unit: int) -> int:
-    """How many cuts leave a share of a group."""
+    """The number of cuts that leaves a share of a group, or the nearest to it that there is."""
     left = [size - end for end in removal.ends]
     if isinstance(share, bool) or not isinstance(share, int | float):
         raise ValueError(f"keep of {name} is {share!r}; a fraction (float) or a count (int).")

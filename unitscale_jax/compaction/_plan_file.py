@@ -59,7 +59,7 @@ def save_plan(path: str | os.PathLike[str], plan: CompactionPlan) -> None:
 
 
 def load_plan(path: str | os.PathLike[str], params: Any = None) -> CompactionPlan:
-    """Reads a plan from a file.
+    """Reads a plan from a file, and checks it.
 
     Args:
         path: Of a file that `save_plan` wrote.
@@ -101,7 +101,10 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 
 def _plan(path: pathlib.Path, found: Mapping[str, Any]) -> tuple[CompactionPlan, dict[str, Any]]:
     """A plan and the shapes that its file says."""
-    lists = lambda field, each: {name: _listed(each, x) for name, x in found[field].items()}
+
+    def lists(field: str, each: Callable[[Any], Any]) -> dict[str, tuple[Any, ...]]:
+        return {name: _listed(each, x) for name, x in found[field].items()}
+
     try:
         plan = CompactionPlan(
             kept=lists("kept", _whole),

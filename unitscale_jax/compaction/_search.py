@@ -20,7 +20,7 @@ from unitscale_jax.compaction._budget import Monomial, Polynomial
 
 @dataclass(frozen=True)
 class Removal:
-    """In which order a group loses its channels, and how many at a time.
+    """The order in which a group loses its channels, and how many at a time.
 
     Attributes:
         order: All channels, the one to lose first at the front.
@@ -58,7 +58,7 @@ def removal_of(scores: np.ndarray, unit: int, tp: int) -> Removal:
 
 
 def within(budget: float, price: Polynomial, groups: Mapping[str, Removal]) -> dict[str, int]:
-    """How many cuts of each group make the price fit a budget.
+    """Finds numbers of cuts, one for each group, that make the price fit a budget.
 
     Args:
         budget: What the model may cost.
@@ -93,7 +93,12 @@ class _Search:
                 self._terms[name].append((monomial, c))
 
     def shrink(self, budget: float) -> None:
-        """Removal where least is lost for what is saved, until the price fits."""
+        """Removes where least is lost for what is saved, until the price fits.
+
+        Keys in the queue may be old. A group's key only grows: its next cut loses more, and as
+        others are cut it saves less. So an old key is a lower bound, and the group at the head is
+        the next one if its key of now is still at most that of the one behind it.
+        """
         names = list(self.groups)
         queue = [(key, k) for k, name in enumerate(names) if (key := self._key(name)) is not None]
         heapq.heapify(queue)
@@ -123,14 +128,17 @@ class _Search:
             self._move(max(back, key=lambda name: back[name]), -1)
 
     def _key(self, name: str) -> float | None:
-        """What decides when a group is cut next: the score lost by the cost saved."""
+        """The score lost by the cost saved with a group's next cut; None if there is no such."""
         cuts, done = self.groups[name], self.done[name]
         if done == len(cuts.losses) or (saved := self._change(name, 1)) <= 0:
             return None
         return cuts.losses[done] / float(saved)
 
     def _change(self, name: str, by: int) -> int | Fraction:
-        """What the price falls by if a group has so many more cuts; negative if it rises."""
+        """The fall of the price with so many more cuts of a group; negative if it rises.
+
+        Only terms that name the group change: c n^k rest becomes c n'^k rest.
+        """
         old, new = self._sizes[name], self._size(name, self.done[name] + by)
         out: int | Fraction = 0
         for monomial, c in self._terms[name]:

@@ -36,7 +36,7 @@ from unitscale_jax.trace.program import (
 
 
 class Verified(NamedTuple):
-    """How far two functions are apart: max |a - b| over max |a| of a leaf, and of all leaves.
+    """The distance of two functions: max |a - b| over max |a| of a leaf, the largest of all.
 
     Attributes:
         outputs: Of their results.
@@ -51,7 +51,7 @@ class Verified(NamedTuple):
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """How a function that was built anew differs from the compact one.
+    """The difference of a function that was built anew from the compact one.
 
     Attributes:
         outputs: As in `Verified`.
@@ -192,8 +192,10 @@ def _gradient(fn: Callable[[Any], Any], params: Any) -> Any:
         leaves = jax.tree.leaves(fn(trees.combine(floats, rest)))
         out = [y.astype(trees.wide(y.dtype)) for y in leaves if trees.is_floating(y)]
         keys = jax.random.split(jax.random.key(0), max(1, len(out)))
-        draw = lambda y, key: jax.random.normal(key, y.shape, y.dtype)
-        terms = [jnp.sum(y * draw(y, key)) for y, key in zip(out, keys, strict=False)]
+        terms = [
+            jnp.sum(y * jax.random.normal(key, y.shape, y.dtype))
+            for y, key in zip(out, keys, strict=False)
+        ]
         return sum(terms, jnp.zeros(()))
 
     return jax.grad(projected)(floats)
