@@ -83,11 +83,12 @@ def read(folder: pathlib.Path, forms: Mapping[str, jax.ShapeDtypeStruct]) -> dic
     if not wanted:
         return {name: _empty(form) for name, form in forms.items()}
     found = _orbax().restore(folder, wanted)
-    pick = lambda name, form: _as_it_was(found.pop(_key(name)), form) if form.size else _empty(form)
-    arrays = {name: pick(name, form) for name, form in forms.items()}
+    arrays = {}
     for name, form in forms.items():
-        if (arrays[name].shape, arrays[name].dtype) != (form.shape, form.dtype):
-            raise ValueError(wrong_shape(name, arrays[name].shape, f"{form.dtype} {form.shape}"))
+        array = _as_it_was(found.pop(_key(name)), form) if form.size else _empty(form)
+        if (array.shape, array.dtype) != (form.shape, form.dtype):
+            raise ValueError(wrong_shape(name, array.shape, f"{form.dtype} {form.shape}"))
+        arrays[name] = array
     return arrays
 
 
@@ -96,7 +97,7 @@ def _key(name: str) -> str:
 
 
 def _gives(name: str, array: Any) -> bool:
-    """Whether this process gives the array to orbax, which writes NumPy's from process 0 alone."""
+    """True if this process gives the array to orbax, which writes NumPy's from process 0 alone."""
     if not isinstance(array, jax.Array) or array.is_fully_addressable:
         return rank() == 0
     if rank() == 0 and not array.addressable_shards:
@@ -124,9 +125,15 @@ def _as_it_was(array: Any, form: jax.ShapeDtypeStruct) -> Any:
 
 
 def _recast(array: jax.Array, dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    """In another dtype: integers with their numbers, of which few have bytes, others with bits."""
+    """An array in another dtype: of integers the numbers stay, of others the bits.
+
+    int4 has less than a byte, so that its numbers go into uint8 and not its bits.
+    """
     integers = all(jnp.issubdtype(d, jnp.integer) for d in (array.dtype, dtype))
-    recast = lambda x: x.astype(dtype) if integers else jax.lax.bitcast_convert_type(x, dtype)
+
+    def recast(x: jax.Array) -> jax.Array:
+        return x.astype(dtype) if integers else jax.lax.bitcast_convert_type(x, dtype)
+
     return jax.jit(recast, out_shardings=sharding)(array)
 
 

@@ -16,17 +16,7 @@ import numpy as np
 from unitscale_jax.errors import not_divisible
 from unitscale_jax.formats import Format
 from unitscale_jax.packing import pack_int4, unpack_int4
-from unitscale_jax.quant import (
-    EMA,
-    MSE,
-    Absmax,
-    DotSpec,
-    Fixed,
-    Group,
-    Percentile,
-    QSpec,
-    QTensor,
-)
+from unitscale_jax.quant import EMA, MSE, Absmax, DotSpec, Fixed, Group, Percentile, QSpec, QTensor
 
 FIELDS = ("codes", "scale", "zero_point", "multiplier", "input_range")
 """What is stored; sums of codes are computed again."""
@@ -40,7 +30,7 @@ _F32, _I32, _I8 = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.int8)
 
 
 def check_arrays(where: str, t: QTensor) -> None:
-    """Whether the arrays of a QTensor are those of its spec, by shapes and dtypes.
+    """Checks that the arrays of a QTensor are those of its spec, by shapes and dtypes.
 
     Raises:
         ValueError: They are not; the message names the first.
@@ -167,15 +157,12 @@ def from_json(x: Any) -> Any:
     values = {key: from_json(value) for key, value in x.items()}
     name = values.pop("type", None)
     kind = _KINDS.get(name) if isinstance(name, str) else None
-    unknown = sorted(values) if kind is None else sorted(values.keys() - _fields(kind))
+    known = set() if kind is None else {f.name for f in fields(kind)}
+    unknown = sorted(values.keys() - known)
     if kind is None or unknown:
         what = f"{name!r}" if kind is None else f"a field {unknown[0]!r} of {name}"
         raise ValueError(f"{what} is unknown to it")
     return kind(**values)
-
-
-def _fields(kind: Any) -> set[str]:
-    return {f.name for f in fields(kind)}
 
 
 def _layout(where: str, t: QTensor, input_range: Any) -> dict[str, jax.ShapeDtypeStruct]:

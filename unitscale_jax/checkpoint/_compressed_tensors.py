@@ -143,7 +143,7 @@ def _exported(name: str, new: str, t: QTensor) -> tuple[dict[str, Any], dict[str
 
 
 def _layout_name(w: QSpec, x: QSpec | None) -> str:
-    """Which of the three layouts a weight has, by its own format and by what it meets."""
+    """The name of one of three layouts, by a weight's own format and by that of what it meets."""
     if not w.is_integer:
         return "float-quantized"
     return "pack-quantized" if x is None else "int-quantized"
@@ -189,7 +189,7 @@ def _reasons(new: str, t: QTensor) -> Iterator[str]:
 
 
 def _sides(t: QTensor) -> bool | None:
-    """Whether the contracted axes come first; None if they come neither first nor last."""
+    """True if the contracted axes come first, False if last; None for neither, or for all axes."""
     contracted = [k - t.ndim in t.axes for k in range(t.ndim)]
     for first in (True, False):
         if contracted == sorted(contracted, reverse=first) and not all(contracted):

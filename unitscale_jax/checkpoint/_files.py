@@ -58,7 +58,7 @@ class Manifest(NamedTuple):
 
     @classmethod
     def parsed(cls, text: bytes) -> "Manifest":
-        """Reads a manifest from JSON.
+        """Reads a manifest from the JSON of its file.
 
         Raises:
             ValueError: It is none, or of another format.
@@ -197,7 +197,7 @@ def sync(path: pathlib.Path) -> None:
 
 
 def _check_seen(path: pathlib.Path) -> None:
-    """Whether every process sees what process 0 does; an error on all if one does not."""
+    """Checks that every process sees what process 0 does; an error on all if one does not."""
 
     def see() -> None:
         if not path.exists():

@@ -40,7 +40,7 @@ class Leaf:
 
     @classmethod
     def from_description(cls, fields: Any) -> "Leaf":
-        """The inverse of `described`.
+        """Makes a leaf of the JSON that `described` wrote.
 
         Raises:
             ValueError: The fields describe no leaf.
@@ -55,7 +55,7 @@ class Leaf:
         return leaf
 
     def form(self, sharding: Any = None) -> jax.ShapeDtypeStruct | None:
-        """Its array as it is stored; None of a Python scalar, which has none."""
+        """The form in which its array is stored; None of a Python scalar, which has none."""
         if self.dtype in _PYTHON:
             return None
         if self.impl is not None:
@@ -65,7 +65,7 @@ class Leaf:
 
 
 def _known(leaf: Leaf) -> bool:
-    """Whether the dtype of a leaf is one, and its value or its kind of key is one of that dtype."""
+    """True if the dtype of a leaf is one, and its value or its kind of key is of that dtype."""
     try:
         if leaf.dtype in _PYTHON:
             kind = {"Python float": str}.get(leaf.dtype, _PYTHON[leaf.dtype])
@@ -83,7 +83,7 @@ def encode(tree: Any) -> list[Leaf]:
 
 
 def matched(leaves: list[Leaf], like: Any, where: str) -> list[jax.ShapeDtypeStruct | None]:
-    """How the array of each leaf of `like` is to be read.
+    """The form in which the array of each leaf of `like` is to be read.
 
     Raises:
         ValueError: Names, shapes or dtypes differ from those of `like`; the first is named. Or a
@@ -176,7 +176,7 @@ def _text(dtype: str, shape: tuple[int, ...]) -> str:
 
 
 def _form(saved: Leaf, like: Any) -> jax.ShapeDtypeStruct | None:
-    """How the array of a leaf is to be read; a key's is read whole, since it is small."""
+    """The form in which the array of a leaf is to be read; a key's is read whole, being small."""
     sharding = None if isinstance(like, np.ndarray | np.generic) else _sharding(like)
     if saved.dtype in _PYTHON or saved.impl is not None or sharding is None:
         return saved.form()

@@ -76,7 +76,7 @@ class _Loop(asyncio.SelectorEventLoop):
         self.set_exception_handler(lambda *_: None)
 
     def close(self) -> None:
-        """Waits for what is left."""
+        """Waits for the tasks that are left, and closes."""
         if left := () if self.is_closed() else asyncio.all_tasks(self):
             self.run_until_complete(asyncio.gather(*left, return_exceptions=True))
         super().close()
@@ -84,7 +84,7 @@ class _Loop(asyncio.SelectorEventLoop):
     def call_soon_threadsafe(
         self, callback: Any, *args: Any, context: Any = None
     ) -> asyncio.Handle:
-        """As ever; of what was cancelled and ends after the loop, nobody wants to know."""
+        """Calls soon, unless the loop is closed: nobody waits for what was cancelled before."""
         try:
             return super().call_soon_threadsafe(callback, *args, context=context)
         except RuntimeError:
@@ -106,9 +106,12 @@ def _waiting() -> Iterator[None]:
     traceback, that it also raises.
     """
     logger, policy = logging.getLogger("absl"), asyncio.get_event_loop_policy()
-    told_twice = lambda record: "_SignalingThread.run() raised" not in record.getMessage()
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return "_SignalingThread.run() raised" not in record.getMessage()
+
     asyncio.set_event_loop_policy(_Loops())
-    logger.addFilter(told_twice)
+    logger.addFilter(is_news)
     try:
         yield
     except ValueError as error:
@@ -116,5 +119,5 @@ def _waiting() -> Iterator[None]:
             raise OSError(errno.ENOSPC, f"no space left: {error}") from None
         raise
     finally:
-        logger.removeFilter(told_twice)
+        logger.removeFilter(is_news)
         asyncio.set_event_loop_policy(policy)

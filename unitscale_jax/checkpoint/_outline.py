@@ -24,7 +24,7 @@ _KINDS = ("dict", "list", "tuple", "fields", "other")  # only its own class make
 
 
 class Container(NamedTuple):
-    """What a container is made as, the name of its class, and what it holds by key."""
+    """A container: the kind it is made as, the name of its class, and its entries by key."""
 
     kind: str
     type: str
@@ -36,7 +36,7 @@ Outline: TypeAlias = Container | str | None
 
 
 def outline(tree: Any, is_leaf: Callable[[Any], bool] = lambda _: False) -> Outline:
-    """Returns the outline of a tree.
+    """Returns the outline of a tree: its containers without the leaves.
 
     The box that Flax puts around a parameter is no container, as it is no part of a name.
 
@@ -113,8 +113,10 @@ def names(of: Outline, above: tuple[str, ...] = ()) -> list[str]:
         return [] if of is None else ["/".join(above)]
     # As `tree.names`: a field "value" with no other leaf beside it is the box of a parameter.
     boxed = of.kind in ("fields", "other") and [k for k, x in of.entries if x == LEAF] == ["value"]
-    below = lambda key, x: above if boxed and x == LEAF else (*above, str(key))
-    return [name for key, x in of.entries for name in names(x, below(key, x))]
+    out = []
+    for key, x in of.entries:
+        out += names(x, above if boxed and x == LEAF else (*above, str(key)))
+    return out
 
 
 def made(of: Outline, leaves: Iterator[Any]) -> Any:

@@ -15,6 +15,7 @@ first files had neither an outline nor a digest, and are read as nested dicts. N
 executed, and an array that does not fit the spec beside it is refused.
 """
 
+import functools
 import os
 import pathlib
 import sys
@@ -31,7 +32,7 @@ from unitscale_jax import tree as trees
 from unitscale_jax.checkpoint import _codes, _leaves, _outline
 from unitscale_jax.checkpoint._tensors import File, Stored, on_host, open_file, stored_array, write
 from unitscale_jax.errors import closest
-from unitscale_jax.quant import QTensor, is_quantized
+from unitscale_jax.quant import QSpec, QTensor, is_quantized
 
 FORMAT, VERSION = "unitscale_jax", "1"
 _SPEC, _OUTLINE = "spec:", "outline"
@@ -147,9 +148,13 @@ def _stored_codes(name: str, t: QTensor) -> dict[str, Stored]:
     out = {}
     for field, array in ((field, x) for field, x in held.items() if x is not None):
         like = _codes.on_disk(array)
-        read = lambda field=field, x=array: _codes.encode(name, field, on_host(name, x), t.spec.w)
+        read = functools.partial(_read_codes, name, field, array, t.spec.w)
         out[f"{name}.{field}"] = Stored(like.dtype.name, like.shape, read)
     return out
+
+
+def _read_codes(name: str, field: str, x: Any, spec: QSpec) -> np.ndarray:
+    return _codes.encode(name, field, on_host(name, x), spec)
 
 
 def _opened(path: pathlib.Path) -> File:
@@ -195,9 +200,8 @@ def _read(file: File, name: str, leaf: Any, like: Any = None) -> Any:
     placed = _placed(leaf.over(values), like)
     if leaf.code_sums is None:
         return placed
-    sums = jax.jit(lambda t: t.with_sums().code_sums)(
-        placed
-    )  # jitted alone: the codes stay in place
+    # The sums alone are jitted: the codes stay in place.
+    sums = jax.jit(lambda t: t.with_sums().code_sums)(placed)
     return replace(placed, code_sums=sums)
 
 
@@ -209,8 +213,11 @@ def _placed(t: QTensor, like: Any) -> QTensor:
     codes = _leaves.placed(t.codes, like)
     if not getattr(codes, "committed", False):
         return t
-    beside = lambda field, x: x if field == "codes" else jax.device_put(x, _beside(codes, x))
-    return replace(t, codes=codes).over(beside)
+
+    def moved(field: str, x: jax.Array) -> jax.Array:
+        return x if field == "codes" else jax.device_put(x, _beside(codes, x))
+
+    return replace(t, codes=codes).over(moved)
 
 
 def _beside(codes: jax.Array, x: jax.Array) -> Any:
@@ -301,9 +308,5 @@ def _fits(leaf: Any, like: Any) -> bool:
 def _text(leaf: Any) -> str:
     if not hasattr(leaf, "dtype"):
         return f"a Python {type(leaf).__name__}"
-    text = f"{leaf.dtype}[{_sizes(leaf.shape)}]"
+    text = f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
     return f"{text} as {leaf.spec} over axes {leaf.axes}" if is_quantized(leaf) else text
-
-
-def _sizes(shape: tuple[int, ...]) -> str:
-    return ",".join(map(str, shape))

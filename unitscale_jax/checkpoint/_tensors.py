@@ -78,14 +78,15 @@ def write(path: pathlib.Path, stored: Mapping[str, Stored], metadata: Mapping[st
     """
     for name in stored:
         check_encodable("the array", name)
-    size = lambda name: jnp.dtype(stored[name].dtype).itemsize
-    order = sorted(stored, key=lambda name: (-size(name), name))  # large ones first aligns them all
+    sizes = {name: jnp.dtype(one.dtype).itemsize for name, one in stored.items()}
+    # Arrays of large elements first, which aligns them all.
+    order = sorted(stored, key=lambda name: (-sizes[name], name))
     metadata = dict(metadata) | {_DIGEST: _NO_DIGEST}
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for name in order:
         dtype, shape, _ = stored[name]
-        start, end = end, end + size(name) * math.prod(shape)
+        start, end = end, end + sizes[name] * math.prod(shape)
         header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -124,7 +125,7 @@ def replace_file(path: pathlib.Path, put: Callable[[BinaryIO], Any]) -> None:
 
 
 def on_host(name: str, array: Any) -> np.ndarray:
-    """Copies an array to NumPy.
+    """Copies an array to NumPy, whole.
 
     Raises:
         ValueError: Other processes have parts of it.
@@ -146,7 +147,7 @@ class File(NamedTuple):
     offsets: dict[str, tuple[int, int]]
 
     def array(self, name: str) -> np.ndarray:
-        """Reads one array of the file."""
+        """Reads one array of the file, with the shape and dtype of its header."""
         start, end = self.offsets[name]
         found = np.fromfile(self.path, np.uint8, end - start, offset=start)
         return found.view(self.shapes[name].dtype).reshape(self.shapes[name].shape)
@@ -194,9 +195,12 @@ def open_file(path: pathlib.Path) -> File:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length))
     header.pop("__metadata__", None)
-    shapes = {name: _shape(path, name, entry) for name, entry in header.items()}
-    start = lambda entry: tuple(8 + length + offset for offset in entry["data_offsets"])
-    return File(path, metadata, shapes, {name: start(entry) for name, entry in header.items()})
+    shapes, offsets = {}, {}
+    for name, entry in header.items():
+        shapes[name] = _shape(path, name, entry)
+        start, end = entry["data_offsets"]  # counted from the end of the header
+        offsets[name] = 8 + length + start, 8 + length + end
+    return File(path, metadata, shapes, offsets)
 
 
 def _shape(path: pathlib.Path, name: str, entry: dict[str, Any]) -> jax.ShapeDtypeStruct:

@@ -1,32 +1,11 @@
 """Distillation: losses against a teacher, and features of functions that nobody edited."""
 
-from unitscale_jax.distill._cache import (
-    TopK,
-    cache_top_k,
-    kl_top_k,
-    top_k,
-)
-from unitscale_jax.distill._capture import (
-    features,
-)
-from unitscale_jax.distill._chunked import (
-    chunked_kl,
-)
-from unitscale_jax.distill._distilled import (
-    Term,
-    distilled,
-    teacher,
-)
-from unitscale_jax.distill._features import (
-    cosine,
-    hidden_mse,
-    layer_map,
-)
-from unitscale_jax.distill._losses import (
-    jsd,
-    kl,
-    reverse_kl,
-)
+from unitscale_jax.distill._cache import TopK, cache_top_k, kl_top_k, top_k
+from unitscale_jax.distill._capture import features
+from unitscale_jax.distill._chunked import chunked_kl
+from unitscale_jax.distill._distilled import Term, distilled, teacher
+from unitscale_jax.distill._features import cosine, hidden_mse, layer_map
+from unitscale_jax.distill._losses import jsd, kl, reverse_kl
 
 __all__ = [
     "Term",

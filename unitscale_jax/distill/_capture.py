@@ -18,15 +18,7 @@ import jax
 from unitscale_jax import rules, tree as trees
 from unitscale_jax.errors import check_type
 from unitscale_jax.loss import around
-from unitscale_jax.trace.params import (
-    Conv,
-    Dot,
-    Meeting,
-    Product,
-    above,
-    meetings,
-    product_of,
-)
+from unitscale_jax.trace.params import Conv, Dot, Meeting, Product, above, meetings, product_of
 from unitscale_jax.trace.program import Place, Site, trace_call
 from unitscale_jax.trace.rewrite import captured
 from unitscale_jax.typing import Apply
@@ -78,8 +70,8 @@ def features(
             at.setdefault(meeting.site.place, []).append(feature)
 
         def pick(site: Site, operands: list[Any], results: list[Any]) -> Any:
-            value = lambda feature: _value(found[feature], wanted[feature], operands, results)
-            return {feature: value(feature) for feature in at.get(site.place, ())} or None
+            here = at.get(site.place, ())
+            return {f: _value(found[f], wanted[f], operands, results) for f in here} or None
 
         y, captures = captured(apply, pick)(params, *inputs, **options)
         values = {feature: x for capture in captures for feature, x in capture.value.items()}
@@ -114,9 +106,10 @@ def _telling(found: Sequence[Meeting]) -> list[Meeting]:
 
 def _joined_with(meeting: Meeting, every: Mapping[str, Sequence[Meeting]]) -> list[str]:
     """The parameters that are a part of the same operand."""
-    at = lambda m: (m.site.place, m.side)
+    place = meeting.site.place, meeting.side
     each = [(name, m) for name, found in every.items() for m in found if m.whole]
-    return [name for name, m in each if at(m) == at(meeting) and name != meeting.held.name]
+    others = [(name, m) for name, m in each if name != meeting.held.name]
+    return [name for name, m in others if (m.site.place, m.side) == place]
 
 
 def _found(
@@ -124,9 +117,7 @@ def _found(
 ) -> Meeting:
     matched = [name for name in names if rules.matches(wish.path, name)]
     if len(matched) != 1:
-        rules.match(
-            [(wish.path, feature)], names
-        )  # an error that lists the closest, if there is none
+        rules.match([(wish.path, feature)], names)  # if none: an error that lists the closest
         raise ValueError(
             f"feature {feature!r}: {wish.path!r} matches {len(matched)} parameters, "
             f"{', '.join(map(repr, matched[:3]))}, ..; expected one. Write out its path."
@@ -154,7 +145,7 @@ def _found(
 
 
 def _value(meeting: Meeting, wish: _Wish, operands: list[Any], results: list[Any]) -> jax.Array:
-    """What the meeting reads or makes, in the order of axes that `features` promises."""
+    """The input or the output of a meeting, in the order of axes that `features` promises."""
     product, other = product_of(meeting.site), 1 - meeting.side
     if wish.side == "output":
         return _output(product, meeting.side, results[0])

@@ -172,6 +172,8 @@ def _by_vocabulary_fwd(
     def step(seen: Any, start: Any, size: int) -> Any:
         (m_t, z_t, cross), (m_s, z_s) = seen
         x_t, x_s = (head.columns(start, size).logits(temperature) for head in (t, s))
+        # Sums of e^(x - m) for the largest logit m so far, as in online softmax: a larger one
+        # scales what was summed by e^(m - n). `cross` is the sum of p (x_t - x_s), likewise.
         n_t, n_s = (jnp.maximum(m, jnp.max(x, axis=-1)) for m, x in ((m_t, x_t), (m_s, x_s)))
         p, q = jnp.exp(x_t - n_t[:, None]), jnp.exp(x_s - n_s[:, None])
         decay = jnp.exp(m_t - n_t)
@@ -181,7 +183,9 @@ def _by_vocabulary_fwd(
     low, zero = (jnp.full(weight.shape, x) for x in (jnp.finfo(jnp.float32).min, jnp.float32(0)))
     seen = pieces(step, varying(((low, zero, zero), (low, zero)), axes), s.w.shape[1], chunk)
     (m_t, z_t, cross), (m_s, z_s) = _over_shards(seen, mesh_axis)
-    # log(z_t / z_s) and not the difference of two large logarithms, which T^2 would magnify.
+    # KL = sum p (x_t - x_s) - (lse_t - lse_s), with lse = m + log z. The logarithms of z are
+    # joined, log(z_t / z_s), since T^2 would magnify the rounding of a difference of two large
+    # numbers.
     rows = jnp.maximum(cross / z_t - (m_t - m_s) - jnp.log(z_t / z_s), 0)
     # As given, these do not vary over shards of the vocabulary, nor then does the total.
     *_, temperature, weight = given

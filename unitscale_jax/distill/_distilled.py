@@ -87,7 +87,7 @@ def distilled(
 
 @dataclass(frozen=True)
 class Term:
-    """How the student's outputs are compared with the teacher's.
+    """A comparison of the student's outputs with the teacher's.
 
     Attributes:
         compare: `compare(teacher's outputs, student's outputs)`, in the order of `kl`: one loss per
@@ -180,7 +180,7 @@ def _as_term(term: Any) -> Term:
 
 
 def _off(factor: Any) -> bool:
-    """Whether a factor is zero whatever comes; an array may be another one in the next step."""
+    """True if a factor is zero whatever comes; an array may be another one in the next step."""
     return isinstance(factor, int | float) and factor == 0
 
 

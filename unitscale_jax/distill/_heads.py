@@ -21,7 +21,7 @@ class Head(NamedTuple):
     w: jax.Array
 
     def logits(self, temperature: jax.Array) -> jax.Array:
-        """Those of all rows, divided by the temperature."""
+        """The logits of all rows, divided by the temperature."""
         return times(self.h, self.w) / temperature
 
     def rows(self, start: Any, size: int) -> "Head":
@@ -36,9 +36,8 @@ class Head(NamedTuple):
 def pieces(step: Callable[[Any, Any, int], Any], carry: Any, length: int, chunk: int) -> Any:
     """Folds `step(carry, start, size)` over pieces of a length, the last of what is left."""
     whole = length // chunk
-    body = lambda k, carry: step(carry, k * chunk, chunk)
     if whole:
-        carry = lax.fori_loop(0, whole, body, carry)
+        carry = lax.fori_loop(0, whole, lambda k, carry: step(carry, k * chunk, chunk), carry)
     rest = length - whole * chunk
     return step(carry, whole * chunk, rest) if rest else carry
 

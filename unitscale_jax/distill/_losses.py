@@ -166,7 +166,12 @@ def _of_logits(u: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _slope(u: jax.Array, log_q: jax.Array, mean: jax.Array) -> jax.Array:
-    """The derivative of `KL(p || q)` by the logits of p; `mean` is that divergence."""
+    """The derivative of `KL(p || q)` by the logits u of p; `mean` is that divergence.
+
+        d/du_j sum_i p_i (log p_i - log q_i) = p_j (log p_j - log q_j - KL)
+
+    with dp_i / du_j = p_i (1[i = j] - p_j); the derivatives of log p_i sum to zero.
+    """
     top, total = normalizer(u)
     # What is computed anew once the divergence is known is not held until then.
     log_p = u - not_before(top, mean) - jnp.log(jnp.where(total > 0, total, 1))
@@ -279,7 +284,7 @@ def check_vocabularies(t: jax.Array, s: jax.Array) -> None:
 
 
 def fixed(t: Any, dtype: Any) -> jax.Array:
-    """What a teacher gives, in a dtype; no gradient reaches it."""
+    """The outputs of a teacher in a dtype; no gradient reaches them."""
     return jax.lax.stop_gradient(jnp.asarray(t).astype(dtype))
 
 

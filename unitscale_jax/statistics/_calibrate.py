@@ -266,7 +266,7 @@ def _check_rules(rules: Any, params: Any) -> None:
 
 
 def _operands(rules: Any, staged: TracedCall, params: Any) -> Mapping[str, Operand | None]:
-    """Parameter -> how what it meets is quantized, as the technique resolves its own rules."""
+    """Parameter -> the operand that it meets, as the technique resolves its own rules."""
     pairs = named_rules.pairs_of(rules)
     return pairs[0][1].operands(pairs, staged, params) if pairs else {}
 

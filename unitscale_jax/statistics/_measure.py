@@ -10,6 +10,7 @@ rounding and pruning weigh errors by, are here:
     hessian     sum x x^T
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -26,7 +27,7 @@ Ends = tuple[Any, Any]
 
 
 class Measure(NamedTuple):
-    """What is measured of a stream of arrays.
+    """The functions that measure a stream of arrays.
 
     Attributes:
         measure: `measure(x)` gives the numbers of one array; with padding it is called as
@@ -64,15 +65,15 @@ class Measure(NamedTuple):
 
 
 class Operand(Protocol):
-    """How what meets a parameter will be used, as far as it decides on what is measured."""
+    """The interface of an operand's spec, as far as it decides on what is measured."""
 
     @property
     def symmetric(self) -> bool:
-        """Whether the range is [-m, m]."""
+        """True if the range is [-m, m]."""
         ...
 
     def measure(self, axes: tuple[int, ...]) -> Measure:
-        """What its range is read from, over some axes of an array.
+        """The measure that its range is read from, over some axes of an array.
 
         Raises:
             ValueError: It can be read from no numbers that add up.
@@ -119,7 +120,7 @@ def each_layer(fn: Callable[..., Any], layers: int, *trees: Any) -> Any:
     """Maps a function over the first `layers` axes of all arrays of its arguments."""
     if layers == 0:
         return fn(*trees)
-    inner = lambda *rows: each_layer(fn, layers - 1, *rows)
+    inner = functools.partial(each_layer, fn, layers - 1)
     if not on_host(trees):
         return jax.vmap(inner)(*trees)
     count = len(jax.tree.leaves(trees)[0])
@@ -139,12 +140,12 @@ def host(tree: Any) -> Any:
 
 
 def on_host(tree: Any) -> bool:
-    """Whether all arrays are NumPy arrays."""
+    """True if all arrays of a tree are NumPy arrays."""
     return all(isinstance(x, np.ndarray | np.generic) for x in jax.tree.leaves(tree))
 
 
 def is_traced(tree: Any) -> bool:
-    """Whether some array is not known yet."""
+    """True if some array of a tree is traced, so that its numbers are not known."""
     return not all(map(is_concrete, jax.tree.leaves(tree)))
 
 

@@ -1,4 +1,4 @@
-"""What meets parameters, measured where it meets them, in one call or over batches.
+"""Observers of the operands that meet parameters, in one call or over batches.
 
 An `Observer` says what to measure of an operand; here is where it looks, and how numbers of several
 products, loops and batches become one.
@@ -59,7 +59,7 @@ class Observer:
     found: Numbers = None
 
     def measure(self, meeting: Meeting, x: jax.Array) -> Stat:
-        """All numbers of one product, `x` the other operand."""
+        """Measures all numbers of one product, whose other operand is `x`."""
         v = round_to_dtype(jax.lax.stop_gradient(x))
         keep = valid_rows(self.name, meeting, v, self.mask)
         seen = v if keep is None else jnp.where(keep, v, np.float32(0))
@@ -88,11 +88,17 @@ class Observer:
             assert measure is not None, f"{self.spec} needs no second pass"
             return _measured(measure, v, keep)
 
-        flat = lambda x: jnp.asarray(x).reshape(-1, *np.shape(x)[self.layout.layers :])
+        def flat(x: Any) -> jax.Array:
+            return jnp.asarray(x).reshape(-1, *np.shape(x)[self.layout.layers :])
+
         return jax.lax.map(one, jax.tree.map(flat, self.found))
 
     def folded(self, meeting: Meeting, stat: Stat) -> Stat:
-        """What was captured of a product, over the loops around it that are no layers."""
+        """Joins the captured numbers of a product over the loops around it that are no layers.
+
+        Captures have an axis for each loop around the product, layers first. Numbers of input
+        channels are summed along the others; ranges are joined turn by turn, as a measure says.
+        """
         layers = self.layout.layers
         turns = tuple(range(layers, len(meeting.stacks)))
         inputs = {k: joined_turns(k, x, turns) for k, x in stat.numbers.items() if k in CHANNELS}
@@ -109,8 +115,12 @@ def _joined_turns(stat: Stat, turns: Sequence[int]) -> Stat:
     if not turns:
         return stat
     first, after = turns[0], turns[-1] + 1
-    flat = lambda x: x.reshape(*x.shape[:first], -1, *x.shape[after:])
-    rows = jax.tree.map(lambda x: jnp.moveaxis(flat(x), first, 0), stat)
+
+    def in_turn(x: jax.Array) -> jax.Array:
+        """All turns as one axis, the first."""
+        return jnp.moveaxis(x.reshape(*x.shape[:first], -1, *x.shape[after:]), first, 0)
+
+    rows = jax.tree.map(in_turn, stat)
     begin, rest = (jax.tree.map(lambda x, k=k: x[k], rows) for k in (0, slice(1, None)))
     return jax.lax.scan(lambda a, b: (a.joined(b), None), begin, rest)[0]
 
@@ -253,7 +263,7 @@ def inputs_of(batch: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
 
 @dataclass(frozen=True)
 class _Call:
-    """What is not an array among the inputs of a call: static, as it would be without `jit`."""
+    """The inputs of a call that are no arrays: static, as they would be without `jit`."""
 
     structure: Any
     fixed: tuple[Any, ...]

@@ -1,4 +1,4 @@
-"""What consumers of statistics ask: are these of this model, do they have what I need."""
+"""Checks by the consumers of statistics: these are of this model, and have what it takes."""
 
 import math
 import warnings
@@ -13,7 +13,7 @@ from unitscale_jax.statistics._stat import Stat
 
 
 def check_names(stats: Mapping[str, Any] | None, names: Collection[str]) -> None:
-    """Whether statistics are of a model with these parameters.
+    """Checks that statistics are of a model with these parameters.
 
     Raises:
         ValueError: They name others, whose statistics would be lost silently.
@@ -30,7 +30,7 @@ def check_names(stats: Mapping[str, Any] | None, names: Collection[str]) -> None
 def required(
     stats: Mapping[str, Stat], kind: str, params: Any, names: Iterable[str] | None = None
 ) -> None:
-    """Whether statistics have what a consumer of input channels needs, of these parameters.
+    """Checks that statistics have a kind of numbers of input channels, of these parameters.
 
     Args:
         stats: Of `calibrate`.
@@ -46,8 +46,14 @@ def required(
     leaves = trees.named_leaves(params, is_leaf=trees.is_compound)
     check_names(stats, leaves)
     names = list(stats if names is None else names)
-    have = lambda stat: stat.squares if kind == "squares" else stat.numbers.get(kind)
-    missing = [name for name in names if name not in stats or have(stats[name]) is None]
+
+    def has_kind(name: str) -> bool:
+        if name not in stats:
+            return False
+        stat = stats[name]
+        return (stat.squares if kind == "squares" else stat.numbers.get(kind)) is not None
+
+    missing = [name for name in names if not has_kind(name)]
     if missing:
         raise ValueError(
             f"stats have no {_NOUNS[kind]} of what meets {', '.join(missing)}: calibrate with "

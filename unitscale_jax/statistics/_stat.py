@@ -1,4 +1,4 @@
-"""What is known of the operand that meets a parameter, as numbers that add up.
+"""Statistics of the operand that meets a parameter, as numbers that add up.
 
     stats(A and B) = merge(stats(A), stats(B))        for batches A and B
 
@@ -38,7 +38,7 @@ from unitscale_jax.trace.program import is_array
 )
 @dataclass(frozen=True, eq=False)
 class Stat:
-    """What is known of the operand that meets a parameter.
+    """Statistics of the operand that meets a parameter.
 
     Leading axes of all numbers are those of stacked layers; those of input channels then have the
     batch axes of the product (experts), and K in the order of the parameter's contracted axes.
@@ -101,7 +101,7 @@ class Stat:
 
     @property
     def takes_two_passes(self) -> bool:
-        """Whether the range needs a second pass over the batches, which it has not had."""
+        """True if the range needs a second pass over the batches, which it has not had."""
         if self.spec is None or "range" not in self.numbers or "refined" in self.numbers:
             return False
         first = (0,) * self.layout.layers
@@ -155,8 +155,11 @@ class Stat:
             ValueError: They are statistics of different things, or second passes of different
                 first ones.
         """
-        kind = lambda stat: (stat.spec, stat.layout, sorted(stat.numbers), np.shape(stat.rows))
-        if kind(self) != kind(other):
+        mine, theirs = (
+            (stat.spec, stat.layout, sorted(stat.numbers), np.shape(stat.rows))
+            for stat in (self, other)
+        )
+        if mine != theirs:
             raise ValueError(
                 f"statistics of {self.layout} for {self.spec} ({', '.join(self.numbers)}) do not "
                 f"merge with those of {other.layout} for {other.spec} "
@@ -201,7 +204,10 @@ def _unless_empty(rows: Any, more: Any, a: Numbers, b: Numbers, both: Numbers) -
     So no measure needs numbers that stand for nothing, such as a branch that was not taken.
     """
     xp = np if on_host((rows, more, a, b, both)) else jnp
-    pick = lambda x, y, z: xp.where(rows == 0, y, xp.where(more == 0, x, z))
+
+    def pick(x: Any, y: Any, z: Any) -> Any:
+        return xp.where(rows == 0, y, xp.where(more == 0, x, z))
+
     return jax.tree.map(pick, a, b, both)
 
 
@@ -221,12 +227,15 @@ class Outline:
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """The outline of a call."""
-        form = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if is_array(x) else x
+        """Outlines the arguments of a call."""
+
+        def form(x: Any) -> Any:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_array(x) else x
+
         self.args, self.kwargs = jax.tree.map(form, (args, dict(kwargs)))
 
     def __eq__(self, other: object) -> bool:
-        """All outlines are equal, so that merged statistics have one structure."""
+        """True for any two outlines, so that merged statistics have one structure."""
         return isinstance(other, Outline)
 
     def __hash__(self) -> int:
