@@ -9,30 +9,11 @@
 These names are for transforms of one's own; techniques of the library import from the rooms.
 """
 
-from unitscale_jax.trace.costs import (
-    collectives,
-    cost,
-)
-from unitscale_jax.trace.dimensions import (
-    dims,
-)
-from unitscale_jax.trace.params import (
-    meetings,
-    provenance,
-)
-from unitscale_jax.trace.program import (
-    Flow,
-    Site,
-    opaque,
-    trace,
-    trace_call,
-    walk,
-)
-from unitscale_jax.trace.rewrite import (
-    Rewriter,
-    captured,
-    rewritten,
-)
+from unitscale_jax.trace.costs import collectives, cost
+from unitscale_jax.trace.dimensions import dims
+from unitscale_jax.trace.params import meetings, provenance
+from unitscale_jax.trace.program import Flow, Site, opaque, trace, trace_call, walk
+from unitscale_jax.trace.rewrite import Rewriter, captured, rewritten
 
 __all__ = [
     "Flow",

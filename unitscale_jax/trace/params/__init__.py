@@ -1,9 +1,6 @@
 """Parameters among the equations: where a value comes from, and which products it meets."""
 
-from unitscale_jax.trace.params._device_sums import (
-    DeviceSum,
-    device_sums,
-)
+from unitscale_jax.trace.params._device_sums import DeviceSum, device_sums
 from unitscale_jax.trace.params._layouts import (
     MatrixForm,
     batch_pairs,
@@ -12,16 +9,8 @@ from unitscale_jax.trace.params._layouts import (
     matrix_form,
     to_matrices,
 )
-from unitscale_jax.trace.params._meeting import (
-    HeldParam,
-    Meeting,
-    above,
-)
-from unitscale_jax.trace.params._meetings import (
-    meetings,
-    observable,
-    stacks_of,
-)
+from unitscale_jax.trace.params._meeting import HeldParam, Meeting, above
+from unitscale_jax.trace.params._meetings import meetings, observable, stacks_of
 from unitscale_jax.trace.params._operands import (
     channel_rows,
     count_rows,
@@ -31,13 +20,7 @@ from unitscale_jax.trace.params._operands import (
     second_moments,
     valid_rows,
 )
-from unitscale_jax.trace.params._product import (
-    Conv,
-    Dot,
-    Product,
-    Ragged,
-    product_of,
-)
+from unitscale_jax.trace.params._product import Conv, Dot, Product, Ragged, product_of
 from unitscale_jax.trace.params._provenance import (
     ACTIVATION,
     CONSTANT,

@@ -33,13 +33,13 @@ class DeviceSum:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """Mesh axes that are summed over."""
+        """The mesh axes that are summed over."""
         params = self.site.eqn.params
         return tuple(params["axes" if "axes" in params else "axis_name"])
 
     @property
     def terms(self) -> int:
-        """How many devices a number is summed over."""
+        """The number of devices that a sum is over."""
         return math.prod(lax.axis_size(axis) for axis in self.axes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -54,7 +54,11 @@ class DeviceSum:
         return lax.all_gather(g, self.axes, axis=dim, tiled=True)
 
     def part(self, x: jax.Array) -> jax.Array:
-        """Of what broadcasts against the operand, the same everywhere: what the device keeps."""
+        """The device's part of an array that broadcasts against the operand, and is equal on all.
+
+        A `reduce_scatter` leaves each device its slice of the sum; an array like the scale of the
+        product is cut alike.
+        """
         dim = self.site.eqn.params.get("scatter_dimension")
         if dim is None or x.shape[dim] == 1:
             return x

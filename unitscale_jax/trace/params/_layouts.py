@@ -1,4 +1,4 @@
-"""Which axes of a parameter the statistics of what it meets are about."""
+"""Parameters as matrices: the axes that the statistics of what meets them are about."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ AxisNumbers: TypeAlias = tuple[int, ...]
 
 @dataclass(frozen=True)
 class MatrixForm:
-    """Which axes of a parameter the statistics of what it meets are about, counted from the end.
+    """The axes of a parameter that statistics of what meets it are about, counted from the end.
 
     Attributes:
         batch: One statistic for each index: stacked layers first, then batch axes of the product.
@@ -35,7 +35,7 @@ class MatrixForm:
 
 
 def matrix_form(name: str, shape: Sequence[int], met: Sequence[Meeting]) -> MatrixForm:
-    """What all products of a parameter agree on; at least the layers that all of them run along."""
+    """The form that all products of a parameter agree on; at least the layers of all of them."""
     each = [_layout_at(name, shape, meeting) for meeting in met]
     layers = min(layout.layers for layout in each)
     cut = [
@@ -46,8 +46,10 @@ def matrix_form(name: str, shape: Sequence[int], met: Sequence[Meeting]) -> Matr
 
 
 def _layout_at(name: str, shape: Sequence[int], meeting: Meeting) -> MatrixForm:
+    """The form at one product; of layers alone where K is not known element by element."""
     product, held, rank = product_of(meeting.site), meeting.held, len(shape)
     assert product is not None, name
+    # Scans that run along the leading axes, the outer first: those are stacked layers.
     layers = 0
     for scan, axis in meeting.stacks:
         length = scan.eqn.params["length"]
@@ -63,6 +65,8 @@ def _layout_at(name: str, shape: Sequence[int], meeting: Meeting) -> MatrixForm:
     contracted = sorted({axis for axis, _ in pairs if axis is not None})
     batch = sorted({axis for axis, _ in batch_pairs(product, meeting) if axis is not None})
     inputs = [axis for dim in product.channels(meeting.side) for axis in held.axes[dim]]
+    # An axis that is cut, or that the product sees in part, has statistics of some positions only;
+    # one that is both layers and batch would have two.
     full = product.shape(meeting.side)
     at = {axis: full[dim] for dim, axes in enumerate(held.axes) for axis in axes}
     every = {*contracted, *batch}
@@ -92,6 +96,8 @@ def contraction(product: Product, meeting: Meeting) -> AxisPairs | None:
         pairs = [(held.axes[dim], other) for dim, other in dims]
     else:
         return None
+    # K is known element by element if each summed dimension is one axis of the parameter, which is
+    # nowhere else in the operand. A dimension of size 1 that is no axis of it does no harm.
     own = [single(axes) for axes, _ in pairs]
     elsewhere = [axis for dim, axes in enumerate(held.axes) for axis in axes]
     unclear = any(
@@ -110,7 +116,7 @@ def contraction(product: Product, meeting: Meeting) -> AxisPairs | None:
 
 
 def batch_pairs(product: Product, meeting: Meeting) -> AxisPairs:
-    """The same for batch dimensions that the parameter has itself."""
+    """(The parameter's own axis, the other operand's dimension) of batch dimensions, in order."""
     if not isinstance(product, Dot):
         return []
     numbers = product.numbers[1]
@@ -127,12 +133,13 @@ def to_matrices(w: Any, layout: MatrixForm) -> jax.Array:
 
 
 def from_matrices(m: jax.Array, layout: MatrixForm, shape: Sequence[int]) -> jax.Array:
-    """The inverse of `canonical`; `shape` is that of the array to make."""
+    """The inverse of `to_matrices`; `shape` is that of the array to make."""
     first, k, last = _orders(len(shape), layout)
     order = [axis % len(shape) for axis in (*first, *k, *last)]
     return m.reshape([shape[axis] for axis in order]).transpose(np.argsort(order))
 
 
 def _orders(rank: int, layout: MatrixForm) -> tuple[AxisNumbers, AxisNumbers, AxisNumbers]:
+    """Axes of the matrices' number, of K, and of the outputs, counted from the end."""
     known = (*layout.batch, *layout.contracted)
     return layout.batch, layout.contracted, tuple(k for k in range(-rank, 0) if k not in known)

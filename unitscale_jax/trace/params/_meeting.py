@@ -86,24 +86,28 @@ class Meeting:
 
     @property
     def terms(self) -> int:
-        """How many numbers a result of it sums up; of a table how many a lookup reads at once."""
+        """Number of terms of a result; of a table that of numbers that a lookup reads at once."""
         return math.prod(self.site.shapes[self.side][dim] for dim in self._contracted)
 
     @property
     def whole(self) -> bool:
-        """Whether the parameter was only moved on its way there."""
+        """True if the parameter was only moved on its way there."""
         return self.held.whole
 
     @property
     def clear(self) -> bool:
-        """Whether no axis is in part summed over, in part not."""
+        """True if no axis of the parameter is in part summed over, in part not.
+
+        A kernel (6, 4) that is reshaped to (2, 3, 4), of which the 3 is summed over, is not clear:
+        its axis of 6 is on both sides.
+        """
         summed = self._contracted
         kept = [d for d in range(len(self.held.axes)) if d not in summed]
         return self.contracted.isdisjoint(self.held.own(kept))
 
     @property
     def derived(self) -> bool:
-        """Whether it is inside of a function with a custom derivative, which is one of arrays."""
+        """True inside of a function with a custom derivative, which is one of arrays."""
         return any(site.name.startswith("custom_") for site in above(self.site))
 
     @property

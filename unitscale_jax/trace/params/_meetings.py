@@ -1,4 +1,4 @@
-"""What a parameter meets, and which of its own axes: the one account that every technique asks.
+"""Meetings of parameters with equations, by their own axes: the one account for all techniques.
 
 A walk forward follows each parameter through moves, calls and loops to the products, lookups, sums
 and multiplications it meets. Quantization takes from it which axes share a scale, N:M pruning along
@@ -6,7 +6,7 @@ which axis its groups run, calibration what to observe, distillation where a fea
 scaling how many numbers a product sums up.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,14 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax.errors import check_type
-from unitscale_jax.trace.params._meeting import (
-    HeldParam,
-    Kind,
-    Meeting,
-    above,
-    read_whole,
-    single,
-)
+from unitscale_jax.trace.params._meeting import HeldParam, Kind, Meeting, above, read_whole, single
 from unitscale_jax.trace.params._product import product_of
 from unitscale_jax.trace.params._provenance import input_origins
 from unitscale_jax.trace.program._function import TracedCall
@@ -38,7 +31,7 @@ from unitscale_jax.trace.program._walk import Flow, Place, Site, walk
 
 
 def meetings(staged: TracedCall, params: Any) -> dict[str, list[Meeting]]:
-    """What each parameter meets in a call of `(params, ..)`, in order of evaluation.
+    """Finds the equations that each parameter meets in a call of `(params, ..)`, in order.
 
     A parameter on both sides of a product meets it twice. Parameters that meet nothing have no
     entry.
@@ -82,7 +75,7 @@ NO_PLACES: frozenset[Place] = frozenset()
 
 @dataclass(frozen=True)
 class _Known:
-    """What is known of a value.
+    """Knowledge of a value, as far as parameters are concerned.
 
     Attributes:
         helds: The parameters that it holds.
@@ -117,12 +110,12 @@ class _Holding(Flow[_Known]):
     stacks: dict[tuple[Place, str], int | None] = field(default_factory=dict)
 
     def constant(self, value: Any) -> _Known:
-        """A constant holds no parameter."""
+        """Nothing: no parameter is in a constant."""
         del value
         return _Known()
 
     def join(self, a: _Known, b: _Known) -> _Known:
-        """Keeps what both values hold."""
+        """Holds what either value holds, since a parameter meets what follows either way."""
         return _Known(
             tuple(dict.fromkeys((*a.helds, *b.helds))),
             tuple(dict.fromkeys((*a.rows, *b.rows))),
@@ -132,12 +125,18 @@ class _Holding(Flow[_Known]):
         )
 
     def unstacked(self, site: Site, x: _Known) -> _Known:
-        """One row of a stack, whose axis is remembered."""
+        """One row of a stack; the parameter's own axis that the scan runs along is remembered.
+
+        It is known if the axis has each position of that own axis once and in order, as layers
+        (12, 8, 8) have; rows of a flipped, repeated or computed stack are of no known layer.
+        """
         for held in x.helds:
             in_order = held.whole and held.axes[0].isdisjoint(held.cut)
             self.stacks[site.place, held.name] = single(held.axes[0]) if in_order else None
-        inside = lambda helds: tuple(replace(held, axes=held.axes[1:]) for held in helds)
-        return replace(x, helds=inside(x.helds), rows=inside(x.rows))
+        helds, rows = (
+            tuple(replace(held, axes=held.axes[1:]) for held in each) for each in (x.helds, x.rows)
+        )
+        return replace(x, helds=helds, rows=rows)
 
     def stacked(self, site: Site, y: _Known) -> _Known:
         """Rows that were stacked again are followed no further."""
@@ -220,7 +219,7 @@ class _Holding(Flow[_Known]):
 
 
 def _mixed(values: Sequence[_Known]) -> _Known:
-    """What is known of a value that is computed from some others."""
+    """Knowledge of a value that is computed from some others: it holds no parameter itself."""
     products = NO_PLACES.union(*[x.products for x in values])
     return _Known((), (), any([x.active for x in values]), any([x.given for x in values]), products)
 
@@ -236,11 +235,12 @@ def _kind(site: Site) -> Kind | None:
 
 
 def _moved(site: Site, inputs: Sequence[_Known]) -> list[_Known] | None:
-    """What the results of a move hold; None for any other equation.
+    """Knowledge of the results of a move; None for any other equation.
 
     Each axis of a result comes from some axes of the operand (`moved_axes`), and with them from the
-    parameter's own. A cut, which leaves positions out or repeats them, is remembered by its axes:
-    along these the operand is no longer the parameter, position by position.
+    parameter's own: w (2, 3, 4) reshaped to (6, 4) holds the own axes ({-3, -2}, {-1}). A cut,
+    which leaves positions out or repeats them, is remembered by its axes: along these the operand
+    is no longer the parameter, position by position.
     """
     sources = moved(site, inputs)
     if sources is None:
@@ -248,26 +248,33 @@ def _moved(site: Site, inputs: Sequence[_Known]) -> list[_Known] | None:
     if site.name in IN_PLACE:
         return [values[0] for values in sources]
     axes, cut = moved_axes(site), cut_axes(site)
-    laid_out = lambda held: replace(
-        held, axes=tuple(map(held.own, axes)), cut=held.cut | held.own(cut)
-    )
-    each = lambda of, values: tuple(map(laid_out, dict.fromkeys(h for x in values for h in of(x))))
+
+    def laid_out(helds: Iterable[HeldParam]) -> tuple[HeldParam, ...]:
+        """Parameters as the result holds them; one that several parts hold alike stands once."""
+        return tuple(
+            replace(held, axes=tuple(map(held.own, axes)), cut=held.cut | held.own(cut))
+            for held in dict.fromkeys(helds)
+        )
+
     out = []
     for values in sources:
         mixed = _mixed(values)
         # A parameter that is joined with activations (a class token before the patches) becomes
         # rows of an activation; joined with parameters it is still a kernel.
         if len(values) == 1 or not mixed.active:
-            helds, rows = each(lambda x: x.helds, values), each(lambda x: x.rows, values)
+            helds = laid_out(held for x in values for held in x.helds)
+            rows = laid_out(held for x in values for held in x.rows)
             mixed = replace(mixed, helds=helds, rows=rows)
         out.append(mixed)
     return out
 
 
 def _computed(site: Site, inputs: Sequence[_Known], mixed: _Known) -> list[_Known]:
-    """Element by element, as far as shapes tell: a kernel with a mask or a low-rank update.
+    """Knowledge of the results of arithmetic: a kernel with a mask, or plus a low-rank update.
 
-    What a gain or a bias is broadcast to meet is an activation, and holds neither afterwards.
+    An operand of the shape of the result is taken to be computed with element by element, so the
+    result holds its parameters, no longer whole. What a gain or a bias is broadcast to meet is an
+    activation, and holds neither afterwards.
     """
     holding = any([x.helds or x.rows for x in inputs])
     if not holding or len(site.eqn.outvars) != 1:
@@ -283,7 +290,7 @@ def _computed(site: Site, inputs: Sequence[_Known], mixed: _Known) -> list[_Know
 
 
 def _rows(site: Site, table: _Known) -> tuple[HeldParam, ...]:
-    """What a lookup's result holds: in the axes of a row the table's own, in the others none."""
+    """The parameters that a lookup's result holds: the table's own axes in those of a row."""
     numbers, read = site.eqn.params["dimension_numbers"], read_whole(site)
     left_out = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
     kept = [dim for dim in range(len(site.shapes[0])) if dim not in left_out]

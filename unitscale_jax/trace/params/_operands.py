@@ -1,4 +1,4 @@
-"""What meets a parameter, as rows of its input channels, and the moments of such rows.
+"""The operand that meets a parameter, as rows of its input channels, and moments of such rows.
 
     H = sum over rows of x x^T,        U upper triangular with U^T U = (H + damp mean(diag H) I)^-1
 
@@ -46,7 +46,7 @@ def channel_rows(name: str, layout: MatrixForm, meeting: Meeting, v: jax.Array) 
 
 
 def valid_rows(name: str, meeting: Meeting, v: jax.Array, mask: Any) -> jax.Array | None:
-    """Which elements of the other operand count, in its shape; None: all of them.
+    """Marks the elements of the other operand that count, in its shape; None: all of them.
 
     Args:
         name: Of the parameter.
@@ -95,6 +95,9 @@ def second_moments(rows: jax.Array) -> jax.Array:
 
 def inverse_factor(h: jax.Array, damp: Any) -> tuple[jax.Array, jax.Array]:
     """U, upper triangular with U^T U = H^-1 of the damped H, and which inputs are dead.
+
+    With H = L L^T and H^-1 = M M^T, L and M lower triangular, U is M^T. It is not the inverse of L:
+    that is lower triangular, while GPTQ needs the inputs still to come after each one.
 
     Args:
         h: float32 (K, K), sums or means: a factor of H is one of U, and is dropped.
@@ -151,6 +154,7 @@ def _row_size(product: Product, meeting: Meeting) -> int:
 
 
 def _by_rows(v: jax.Array, batch: Sequence[int], dims: Sequence[int]) -> jax.Array:
+    """(batch.., rows, K): dimensions `dims` flattened to K, all that are left to rows."""
     rows = [d for d in range(v.ndim) if d not in (*batch, *dims)]
     sizes = [v.shape[d] for d in batch]
     count = math.prod(v.shape[d] for d in rows)

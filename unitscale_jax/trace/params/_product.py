@@ -45,7 +45,7 @@ class Product(abc.ABC):
 
     @abc.abstractmethod
     def placed(self, s: jax.Array, side: int) -> jax.Array:
-        """What belongs to an operand (size 1 where contracted), laid out like the result."""
+        """Lays out an array like an operand's scale (size 1 where contracted) like the result."""
 
     def bind(self, left: Any, right: Any, dtype: Any, **changed: Any) -> jax.Array:
         """The product of two arrays, its result of a dtype."""
@@ -58,22 +58,22 @@ class Product(abc.ABC):
         return self.site.bind([left, right, *self.extra])[0]
 
     def shape(self, side: int) -> tuple[int, ...]:
-        """Shape of an operand, as traced."""
+        """The shape of an operand, as traced."""
         return self.site.shapes[side]
 
     @property
     def dtype(self) -> Any:
-        """Dtype of the result, as traced."""
+        """The dtype of the result, as traced."""
         return self.site.results[0]
 
     @property
     def result_shape(self) -> tuple[int, ...]:
-        """Shape of the result."""
+        """The shape of the result, as traced."""
         return self.site.result_shapes[0]
 
     @property
     def terms(self) -> int:
-        """K: how many products a result sums up."""
+        """K, the number of products that a result sums up."""
         return math.prod(self.shape(1)[d] for d in self.contracted(1))
 
     def sum_over(self, codes: jax.Array, side: int) -> jax.Array:
@@ -90,7 +90,7 @@ class Product(abc.ABC):
 
     @property
     def splits(self) -> bool:
-        """Whether a contracted dimension can be cut, and the parts' results added."""
+        """True if a contracted dimension can be cut, and the parts' results added."""
         return False
 
 
@@ -123,7 +123,7 @@ class Dot(Product):
         return s.reshape(head + (tail + others if side == 0 else others + tail))
 
     def pair(self, side: int, dim: int) -> int:
-        """By position among the contracting dimensions."""
+        """The other operand's dimension at the same position among the contracting ones."""
         return self.numbers[0][1 - side][self.contracted(side).index(dim)]
 
     @property
@@ -143,21 +143,21 @@ class Conv(Product):
         return self.site.eqn.params["dimension_numbers"]
 
     def contracted(self, side: int) -> tuple[int, ...]:
-        """All but the batch of the left, all but the output features of the right."""
+        """Dimensions but the batch of the left, or the output features of the right operand."""
         kept = self.numbers.lhs_spec[0] if side == 0 else self.numbers.rhs_spec[0]
         return tuple(d for d in range(len(self.shape(side))) if d != kept)
 
     def channels(self, side: int) -> tuple[int, ...]:
-        """Dimension of the input features."""
+        """The dimension of the input features."""
         return (self.numbers.lhs_spec[1] if side == 0 else self.numbers.rhs_spec[1],)
 
     def placed(self, s: jax.Array, side: int) -> jax.Array:
-        """Along the batch or the features of the result."""
+        """Lays out along the batch, or along the features, of the result."""
         at = self.numbers.out_spec[side]
         return s.reshape([s.size if d == at else 1 for d in range(s.ndim)])
 
     def sum_over(self, codes: jax.Array, side: int) -> jax.Array:
-        """By a product with ones, since a window at the border has fewer elements."""
+        """Sums by a product with ones, since a window at the border has fewer elements."""
         assert side == 1, "sums over windows of the left operand are not needed"
         batch = self.numbers.lhs_spec[0]
         shape = tuple(1 if d == batch else n for d, n in enumerate(self.shape(0)))
@@ -177,7 +177,10 @@ class Ragged(Product):
         return (0,) if side else ()
 
     def placed(self, s: jax.Array, side: int) -> jax.Array:
-        """Of the right, the row of the group that each row of the left belongs to, else zero."""
+        """Lays out by rows: of the right the row of the group that a row of the left is in.
+
+        Rows beyond all groups, whose product is zero, have zero.
+        """
         if side == 0:
             return s
         (sizes,) = self.extra

@@ -91,10 +91,9 @@ def parameter(name: str) -> Origin:
 
 
 def input_origins(staged: TracedCall, params: Any) -> list[Origin]:
-    """Where the operands of a call come from, whose first argument is `params`."""
+    """The origins of the operands of a call whose first argument is `params`."""
     owners = trees.owners(params)
-    origin = lambda k: parameter(owners[k]) if k < len(owners) else ACTIVATION
-    return [origin(k) for k in staged.positions]
+    return [parameter(owners[k]) if k < len(owners) else ACTIVATION for k in staged.positions]
 
 
 @dataclass
@@ -104,7 +103,7 @@ class Provenance(Flow[Origin]):
     operands: dict[Place, tuple[Origin, ...]] = field(default_factory=dict)
 
     def constant(self, value: Any) -> Origin:
-        """A constant comes from nowhere."""
+        """The origin of a constant, which comes from nowhere."""
         del value
         return CONSTANT
 
@@ -113,7 +112,7 @@ class Provenance(Flow[Origin]):
         self.operands[site.place] = tuple(inputs)
 
     def visit(self, site: Site, inputs: list[Origin]) -> list[Origin]:
-        """Moves hold what they move, with constants beside it; everything else mixes."""
+        """Origins of the results: moves hold what they move, and everything else mixes."""
         if site.name == "optimization_barrier":
             return inputs
         parameters = frozenset[str]().union(*[origin.parameters for origin in inputs])
@@ -134,20 +133,23 @@ class Provenance(Flow[Origin]):
         return Origin(holds, a.parameters | b.parameters, a.active or b.active, joined)
 
     def select(self, site: Site, by: Origin, out: Origin) -> Origin:
-        """Which branch runs, and how often a loop does, is part of the value."""
+        """The origin of a value that a predicate decides on, which is part of it."""
         del site
         parameters, active = out.parameters | by.parameters, out.active or by.active
         return Origin(out.holds, parameters, active, out.joined)
 
 
 def _held(values: Sequence[Origin]) -> frozenset[str]:
-    """What values hold together: parameters, unless one of them is anything but that."""
+    """The parameters that values hold together; none if one of them holds anything else."""
     others = [origin for origin in values if not origin.holds and origin != CONSTANT]
     return _NONE if others else _NONE.union(*(origin.holds for origin in values))
 
 
 def _joined(values: Sequence[Origin], joins: bool) -> frozenset[str]:
-    """What the parts of a join come from; nothing where a part has no name. A move keeps it."""
+    """Names of the parameters that the parts of a join come from; none where a part has no name.
+
+    A move of a joined value keeps them.
+    """
     if not joins:
         return values[0].joined
     parts = [origin.names or origin.joined for origin in values if origin != CONSTANT]
@@ -168,7 +170,7 @@ def rule_names(site: Site, origins: Sequence[Origin]) -> list[str]:
 
 
 def kind(eqn: Equation) -> str:
-    """What sort of operation an equation is, as rules call it."""
+    """The kind of operation that an equation is, in the word that rules have for it."""
     name = eqn.primitive.name
     if name != "dot_general":
         return "conv" if name == "conv_general_dilated" else name
