@@ -32,7 +32,7 @@ from unitscale_jax.optimizer import (
     step_or_skip,
 )
 from unitscale_jax.trace.program import compiled_once, is_concrete
-from unitscale_jax.typing import Params
+from unitscale_jax.typing import DType, Params
 
 
 def multi_steps(
@@ -82,20 +82,7 @@ def multi_steps(
 
     def init_fn(params: Params) -> MultiStepsState:
         check_params(params)
-        zero = lambda dtype: jnp.zeros((), dtype)
-        return MultiStepsState(
-            part=zero(jnp.int32),
-            step=zero(jnp.int32),
-            weight=zero(jnp.float32),
-            total=jax.tree.map(lambda p: to_accumulator(jnp.zeros_like(p)), params),
-            value=zero(jnp.float32),
-            value_weight=zero(jnp.float32),
-            dropped=zero(jnp.int32),
-            lost=zero(jnp.int32),
-            bad=jax.tree.map(lambda _: zero(bool), params),
-            applied=jnp.array(True),
-            inner=inner.init(params),
-        )
+        return _started(params, inner.init(params))
 
     def update_fn(
         updates: Params,
@@ -147,6 +134,27 @@ def multi_steps(
     return optax.GradientTransformationExtraArgs(init_fn, checked_fn)
 
 
+def _started(params: Params, inner_state: Any) -> MultiStepsState:
+    """The state before the first part; no two of its leaves share a buffer."""
+
+    def zero(dtype: DType) -> jax.Array:
+        return jnp.zeros((), dtype)
+
+    return MultiStepsState(
+        part=zero(jnp.int32),
+        step=zero(jnp.int32),
+        weight=zero(jnp.float32),
+        total=jax.tree.map(lambda p: to_accumulator(jnp.zeros_like(p)), params),
+        value=zero(jnp.float32),
+        value_weight=zero(jnp.float32),
+        dropped=zero(jnp.int32),
+        lost=zero(jnp.int32),
+        bad=jax.tree.map(lambda _: zero(bool), params),
+        applied=jnp.array(True),
+        inner=inner_state,
+    )
+
+
 def _take(
     state: MultiStepsState, grads: Params, weight: jax.Array, value: Any, dropped: Any
 ) -> MultiStepsState:
@@ -157,9 +165,12 @@ def _take(
     beside = (counts,) if value is None else (counts, jnp.asarray(value, jnp.float32))
     found = flaws(grads, fresh, dropped, *beside)
     weight = jnp.where(found.all, 0, weight)
-    add = lambda total, x: (
-        total + jnp.where(found.all, 0, weight.astype(total.dtype) * x.astype(total.dtype))
-    )
+
+    def add(total: jax.Array, x: jax.Array) -> jax.Array:
+        # Selected, not multiplied by a weight of 0, since 0 times NaN is NaN.
+        new = weight.astype(total.dtype) * x.astype(total.dtype)
+        return total + jnp.where(found.all, 0, new)
+
     state = state._replace(
         part=state.part + 1,
         weight=state.weight + weight,
@@ -177,7 +188,11 @@ def _take(
 
 
 def _restarted(state: MultiStepsState, ready: jax.Array, emit: jax.Array) -> MultiStepsState:
-    zero_if_ready = lambda x: jnp.where(ready, jnp.zeros((), x.dtype), x)
+    """The state of the next window, if this one is full or was flushed."""
+
+    def zero_if_ready(x: jax.Array) -> jax.Array:
+        return jnp.where(ready, jnp.zeros((), x.dtype), x)
+
     return state._replace(
         part=zero_if_ready(state.part),
         step=state.step + (emit & (state.weight > 0)).astype(jnp.int32),
@@ -190,7 +205,7 @@ def _restarted(state: MultiStepsState, ready: jax.Array, emit: jax.Array) -> Mul
 
 
 def _judged(good: jax.Array, emit: jax.Array, inner_state: Any) -> jax.Array:
-    """Whether the part counts, and if it ended its window, whether that was a step."""
+    """True if the part counts, and if it ended its window, if that was a step."""
     taken = applied(inner_state)
     return good if taken is None else good & (taken | ~emit)
 

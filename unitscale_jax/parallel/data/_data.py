@@ -9,7 +9,7 @@ the last thing a step does. ZeRO (Rajbhandari et al., arXiv 1910.02054) keeps a 
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -100,48 +100,29 @@ def reduced(
         _check_filled(grad_fn, params, part.batch, given, rows, n)
         check_feedback(feedback, params, compress, n)
         combine = Outputs(reduce, mesh_axis)
-        if (
-            n == 1 and gather == "step" and feedback is None
-        ):  # no collective, not even of one device
+        if n == 1 and gather == "step" and feedback is None:
+            # No collective is needed, not even one of one device.
             terms, aux, grads = grad_fn.call(params, batch, given)
             combine.check(aux, part)
             return terms, aux, grads
-        cuts, scale = _cuts(params, layout, mesh_axis, n), jnp.asarray(given.scale)
-        shares = [cut.spec for cut in cuts]
-        leaves, structure = jax.tree.flatten(params)
+        cuts = _cuts(params, layout, mesh_axis, n)
+        given = given._replace(scale=jnp.asarray(given.scale))
+        one = _OneDevice(direct(grad_fn), mesh_axis, zero, gather, compress, params, cuts)
         errors = None if feedback is None else jax.tree.leaves(feedback.error)
-
-        def mapped(local: Local) -> tuple[Any, ...]:
-            one = _OneDevice(local, mesh_axis, zero, gather, compress, params, cuts)
-
-            def body(
-                leaves: list[Any], part: Part, state: State, errors: Any, factors: Any
-            ) -> tuple[Any, ...]:
-                terms, aux, grads = one.gradients(leaves, part, state, *factors)
-                sums = one.sums(grads, errors, factors[1])
-                whole = {name: total(term, mesh_axis) for name, term in terms.items()}
-                return (whole, *sums, *combine(aux, part))
-
-            return jax.shard_map(
-                body,
-                in_specs=(shares if zero == 3 else P(), P(mesh_axis), P(), P(mesh_axis), P()),
-                out_specs=(P(), shares if zero else P(), P(mesh_axis), P(), P(mesh_axis)),
-                axis_names={mesh_axis},
-            )(leaves, part, given.state, errors, (given.denominators, scale))
-
         try:
-            terms, grads, lost, sums, stacks = mapped(direct(grad_fn))
+            out = _on_devices(one, combine, part, given, errors)
         except TypeError as refused:
             # JAX refuses a loop whose carry starts alike on all devices and ends differently, as
             # that of a recurrent layer. Traced where the axis is not manual, it has no such type.
             try:
-                local = replayed(grad_fn, params, part, given.state, scale, mesh_axis)
+                local = replayed(grad_fn, params, part, given.state, given.scale, mesh_axis)
             except Exception:  # the station fails without the axis too, so the axis is not to blame
                 raise refused from None
-            terms, grads, lost, sums, stacks = mapped(local)
+            out = _on_devices(replace(one, local=local), combine, part, given, errors)
+        terms, grads, lost, sums, stacks = out
         aux = combine.outputs(sums, stacks, rows)
         aux = aux if feedback is None else feedback.after(lost, aux)
-        return terms, aux, structure.unflatten(grads)
+        return terms, aux, jax.tree.structure(params).unflatten(grads)
 
     return Grad(loss=grad_fn.loss, call=call)
 
@@ -215,6 +196,40 @@ class _OneDevice:
             totals.append(whole)
             lost.append(left)
         return totals, lost
+
+
+def _on_devices(
+    one: _OneDevice, combine: Outputs, part: Part, given: Given, errors: list[jax.Array] | None
+) -> tuple[Any, ...]:
+    """Does one device's work on every device of the data axis.
+
+    Args:
+        one: The work.
+        combine: How auxiliary outputs of all devices become one.
+        part: The rows of all devices.
+        given: Its state, denominators and scale, which all devices have.
+        errors: What compression lost in earlier steps, one row for each device; None: nothing.
+
+    Returns:
+        `(terms, gradients, errors, sums, stacks)`: gradients are totals, or with ZeRO shares, leaf
+        by leaf; sums and stacks are the auxiliary outputs, for `combine.outputs`.
+    """
+    axis, shares = one.over, [cut.spec for cut in one.cuts]
+
+    def body(
+        leaves: list[Any], part: Part, state: State, errors: Any, factors: Any
+    ) -> tuple[Any, ...]:
+        terms, aux, grads = one.gradients(leaves, part, state, *factors)
+        sums = one.sums(grads, errors, factors[1])
+        whole = {name: total(term, axis) for name, term in terms.items()}
+        return (whole, *sums, *combine(aux, part))
+
+    return jax.shard_map(
+        body,
+        in_specs=(shares if one.zero == 3 else P(), P(axis), P(), P(axis), P()),
+        out_specs=(P(), shares if one.zero else P(), P(axis), P(), P(axis)),
+        axis_names={axis},
+    )(jax.tree.leaves(one.params), part, given.state, errors, (given.denominators, given.scale))
 
 
 def _cuts(params: Params, layout: Layout | None, mesh_axis: str, n: int) -> list[_Cut]:
