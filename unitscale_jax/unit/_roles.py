@@ -197,7 +197,8 @@ def _kernel(name: str, shape: Sequence[int], products: Sequence[Meeting]) -> Rol
         listed = " and ".join(map(str, sorted(fans)))
         raise ValueError(
             f"{name} is summed over {listed} numbers in different places, so it has no one fan-in. "
-            f"Say which by rules={{{name!r}: us.unit.Role('weight', fan_in, fan_out)}}."
+            "If `fn` is a gradient, pass the loss. Or say which by "
+            f"rules={{{name!r}: us.unit.Role('weight', fan_in, fan_out)}}."
         )
     kind = "weight"
     if all(m.last for m in products):
