@@ -241,6 +241,18 @@ def test_muon_leaves_all_other_roles_and_vectors_to_the_base():
     assert rms(with_muon["w"]) == pytest.approx(0.2 / 2, rel=0.2)  # depth 4
 
 
+def test_scales_that_are_trained_beside_a_matrix_go_to_the_base():
+    role, w = Role("weight", 8, 12), {"w": normal(8, 12)}
+    params = us.quant.learned(w, {"w": us.DotSpec(w=us.QSpec(axes=(-2,)))})
+    grads = jax.tree.map(lambda x: normal(*x.shape, seed=5), params)
+    with_muon, with_adam = (
+        tx.update(grads, tx.init(params))[0]["w"]
+        for tx in (muon({"w": role}), parametrized(ADAM, {"w": role}, 1.0))
+    )
+    chex.assert_trees_all_close(with_muon.scale, with_adam.scale, rtol=1e-6)
+    assert rms(with_muon.master) == pytest.approx(0.2, rel=0.2)
+
+
 def test_a_shape_without_such_a_matrix_is_an_error_that_names_the_leaf():
     with pytest.raises(ValueError, match=r"^w has shape \(4, 6\), of which no axes.*fan-in 8"):
         muon({"w": Role("weight", 8, 3)}).update(

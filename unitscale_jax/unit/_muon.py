@@ -31,17 +31,23 @@ def muon_and(others: optax.GradientTransformation, roles: Mapping[str, Role]) ->
         others: A transform from gradients to directions.
         roles: Roles by the names of parameters.
     """
-    label = lambda name, _: "muon" if is_matrix(roles[name]) else "others"
     of = lambda tree: by_parameter(lambda name, x: matrix_axes(name, x.shape, roles[name]), tree)
     muon = optax.chain(optax.contrib.scale_by_muon(weight_dimension_numbers=of), _matched(roles))
-    return optax.partition(
-        {"muon": muon, "others": others}, lambda params: by_parameter(label, params)
-    )
+    label = lambda is_one: "muon" if is_one else "others"
+    labels = lambda params: jax.tree.map(label, matrices(params, roles))
+    return optax.partition({"muon": muon, "others": others}, labels)
 
 
-def is_matrix(role: Role) -> bool:
-    """Whether Muon is for parameters of a role: weights, but for vectors."""
-    return role.kind == "weight" and role.fan_in > 1 and role.fan_out > 1
+def matrices(tree: Params, roles: Mapping[str, Role]) -> Any:
+    """For each array whether Muon is for it: weights, but for vectors and for scales beside one."""
+    whole = {*trees.names(tree)}
+
+    def is_matrix(name: str, x: Any) -> bool:
+        role = roles[name]
+        beside = name not in whole and x.size < role.fan_in * role.fan_out  # of quantized ones
+        return role.kind == "weight" and role.fan_in > 1 and role.fan_out > 1 and not beside
+
+    return by_parameter(is_matrix, tree)
 
 
 def matrix_axes(name: str, shape: Sequence[int], role: Role) -> ToMatrix:

@@ -19,7 +19,7 @@ from unitscale_jax.errors import check_type, expected, unknown
 from unitscale_jax.optimizer import check_scalar, check_state, common_dtype
 from unitscale_jax.typing import Array, Params
 from unitscale_jax.unit._multipliers import Optimizer, Parametrization, multipliers
-from unitscale_jax.unit._muon import by_parameter, is_matrix, muon_and
+from unitscale_jax.unit._muon import by_parameter, matrices, muon_and
 from unitscale_jax.unit._roles import Role
 
 
@@ -91,10 +91,14 @@ def parametrized(
     _check_rate(learning_rate)
     check_scalar("weight_decay", weight_decay)
     table = _table(roles)
-    rates = {
-        name: _rate(role, parametrization, optimizer, readout_constraint)
-        for name, role in table.items()
-    }
+    rate_of = lambda name, optimizer: (
+        multipliers(
+            table[name], parametrization, optimizer, readout_constraint=readout_constraint
+        ).rate
+    )
+    rates = {name: rate_of(name, optimizer) for name in table}
+    # What Muon leaves out of a weight, such as a vector, has the base's directions and Adam's rate.
+    others = {name: rate_of(name, "adam") for name in table} if optimizer == "muon" else rates
     inner = optax.with_extra_args_support(muon_and(base, table) if optimizer == "muon" else base)
     decays = not isinstance(weight_decay, int | float) or weight_decay != 0
 
@@ -114,11 +118,12 @@ def parametrized(
         directions, inner_state = inner.update(updates, state.inner, params, **extra)
         factor = 1.0 if schedule is None else schedule(state.count)
 
-        def step(name: str, d: jax.Array, p: Any = None) -> jax.Array:
-            decay = (weight_decay, p) if decays else None
-            return _step(d, learning_rate * rates[name], decay, factor)
+        def step(name: str, d: jax.Array, is_matrix: bool, p: Any = None) -> jax.Array:
+            rate = (rates if is_matrix else others)[name]
+            return _step(d, learning_rate * rate, (weight_decay, p) if decays else None, factor)
 
-        steps = by_parameter(step, directions, *([params] if decays else []))
+        rest = [params] if decays else []
+        steps = by_parameter(step, directions, matrices(directions, table), *rest)
         return steps, ParametrizedState(state.count + 1, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -132,13 +137,6 @@ def _step(d: jax.Array, rate: Any, decay: tuple[Any, Any] | None, factor: Any) -
     if decay is not None:
         change += number(decay[0]) * number(decay[1])
     return -number(factor) * change
-
-
-def _rate(
-    role: Role, parametrization: Parametrization, optimizer: Optimizer, constraint: str | None
-) -> float:
-    own: Optimizer = "adam" if optimizer == "muon" and not is_matrix(role) else optimizer
-    return multipliers(role, parametrization, own, readout_constraint=constraint).rate
 
 
 def _table(roles: Any) -> dict[str, Role]:
