@@ -27,6 +27,7 @@ from unitscale_jax.loss._grad import (
     value_and_grad,
 )
 from unitscale_jax.loss._mean import Denominators, Mean, Terms, inverse, loss_value
+from unitscale_jax.loss._objective import objective
 from unitscale_jax.loss._outputs import Reduction, reduction_of
 from unitscale_jax.loss._rows import keys_of_rows, row_count, row_keys
 from unitscale_jax.loss._split import Part, first, gather_rows, split
@@ -49,6 +50,7 @@ __all__ = [
     "inverse",
     "keys_of_rows",
     "loss_value",
+    "objective",
     "reduction_of",
     "row_count",
     "row_keys",

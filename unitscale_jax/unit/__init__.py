@@ -47,14 +47,21 @@ from unitscale_jax.unit._roles import (
     Role,
     roles,
 )
+from unitscale_jax.unit._scales import (
+    Scales,
+)
 from unitscale_jax.unit._standardize import (
     standardize,
+)
+from unitscale_jax.unit._tracked import (
+    tracked,
 )
 
 __all__ = [
     "CONSTRAINTS",
     "Multipliers",
     "Role",
+    "Scales",
     "add",
     "attention",
     "conv",
@@ -79,6 +86,7 @@ __all__ = [
     "softmax",
     "standardize",
     "taus",
+    "tracked",
 ]
 
 

@@ -57,6 +57,11 @@ def call_body(eqn: Equation) -> Any:
     raise KeyError(f"{eqn.primitive.name} has no body among its parameters {sorted(eqn.params)}")
 
 
+def function_name(eqn: Equation) -> str:
+    """Name of the function that the body of an equation of `CALLS` was traced from."""
+    return opened(call_body(eqn))[0].debug_info.func_name
+
+
 @functools.cache
 def known_primitives() -> frozenset[str]:
     """Names of the primitives of this JAX, and of those of libraries that have a derivative."""

@@ -1,6 +1,6 @@
 """Functions made anew from their equations: the Rewriter, custom derivatives, captures, notes."""
 
-from unitscale_jax.trace.rewrite._capture import Capture, captured
+from unitscale_jax.trace.rewrite._capture import Capture, captured, picked_inside
 from unitscale_jax.trace.rewrite._derivatives import Derivative
 from unitscale_jax.trace.rewrite._manual import as_on_one_device
 from unitscale_jax.trace.rewrite._notes import (
@@ -30,6 +30,7 @@ __all__ = [
     "noted",
     "notes_at",
     "operand_enters",
+    "picked_inside",
     "rewritten",
     "scope_without_notes",
     "taking",

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from unitscale_jax.errors import check_callable
 from unitscale_jax.trace.program import _compat
 from unitscale_jax.trace.program._function import trace_call
-from unitscale_jax.trace.program._walk import Place, Site
+from unitscale_jax.trace.program._walk import Place, Site, bodies
 from unitscale_jax.trace.rewrite._rewrite import Rewriter
 
 Pick: TypeAlias = Callable[[Site, list[Any], list[Any]], Any]
@@ -86,6 +86,15 @@ def captured(
     return captured_fn
 
 
+_NEVER_ENTERED = frozenset({"while", "shard_map"})
+
+
+def picked_inside(site: Site) -> bool:
+    """Whether `captured` picks inside of an equation, as it does by default: of calls and loops."""
+    closed = site.name in _NEVER_ENTERED or site.name.startswith("custom_")
+    return bool(bodies(site.eqn)) and not closed
+
+
 class _Recorder(Rewriter):
     """Replays a program as it stands, and keeps what is picked on a tape."""
 
@@ -96,9 +105,8 @@ class _Recorder(Rewriter):
 
     def touches(self, site: Site, operands: list[Any]) -> bool:
         del operands
-        if site.name.startswith("custom_"):
-            return self.beside and site.name in _STRUCTURES
-        return site.name not in ("while", "shard_map")
+        beside = self.beside and site.name in _STRUCTURES
+        return beside if site.name.startswith("custom_") else site.name not in _NEVER_ENTERED
 
     def evaluate(self, site: Site, operands: list[Any]) -> list[Any]:
         """An equation without a body, and what is picked there."""
