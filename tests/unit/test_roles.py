@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
@@ -304,6 +305,16 @@ def test_a_kernel_with_a_mask_that_is_drawn_is_a_kernel(drop):
         return x @ drop(p, jax.random.bernoulli(key, 0.5, p.shape).astype(p.dtype))
 
     assert roles(fn, jnp.ones((3, 4)), X, jax.random.key(0)) == Role("output", 3, 4)
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 4), ()], ids=str)
+def test_a_gain_of_a_kernel_is_a_norm(shape):
+    def fn(p, x):
+        w = p["w"] / jnp.linalg.norm(p["w"], axis=0)
+        return x @ (jnp.broadcast_to(p["g"], w.shape) * w)
+
+    found = roles(fn, {"w": jnp.ones((3, 4)), "g": jnp.ones(shape)}, X)
+    assert found == {"w": Role("output", 3, 4), "g": Role("norm", 1, np.prod(shape, dtype=int))}
 
 
 # ------------------------------------------------------------------------- depth

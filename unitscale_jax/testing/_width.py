@@ -22,6 +22,7 @@ from unitscale_jax.loss import value_and_grad
 from unitscale_jax.optimizer import check_optimizer
 from unitscale_jax.tables import Tabular
 from unitscale_jax.testing._activations import Activation, activations
+from unitscale_jax.trace.program import Site
 from unitscale_jax.trace.rewrite import captured
 from unitscale_jax.typing import Batch, Loss, Params
 from unitscale_jax.unit import parametrized, roles
@@ -170,13 +171,17 @@ class _Run(NamedTuple):
 def _run(fn_of_width: Callable[[int], Any], width: int, optimizer: Any, steps: int) -> _Run:
     loss, params, batch = fn_of_width(width)
     observed = activations(loss, params, batch)
-    pick = lambda site, _, results: results[0] if site.place in observed else None
+
+    def pick(site: Site, operands: list[Any], results: list[Any]) -> Any:
+        del operands
+        return results[0] if site.place in observed else None
+
     seen = jax.jit(lambda p: {c.place: c.value for c in captured(loss, pick)(p, batch)[1]})
     before, after = seen(params), seen(_trained(loss, params, batch, optimizer, steps))
     places = [place for place in observed if place in before]
     change = jax.tree.map(jnp.subtract, after, before)
-    sizes = lambda values: [_rms(values[place]) for place in places]
-    return _Run([observed[place] for place in places], sizes(before), sizes(change))
+    start, changed = ([_rms(values[place]) for place in places] for values in (before, change))
+    return _Run([observed[place] for place in places], start, changed)
 
 
 def _check_alike(found: dict[int, list[Activation]]) -> None:

@@ -31,10 +31,16 @@ def muon_and(others: optax.GradientTransformation, roles: Mapping[str, Role]) ->
         others: A transform from gradients to directions.
         roles: Roles by the names of parameters.
     """
-    of = lambda tree: by_parameter(lambda name, x: matrix_axes(name, x.shape, roles[name]), tree)
-    muon = optax.chain(optax.contrib.scale_by_muon(weight_dimension_numbers=of), _matched(roles))
-    label = lambda is_one: "muon" if is_one else "others"
-    labels = lambda params: jax.tree.map(label, matrices(params, roles))
+
+    def axes(tree: Params) -> Any:
+        return by_parameter(lambda name, x: matrix_axes(name, x.shape, roles[name]), tree)
+
+    def labels(params: Params) -> Any:
+        return jax.tree.map(
+            lambda is_matrix: "muon" if is_matrix else "others", matrices(params, roles)
+        )
+
+    muon = optax.chain(optax.contrib.scale_by_muon(weight_dimension_numbers=axes), _matched(roles))
     return optax.partition({"muon": muon, "others": others}, labels)
 
 

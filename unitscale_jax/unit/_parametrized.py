@@ -91,15 +91,12 @@ def parametrized(
     _check_rate(learning_rate)
     check_scalar("weight_decay", weight_decay)
     table = _table(roles)
-    rate_of = lambda name, optimizer: (
-        multipliers(
-            table[name], parametrization, optimizer, readout_constraint=readout_constraint
-        ).rate
-    )
-    rates = {name: rate_of(name, optimizer) for name in table}
-    # What Muon leaves out of a weight, such as a vector, has the base's directions and Adam's rate.
-    others = {name: rate_of(name, "adam") for name in table} if optimizer == "muon" else rates
-    inner = optax.with_extra_args_support(muon_and(base, table) if optimizer == "muon" else base)
+    rates = _rates(table, parametrization, optimizer, readout_constraint)
+    others, inner = rates, optax.with_extra_args_support(base)
+    if optimizer == "muon":
+        # What it leaves out of a weight, such as a vector, has the base's direction, Adam's rate.
+        others = _rates(table, parametrization, "adam", readout_constraint)
+        inner = optax.with_extra_args_support(muon_and(base, table))
     decays = not isinstance(weight_decay, int | float) or weight_decay != 0
 
     def init_fn(params: Params) -> ParametrizedState:
@@ -132,11 +129,24 @@ def parametrized(
 def _step(d: jax.Array, rate: Any, decay: tuple[Any, Any] | None, factor: Any) -> jax.Array:
     """`-s (rate d + lambda p)`, in the wider dtype of both."""
     dtype = d.dtype if decay is None else common_dtype(decay[1], d)
-    number = lambda x: jnp.asarray(x, dtype)
-    change = number(rate) * d.astype(dtype)
+    change = jnp.asarray(rate, dtype) * d.astype(dtype)
     if decay is not None:
-        change += number(decay[0]) * number(decay[1])
-    return -number(factor) * change
+        change += jnp.asarray(decay[0], dtype) * jnp.asarray(decay[1], dtype)
+    return -jnp.asarray(factor, dtype) * change
+
+
+def _rates(
+    table: dict[str, Role],
+    parametrization: Parametrization,
+    optimizer: Optimizer,
+    readout_constraint: str | None,
+) -> dict[str, float]:
+    """Factors of the learning rate by the names of parameters."""
+    given = parametrization, optimizer
+    return {
+        name: multipliers(role, *given, readout_constraint=readout_constraint).rate
+        for name, role in table.items()
+    }
 
 
 def _table(roles: Any) -> dict[str, Role]:

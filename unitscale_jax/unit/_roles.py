@@ -169,16 +169,21 @@ def _found(name: str, shape: Sequence[int], met: Sequence[Meeting]) -> Role:
     # Computed with what inputs reach, a vector is an activation that a bias was added to, and a
     # matrix is still a kernel, as one with a mask that is drawn.
     used = [m for m in met if m.active and (m.fixed or _is_matrix_use(m)) or m.kind in TAKEN]
-    of = lambda *kinds: [m for m in used if m.kind in kinds]
-    kernels, lookups = of("product", "rows"), of("lookup")
-    if lookups and not of("rows"):  # also of a table that is the last layer, too: a tied one
+    products, lookups = _of(used, "product", "rows"), _of(used, "lookup")
+    if lookups and not _of(used, "rows"):  # also of a table that is the last layer, too: a tied one
         return _embedding(shape, lookups[0])
+    kernels = [m for m in products if m.contracted]
     if kernels:
         return _kernel(name, shape, kernels)
-    for kind, role in (("multiplication", "norm"), ("sum", "bias")):
-        if of(kind):
-            return _vector(role, shape, of(kind)[0])
+    # A gain of a kernel is in the kernel's product, where none of its own axes is summed over.
+    gains, biases = products + _of(used, "multiplication"), _of(used, "sum")
+    if gains or biases:
+        return _vector("norm" if gains else "bias", shape, (gains or biases)[0])
     raise ValueError(_without_role(name, met))
+
+
+def _of(uses: Sequence[Meeting], *kinds: str) -> list[Meeting]:
+    return [use for use in uses if use.kind in kinds]
 
 
 def _is_matrix_use(use: Meeting) -> bool:
