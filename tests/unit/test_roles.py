@@ -317,6 +317,10 @@ def test_a_gain_of_a_kernel_is_a_norm(shape):
     assert found == {"w": Role("output", 3, 4), "g": Role("norm", 1, np.prod(shape, dtype=int))}
 
 
+def test_a_kernel_of_a_single_input_is_a_kernel():
+    assert roles(lambda p, x: x @ p, jnp.ones((1, 4)), X[:, :1]) == Role("output", 1, 4)
+
+
 # ------------------------------------------------------------------------- depth
 
 STACK = {"in": jnp.ones((3, 4)), "w": jnp.ones((6, 4, 4)), "b": jnp.ones((6, 4))}

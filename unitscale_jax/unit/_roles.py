@@ -172,7 +172,7 @@ def _found(name: str, shape: Sequence[int], met: Sequence[Meeting]) -> Role:
     products, lookups = _of(used, "product", "rows"), _of(used, "lookup")
     if lookups and not _of(used, "rows"):  # also of a table that is the last layer, too: a tied one
         return _embedding(shape, lookups[0])
-    kernels = [m for m in products if m.contracted]
+    kernels = [m for m in products if _is_summed_over(m, shape)]
     if kernels:
         return _kernel(name, shape, kernels)
     # A gain of a kernel is in the kernel's product, where none of its own axes is summed over.
@@ -184,6 +184,12 @@ def _found(name: str, shape: Sequence[int], met: Sequence[Meeting]) -> Role:
 
 def _of(uses: Sequence[Meeting], *kinds: str) -> list[Meeting]:
     return [use for use in uses if use.kind in kinds]
+
+
+def _is_summed_over(product: Meeting, shape: Sequence[int]) -> bool:
+    """Whether numbers of the parameter itself are summed up, and not one that is repeated."""
+    own = math.prod(shape[axis] for axis in product.contracted)
+    return bool(product.contracted) and (own > 1 or product.terms == 1)
 
 
 def _is_matrix_use(use: Meeting) -> bool:
