@@ -158,16 +158,27 @@ def named_leaves(tree: Any, *, is_leaf: Callable[[Any], bool] | None = None) -> 
     return dict(zip(keys, jax.tree.leaves(tree, is_leaf=is_leaf), strict=True))
 
 
-def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+def map_named(
+    fn: Callable[..., Any], tree: Any, *rest: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> Any:
     """Maps `fn(name, leaf, *leaves of rest)` over `tree`; the trees of `rest` have its structure.
+
+    Args:
+        fn: Maps a name and the leaves that have it to a leaf of the result.
+        tree: A pytree.
+        *rest: Trees that have a leaf, or a subtree, where `tree` has a leaf.
+        is_leaf: Says which nodes count as leaves, such as `is_compound`.
 
     Example:
         >>> map_named(lambda name, x: f"{name}={x}", {"a": 1, "b": 2})
         {'a': 'a=1', 'b': 'b=2'}
     """
     check_callable("fn", fn)
-    keys = jax.tree.unflatten(jax.tree.structure(tree), names(tree))
-    return jax.tree.map(lambda leaf, name, *others: fn(name, leaf, *others), tree, keys, *rest)
+    structure = jax.tree.structure(tree, is_leaf=is_leaf)
+    keys = structure.unflatten(names(tree, is_leaf=is_leaf))
+    return jax.tree.map(
+        lambda leaf, name, *others: fn(name, leaf, *others), tree, keys, *rest, is_leaf=is_leaf
+    )
 
 
 def by_names(tree: Any, like: Any, what: str = "the tree") -> Any:

@@ -8,17 +8,19 @@ takes away, everything else its results. So any plan has its price before anythi
 """
 
 import abc
+import functools
 import itertools
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 
 from unitscale_jax import tree as trees
-from unitscale_jax.compaction._groups import Graph
+from unitscale_jax.compaction._groups import Axis, Graph
 from unitscale_jax.errors import check_number
 from unitscale_jax.trace.costs import OpRow, cost
 from unitscale_jax.trace.params import above, meetings, stacks_of
@@ -47,10 +49,7 @@ class Polynomial:
 
     def __add__(self, other: "Polynomial") -> "Polynomial":
         """The sum of two polynomials."""
-        terms = dict(self.terms)
-        for monomial, c in other.terms.items():
-            terms[monomial] = terms.get(monomial, 0) + c
-        return Polynomial(terms)
+        return added((self, other))
 
     def __mul__(self, other: "Polynomial | int | Fraction") -> "Polynomial":
         """The product of two polynomials."""
@@ -80,10 +79,7 @@ def added(polynomials: Iterable[Polynomial]) -> Polynomial:
 
 def multiplied(polynomials: Iterable[Polynomial]) -> Polynomial:
     """Multiplies many polynomials."""
-    out = Polynomial.of(1)
-    for polynomial in polynomials:
-        out = out * polynomial
-    return out
+    return functools.reduce(operator.mul, polynomials, Polynomial.of(1))
 
 
 # ------------------------------------------------------------------------------------- budgets
@@ -167,10 +163,10 @@ def _exact(a: int, b: int) -> int | Fraction:
     return a // b if a % b == 0 else Fraction(a, b)
 
 
-def _elements(axes: Iterable[Any]) -> Polynomial:
+def _elements(axes: Iterable[Axis]) -> Polynomial:
     """Elements of a value whose axes are sums of products of names and sizes."""
 
-    def length(axis: Any) -> Polynomial:
+    def length(axis: Axis) -> Polynomial:
         return added(multiplied(map(Polynomial.of, term)) for term in axis)
 
     return multiplied(map(length, axes))
@@ -220,7 +216,7 @@ def _operations(graph: Graph, turns: Mapping[Place, str], row: OpRow) -> Polynom
     return whole * _exact(row.total.flops, int(whole.at(dense)))
 
 
-def _indices(site: Site, ins: list[Any], outs: list[Any]) -> Polynomial:
+def _indices(site: Site, ins: list[tuple[Axis, ...]], outs: list[tuple[Axis, ...]]) -> Polynomial:
     """The number of indices that an equation runs through, to which its work is proportional.
 
     Of a product those of all three dimensions (m, k, n), of a reduction the elements that vanish,

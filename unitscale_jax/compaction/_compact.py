@@ -83,13 +83,7 @@ def channel_masks(params: Any, plan: CompactionPlan) -> Any:
             kept = kept & along.reshape([-1 if j == k else 1 for j in range(np.ndim(x))])
         return jnp.asarray(np.broadcast_to(kept, np.shape(x)) if kept.ndim else kept)
 
-    return _map_named(leaf_mask, params)
-
-
-def _map_named(change: Callable[[str, Any], Any], params: Any) -> Any:
-    """Maps `change(path, leaf)` over parameters; a compound one is one leaf."""
-    leaves, structure = jax.tree.flatten(params, is_leaf=trees.is_compound)
-    return structure.unflatten(map(change, trees.names(params, is_leaf=trees.is_compound), leaves))
+    return trees.map_named(leaf_mask, params, is_leaf=trees.is_compound)
 
 
 Change = Callable[[str, Any, int, np.ndarray, int], Any]
@@ -111,7 +105,7 @@ def _over_axes(
             out = change(path, out, k, at, n)
         return out if out is x else _placed(out, x)
 
-    return _map_named(changed, params)
+    return trees.map_named(changed, params, is_leaf=trees.is_compound)
 
 
 def _cut_axes(path: str, plan: CompactionPlan) -> list[tuple[int, np.ndarray, int]]:

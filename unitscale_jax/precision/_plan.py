@@ -17,7 +17,16 @@ import numpy as np
 from unitscale_jax import rules as named_rules
 from unitscale_jax.precision._classes import OpClass
 from unitscale_jax.trace.params import Origin, provenance, rule_names
-from unitscale_jax.trace.program import Flow, Jaxpr, Literal, Place, Site, bodies, is_call, listed
+from unitscale_jax.trace.program import (
+    Flow,
+    Jaxpr,
+    Place,
+    Site,
+    bodies,
+    is_call,
+    is_constant,
+    listed,
+)
 from unitscale_jax.trace.rewrite import dtypes_meant
 
 FLOAT32 = np.dtype(np.float32)
@@ -111,11 +120,13 @@ class DtypePlan(Flow[KnownDtype]):
         So `x * 0.5 - max` before an `exp` is computed in float32 from the product's result on:
         rounding it to 16 bits again would lose what the `exp` needs.
         """
-        needed = {v for v, want in zip(jaxpr.outvars, wanted, strict=True) if want and _is_var(v)}
+        needed = {
+            v for v, want in zip(jaxpr.outvars, wanted, strict=True) if want and not is_constant(v)
+        }
         for site in reversed(listed(jaxpr, parent, body)):
             wide = [v in needed for v in site.eqn.outvars]
             passed = zip(site.eqn.invars, self._passed(site, wide), strict=True)
-            needed.update([v for v, p in passed if p and _is_var(v)])
+            needed.update([v for v, p in passed if p and not is_constant(v)])
         return [v in needed for v in jaxpr.invars]
 
     def _passed(self, site: Site, wide: Sequence[bool]) -> Sequence[bool]:
@@ -135,7 +146,7 @@ class DtypePlan(Flow[KnownDtype]):
     def _class(self, site: Site) -> OpClass:
         """The class of a primitive; scaling by a literal belongs to a prefix."""
         name = site.name
-        if name in ("mul", "div") and any([isinstance(v, Literal) for v in site.eqn.invars]):
+        if name in ("mul", "div") and any(map(is_constant, site.eqn.invars)):
             return "prefix"
         return self.ops.get(name, "keep")
 
@@ -395,7 +406,3 @@ def _widest(*dtypes: Any) -> np.dtype:
             wider = [d for d in (out, dtype) if _bits(d) > 16]
             out = max(wider, key=_bits) if wider else FLOAT32
     return np.dtype(out)
-
-
-def _is_var(v: Any) -> bool:
-    return not isinstance(v, Literal)

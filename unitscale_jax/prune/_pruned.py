@@ -211,14 +211,12 @@ def evolving(
 def full(spec: SparsitySpec, params: Params) -> Any:
     """Masks that leave nothing out: arrays of True for what the spec prunes."""
     chosen = selected(spec, params)
-    leaves, structure = jax.tree.flatten(params, is_leaf=trees.is_compound)
-    named = zip(trees.names(params, is_leaf=trees.is_compound), leaves, strict=True)
 
     def ones(name: str, w: Any) -> jax.Array:
         # What is made like a parameter has its sharding.
         return jnp.ones_like(trees.values_of(w), bool) if name in chosen else jnp.ones((), bool)
 
-    return structure.unflatten([ones(name, w) for name, w in named])
+    return trees.map_named(ones, params, is_leaf=trees.is_compound)
 
 
 def zeroed(masks: Any, tree: Any) -> Any:

@@ -9,7 +9,6 @@ gradient need not be. Larger stays. Movement: https://arxiv.org/abs/2005.07683; 
 https://arxiv.org/abs/1801.05787.
 """
 
-import itertools
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -172,17 +171,14 @@ def _stateless(value: Callable[[Params, Params], Any]) -> Score:
 
 def _each(fn: Callable[..., jax.Array], params: Params, *rest: Any) -> Any:
     """Maps `fn(name, w, *leaves of rest)` over what is floating; elsewhere is NaN."""
-    leaves, structure = jax.tree.flatten(params, is_leaf=trees.is_compound)
-    names = trees.names(params, is_leaf=trees.is_compound)
-    columns = [map(trees.values_of, structure.flatten_up_to(tree)) for tree in rest]
-    rows = zip(names, map(trees.values_of, leaves), *columns, strict=True)
 
-    def ranked(name: str, w: Any, *others: Any) -> jax.Array:
+    def ranked(name: str, *leaves: Any) -> jax.Array:
+        w, *others = map(trees.values_of, leaves)
         if w is None or not trees.is_floating(w):
             return jnp.full((), np.nan, jnp.float32)
         return fn(name, w, *others)
 
-    return structure.unflatten(itertools.starmap(ranked, rows))
+    return trees.map_named(ranked, params, *rest, is_leaf=trees.is_compound)
 
 
 def _zeros(params: Params) -> Any:

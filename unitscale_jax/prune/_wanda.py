@@ -59,11 +59,11 @@ def wanda(params: Any, stats: Mapping[str, Stat]) -> Any:
 
 def _scores(params: Any, stats: Mapping[str, Stat]) -> Any:
     """|W| ||X|| for each parameter with statistics, and the scalar NaN for others."""
-    scores = trees.named_leaves(params, is_leaf=trees.is_compound)
-    for name, w in scores.items():
-        known = name in stats
-        scores[name] = _score(w, stats[name]) if known else jnp.full((), np.nan, jnp.float32)
-    return trees.by_names(scores, params)
+
+    def score(name: str, w: Any) -> jax.Array:
+        return _score(w, stats[name]) if name in stats else jnp.full((), np.nan, jnp.float32)
+
+    return trees.map_named(score, params, is_leaf=trees.is_compound)
 
 
 def _score(w: Any, of: Stat) -> jax.Array:

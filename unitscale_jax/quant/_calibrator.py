@@ -19,6 +19,8 @@ from unitscale_jax.statistics import Measure
 AxisNumbers = tuple[int, ...]
 Error = Callable[[jax.Array, jax.Array], jax.Array]
 """Maps an array and a bound to the squared quantization error, summed."""
+GroupError = Callable[[jax.Array], jax.Array]
+"""Maps a bound of each group to the squared quantization error of the group."""
 
 
 class Calibrator(abc.ABC):
@@ -47,7 +49,7 @@ class Calibrator(abc.ABC):
     two_sided: bool = False
 
     @abc.abstractmethod
-    def bound(self, x: jax.Array, axes: AxisNumbers, error: Any) -> jax.Array:
+    def bound(self, x: jax.Array, axes: AxisNumbers, error: GroupError) -> jax.Array:
         """The bound of |x| over `axes`, kept with size 1.
 
         Args:

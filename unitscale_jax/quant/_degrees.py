@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
-from unitscale_jax.trace.dimensions import Dims, SymbolicDim
+from unitscale_jax.trace.dimensions import Axes, Dims, SymbolicDim
 from unitscale_jax.trace.params import Product, product_of
 from unitscale_jax.trace.program import ADDITIONS, MOVES, PRODUCTS, Flow, Place, Site
 
@@ -43,7 +43,7 @@ def _combined(a: Degree, b: Degree, times: int) -> Degree:
     return frozenset((name, n) for name, n in sums.items() if n)
 
 
-def carries(axes: Any, factors: frozenset[Any]) -> str:
+def carries(axes: Axes, factors: frozenset[SymbolicDim]) -> str:
     """Tells how a value has the channels: "once" along axes of their own, "never", or "twice".
 
     "twice" stands for all that has no single power of the scale: (c, c), some of the channels, or
@@ -81,7 +81,7 @@ class Degrees(Flow[Degree]):
 
     graph: Dims
     factors: DegreeFactors
-    layers: Mapping[Place, Any]
+    layers: Mapping[Place, SymbolicDim]
     equations: list[tuple[Degree, str]] = field(default_factory=list)
 
     def require(self, form: Degree, because: str) -> None:
@@ -154,7 +154,7 @@ class Degrees(Flow[Degree]):
         return None if degree is None else ZERO
 
     def _made(
-        self, site: Site, known: list[Degree], ins: Any, factors: frozenset[Any]
+        self, site: Site, known: list[Degree], ins: list[Axes], factors: frozenset[SymbolicDim]
     ) -> list[Degree]:
         name = site.name
         if name == "optimization_barrier":
@@ -192,7 +192,11 @@ class Degrees(Flow[Degree]):
         return definite[0] if definite else None
 
     def _product(
-        self, product: Product, known: list[Degree], ins: Any, factors: frozenset[Any]
+        self,
+        product: Product,
+        known: list[Degree],
+        ins: list[Axes],
+        factors: frozenset[SymbolicDim],
     ) -> Degree:
         """Degrees add up; over the channels themselves to zero."""
         site = product.site

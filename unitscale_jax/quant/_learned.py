@@ -58,13 +58,12 @@ def learned(params: Any, rules: QuantRules, stats: Mapping[str, Any] | None = No
         [0, -1, 3, 0, 0]
     """
     found = match(rules, params)
-    known = trees.named_leaves(params, is_leaf=trees.is_compound)
-    check_names(stats, known)
-    done = [
-        leaf if found[name] is None else _learned(name, leaf, found[name], stats)
-        for name, leaf in known.items()
-    ]
-    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=trees.is_compound), done)
+    check_names(stats, trees.named_leaves(params, is_leaf=trees.is_compound))
+
+    def one(name: str, leaf: Any) -> Any:
+        return leaf if found[name] is None else _learned(name, leaf, found[name], stats)
+
+    return trees.map_named(one, params, is_leaf=trees.is_compound)
 
 
 def _learned(

@@ -86,8 +86,7 @@ def quantize(
         if delete and done[name] is not leaf and isinstance(array, jax.Array):
             jax.block_until_ready(done[name])
             array.delete()
-    structure = jax.tree.structure(params, is_leaf=trees.is_compound)
-    return jax.tree.unflatten(structure, list(done.values()))
+    return trees.by_names(done, params)
 
 
 def match(rules: QuantRules, params: Any, skip: Collection[int] = ()) -> dict[str, DotSpec | None]:

@@ -39,7 +39,7 @@ from unitscale_jax.quant._qtensor import is_quantized, value_of
 from unitscale_jax.quant._roles import resolved
 from unitscale_jax.quant._spec import DotSpec
 from unitscale_jax.statistics import Stat, Stats, required
-from unitscale_jax.trace.dimensions import Dims, dims
+from unitscale_jax.trace.dimensions import Axes, Dims, SymbolicDim, dims
 from unitscale_jax.trace.params import Meeting, meetings, stacks_of, to_matrices
 from unitscale_jax.trace.program import ClosedJaxpr, trace, trace_call, walk
 
@@ -217,7 +217,7 @@ class _SmoothingPlan:
     """
 
     factors: DegreeFactors
-    axes: Mapping[str, Any]
+    axes: Mapping[str, Axes]
     degrees: Mapping[str, int]
     weights: tuple[str, ...]
     shape: tuple[int, ...]
@@ -253,7 +253,7 @@ def _size(f: Any) -> int:
     return _length(f) if isinstance(f, tuple) else f.size
 
 
-def _length(axis: Any) -> int:
+def _length(axis: Sequence[Sequence[SymbolicDim]]) -> int:
     return sum(int(np.prod([f.size for f in term])) for term in axis)
 
 
@@ -301,6 +301,6 @@ def _plan(
     return _SmoothingPlan(factors, axes, degrees, weights, shape)
 
 
-def _channels(axes: Any, stat: Stat) -> list[Any]:
+def _channels(axes: Axes, stat: Stat) -> Axes:
     """The axes that statistics are about, in terms of dimensions; sizes of one have none."""
-    return [axes[axis] for axis in (*stat.layout.batch, *stat.layout.channels)]
+    return tuple(axes[axis] for axis in (*stat.layout.batch, *stat.layout.channels))
