@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import unitscale_jax as us
 from tests.support import zoo
 from unitscale_jax.formats import FORMATS, round_to
+from unitscale_jax.fwd_bwd import mark
 from unitscale_jax.loss import objective
 from unitscale_jax.trace.program import trace_call
 from unitscale_jax.unit._scales import NUMBERS, measured
@@ -344,11 +345,28 @@ def test_a_branch_that_is_not_taken_has_no_row():
     assert [row.times for row in rows if row.primitive == "tanh"] == [3, 3]
 
 
-def test_tracked_inside_of_tracked_counts_its_own():
-    inner = lambda p, x: tracked(unrolled)(p, x)[0]
-    own, plain = tracked(inner)(PARAMS, X)[1], tracked(unrolled)(PARAMS, X)[1]
-    about = lambda scales: [(r.direction, r.primitive, r.rms) for r in scales.rows]
-    assert set(about(plain)) <= set(about(own))
+def test_marks_of_another_analysis_are_not_counted():
+    plain = lambda p, x: jnp.mean(jnp.sin(x @ p["in"]) * 100)
+    own = lambda p, x: jnp.mean(mark(jnp.sin(mark(x @ p["in"], at=3)) * 100, at=2))
+    assert tracked(own)(PARAMS, X)[1].rows == tracked(plain)(PARAMS, X)[1].rows
+
+
+def test_what_is_tracked_is_differentiated_as_the_function_is():
+    grads, scales = jax.jit(jax.grad(tracked(scanned), has_aux=True))(PARAMS, X)
+    equal_bits(grads, jax.jit(jax.grad(scanned))(PARAMS, X))
+    assert len(scales.rows) == len(tracked(scanned)(PARAMS, X)[1].rows)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_is_unsharded(kind):
+    mesh = jax.make_mesh((8,), ("dp",), axis_types=(kind,))
+    x = jnp.tile(X, (4, 1))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(x, NamedSharding(mesh, P("dp")))
+        params = jax.device_put(PARAMS, NamedSharding(mesh, P()))
+        scales = jax.jit(tracked(unrolled))(params, sharded)[1]
+    plain = tracked(unrolled)(PARAMS, x)[1]
+    close([r.rms for r in scales.rows], [r.rms for r in plain.rows])
 
 
 # --------------------------------------------------------------------------- the report
@@ -386,11 +404,25 @@ def test_a_picture_is_written(tmp_path):
 def test_a_picture_names_layers_and_the_worst_rows():
     from unitscale_jax.unit._scales_plot import figure
 
-    fig = figure(tracked(scanned)(PARAMS, X)[1])
+    scales = tracked(scanned)(PARAMS, X)[1]
+    fig = figure(scales)
     (axes,) = fig.axes
     assert {"arguments", "layer"} <= {tick.get_text() for tick in axes.get_xticklabels()}
     assert "program order" in axes.get_xlabel() and "log2" in axes.get_ylabel()
-    assert "farthest from an RMS of 1" in axes.texts[-1].get_text()
+    legend = " ".join(text.get_text() for text in axes.get_legend().get_texts())
+    worst = max(rows_of(scales, "backward"), key=lambda row: abs(np.log2(row.rms)))
+    assert "farthest from an RMS of 1" in legend
+    assert f"gradient of {worst.primitive}" in legend and f"RMS {worst.rms:.2g}" in legend
+
+
+def test_a_few_rows_far_from_the_rest_do_not_press_them_into_a_line():
+    from unitscale_jax.unit._scales_plot import figure
+
+    mask = lambda x: jnp.where(x > 0, x, -1e30)
+    loss = lambda p, x: unrolled(p, x) + jnp.mean(jax.nn.softmax(mask(x @ p["in"])) ** 2)
+    (axes,) = figure(tracked(loss)(PARAMS, X)[1]).axes
+    low, high = axes.get_ylim()
+    assert -30 < low < -6 and 6 < high < 30
 
 
 def test_zeros_and_infinities_have_a_place_in_the_picture(tmp_path):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -131,30 +132,37 @@ def _draw_pass(axes: "Axes", points: Sequence[_Point], direction: str) -> None:
 
 
 def _limit(axes: "Axes", scales: Scales, points: Sequence[_Point]) -> None:
-    """Shows RMS 1, all high points, and low ones unless a few are far below the rest.
+    """Shows RMS 1 and all points, unless a few are far from the rest.
 
-    The gradient of a key's bias is zero but for rounding, 1e-9: such a point would press all others
-    into the upper half.
+    The gradient of a key's bias is zero but for rounding, 1e-9, and what a mask fills in is -1e9:
+    such points would press all others into a line.
     """
-    heights = sorted(y for p in points for y in (p.height, *p.turns) if y is not None)
-    low, high = (heights[len(heights) // 100], heights[-1]) if heights else (0.0, 0.0)
-    floor = min(low, math.log2(scales.format.min_subnormal)) - 6
-    lowest = heights[0] if heights else 0.0
-    axes.set_ylim(max(min(lowest, 0.0) - 1.5, floor), max(high, 0.0) + 1.5)
+    heights = sorted([0.0, *(y for p in points for y in (p.height, *p.turns) if y is not None)])
+    few = len(heights) * 3 // 100
+    spec = scales.format
+    least, most = max(math.log2(spec.min_subnormal), -16.0), min(math.log2(spec.max), 16.0)
+    low, high = min(heights[few], least) - 6, max(heights[-1 - few], most) + 6
+    axes.set_ylim(max(heights[0] - 1.5, low), min(heights[-1] + 1.5, high))
     axes.set_xlim(-1, max((p.at for p in points), default=0) + 2)
 
 
 def _draw_off_scale(axes: "Axes", points: Sequence[_Point]) -> None:
-    """At the lower edge zeros and what is far below the rest, at the upper infinities and NaN."""
-    low, high = axes.get_ylim()
-    off = [p for p in points if p.height is None or p.height < low]
-    for point in off:
-        y = high if point.height is None and point.row.rms != 0 else low
+    """At the edges what is beyond them: zeros at the lower one, infinities and NaN at the upper."""
+    off = [(p, y) for p in points if (y := _inside(axes, p)) != p.height]
+    for point, y in off:
         color = _PASSES[point.row.direction][0]
         axes.plot(point.at, y, color=color, marker="x", ms=7, clip_on=False)
     if off:
-        label = "zero or far below (lower edge),\nnot finite (upper edge)"
+        label = "beyond the edge; zero (below), not finite (above)"
         axes.plot([], [], color="gray", marker="x", ls="", label=label)
+
+
+def _inside(axes: "Axes", point: _Point) -> float:
+    """The height of a point, or that of the edge it is beyond."""
+    low, high = axes.get_ylim()
+    if point.height is None:
+        return low if point.row.rms == 0 else high
+    return min(max(point.height, low), high)
 
 
 # ---------------------------------------------------------------------------------- what has names
@@ -174,10 +182,11 @@ def _name_layers(axes: "Axes", points: Sequence[_Point]) -> None:
 
 
 def _groups(points: Sequence[_Point]) -> list[tuple[str, int, int]]:
-    """(layer, first position, last) of neighbours in one layer, without a root that all share."""
+    """(layer, first position, last) of neighbours in one layer, without what all names share."""
     by_position = sorted({p.at: p.layer for p in points}.items())
-    roots = {layer.split("/")[0] for _, layer in by_position if layer != "arguments"}
-    root = f"{roots.pop()}/" if len(roots) == 1 else ""
+    paths = [layer.split("/") for _, layer in by_position if layer != "arguments"]
+    shared = os.path.commonprefix([path[:-1] for path in paths])  # of words, for these are lists
+    root = "".join(f"{word}/" for word in shared)
     groups = []
     for name, run in itertools.groupby(by_position, lambda at: at[1].removeprefix(root)):
         positions = [at for at, _ in run]
@@ -196,20 +205,16 @@ def _spread(groups: Sequence[tuple[str, int, int]], apart: float) -> list[tuple[
 
 
 def _name_worst(axes: "Axes", points: Sequence[_Point]) -> None:
-    """Numbers at the worst rows, explained beside the picture, where nothing overlaps."""
-    handles, labels = axes.get_legend_handles_labels()
-    low = axes.get_ylim()[0]
+    """Numbers at the worst rows, explained in the legend, where nothing overlaps."""
+    axes.plot([], [], ls="", label="farthest from an RMS of 1\n(lost: underflows or saturates):")
     worst = [p for direction in _PASSES for p in _worst(points, direction)]
-    lines = []
     for number, point in enumerate(worst, 1):
-        at = (point.at, max(point.height or 0.0, low))
-        color = _PASSES[point.row.direction][0]
+        color, at = _PASSES[point.row.direction][0], (point.at, _inside(axes, point))
         style: dict[str, Any] = {"fontsize": 8, "color": color, "fontweight": "bold"}
-        axes.annotate(str(number), at, (5, 5), textcoords="offset points", **style)
-        lines.append(f"{number}  {_name(point)}")
-    axes.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
-    text = "\n".join(["farthest from an RMS of 1", "(lost: underflows or saturates):", *lines])
-    axes.text(1.02, 0.0, text, transform=axes.transAxes, fontsize=8, va="bottom")
+        offset = (5, 5) if at[1] < axes.get_ylim()[1] else (6, -12)  # below the title
+        axes.annotate(str(number), at, offset, textcoords="offset points", **style)
+        axes.plot([], [], color=color, marker=f"${number}$", ls="", label=_name(point))
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8)
 
 
 def _worst(points: Sequence[_Point], direction: str) -> list[_Point]:
@@ -226,4 +231,4 @@ def _name(point: _Point) -> str:
     note = f", {100 * lost:.0f} % lost" if lost >= 0.005 else ""
     of = "gradient of " if row.direction == "backward" else ""
     where = _short(row.parameter or point.layer)
-    return f"{of}{row.primitive}, {where}\n    RMS {row.rms:.2g}{note}"
+    return f"{of}{row.primitive}, {where}\nRMS {row.rms:.2g}{note}"
