@@ -138,7 +138,7 @@ def _limit(axes: "Axes", scales: Scales, points: Sequence[_Point]) -> None:
     such points would press all others into a line.
     """
     heights = sorted([0.0, *(y for p in points for y in (p.height, *p.turns) if y is not None)])
-    few = len(heights) * 3 // 100
+    few = len(heights) // 25
     spec = scales.format
     least, most = max(math.log2(spec.min_subnormal), -16.0), min(math.log2(spec.max), 16.0)
     low, high = min(heights[few], least) - 6, max(heights[-1 - few], most) + 6
