@@ -191,8 +191,8 @@ def measured(x: jax.Array, spec: Format) -> jax.Array:
     """The numbers of one array, (8,), in the order of `NUMBERS`; float32, of float64 that.
 
     Everything is divided by the largest magnitude first: squares of gradients near 1e-25 are zero
-    in float32, and those of activations near 1e20 infinite. The variance is that of differences to
-    one of the numbers, whose mean is of the size of their deviation, so that nothing cancels.
+    in float32, and those of activations near 1e20 infinite. The deviation has a pass of its own,
+    since the difference of mean square and squared mean cancels where the mean is large.
     """
     x = jax.lax.stop_gradient(x)  # whoever differentiates further, means the result
     v = _wide(x)
@@ -201,12 +201,9 @@ def measured(x: jax.Array, spec: Format) -> jax.Array:
     absmax, smallest, *counts = _extremes_and_counts(v, spec)
     unit = jnp.where(jnp.isfinite(absmax) & (absmax > 0), absmax, jnp.ones((), v.dtype))
     scaled = v / unit
-    pivot = jax.lax.slice(scaled, [0] * v.ndim, [1] * v.ndim).reshape(())
-    apart = scaled - pivot
-    shift = jnp.mean(apart)
-    variance = jnp.maximum(jnp.mean(jnp.square(apart)) - shift**2, 0)
-    rms = jnp.sqrt(jnp.mean(jnp.square(scaled)))
-    moments = [unit * rms, unit * (pivot + shift), unit * jnp.sqrt(variance)]
+    mean, rms = jnp.mean(scaled), jnp.sqrt(jnp.mean(jnp.square(scaled)))
+    std = jnp.sqrt(jnp.mean(jnp.square(scaled - mean)))
+    moments = [unit * rms, unit * mean, unit * std]
     return jnp.stack([*moments, absmax, smallest, *(n.astype(v.dtype) / v.size for n in counts)])
 
 
