@@ -131,6 +131,7 @@ QUESTIONS = {
     "where is a batch cut into parts": "loss/_split.py",
     "where does a loss scale grow and fall": "precision/_scale.py",
     "where are activations observed": "statistics/_observe.py",
+    "where is the scale of every value and gradient measured": "unit/_tracked.py",
     "where are weights turned into codes": "quant/_params.py",
     "where is the value of a quantized product computed": "quant/_served.py",
     "where is the form of an integer product that a CPU is fast at": "quant/_cpu_forms.py",

@@ -40,6 +40,7 @@ REPORTS = {
     "inferred": lambda: us.parallel.infer(fn, PARAMS, X, mesh=us.parallel.mesh(tp=8)),
     "groups": lambda: us.compaction.groups(fn, PARAMS, X),
     "dims": lambda: us.trace.dims(us.trace.trace(fn, PARAMS, X)),
+    "tracked": lambda: us.unit.tracked(lambda p, x: fn(p, x).mean())(PARAMS, X)[1],
 }
 
 

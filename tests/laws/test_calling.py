@@ -171,6 +171,18 @@ def roles(_, fn, params, /, *args, **kwargs):
     return us.tree.named_leaves(us.unit.roles(fn, params, *args, kwargs=kwargs))
 
 
+def scales(_, fn, params, /, *args, **kwargs):
+    """Of the sum of the outputs, for what is tracked is a loss."""
+    outputs = lambda *args, **kwargs: filter(
+        us.tree.is_floating, jax.tree.leaves(fn(*args, **kwargs))
+    )
+    loss = lambda *args, **kwargs: sum(
+        x.astype(jnp.float32).sum() for x in outputs(*args, **kwargs)
+    )
+    rows = us.unit.tracked(loss)(params, *args, **kwargs)[1].rows
+    return [(row.direction, row.primitive, row.parameter, row.rms) for row in rows]
+
+
 MESH = us.parallel.mesh(dp=4, tp=2)
 ANALYSERS = {
     "explain": explained,
@@ -185,6 +197,7 @@ ANALYSERS = {
     "dims": lambda _, *args, **kwargs: str(trace.dims(trace.trace(*args, **kwargs))),
     "meetings": met,
     "roles": roles,
+    "tracked": scales,
     "features": featured,
     "captured": seen,
 }

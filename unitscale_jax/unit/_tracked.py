@@ -89,7 +89,7 @@ def tracked(
     spec = format_of(format)
 
     @around(fn, "tracked", marks=False)
-    def tracked_fn(params: Params, *args: Any, **kwargs: Any) -> tuple[Any, Scales]:
+    def tracked_fn(params: Params, /, *args: Any, **kwargs: Any) -> tuple[Any, Scales]:
         result, arrays = fn(params, *args, **kwargs), as_arrays(params)
         staged = trace_call(fn, arrays, *args, **kwargs)
         marker = _Marker(staged, arrays)
