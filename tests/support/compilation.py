@@ -37,7 +37,10 @@ _ANYHOW = {
         *["test_infer.py", "test_layout.py", "test_merge.py", "test_pipeline.py"],
         *["test_sequence.py", "test_stack.py", "test_tensor.py", "test_vocabulary.py"],
     ],
-    "tests/unit": ["test_constraint.py", "test_ops.py", "test_residual.py"],
+    "tests/unit": [
+        *["test_constraint.py", "test_ops.py", "test_residual.py"],
+        *["test_unit_scaled.py"],
+    ],
     "tests/precision": ["test_autocast.py"],
     "tests/quant": ["test_gptq.py", "test_gradient.py", "test_roles.py"],
     "tests/trace": ["test_dims.py", "test_provenance.py", "test_reach.py", "test_zeros.py"],

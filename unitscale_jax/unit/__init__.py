@@ -9,6 +9,12 @@ learning rate serves every width.
 Unit Scaling: https://arxiv.org/abs/2303.11257; u-muP: https://arxiv.org/abs/2407.17465.
 """
 
+from unitscale_jax.unit._composite import (
+    composite,
+)
+from unitscale_jax.unit._constants import (
+    constants,
+)
 from unitscale_jax.unit._constraint import (
     CONSTRAINTS,
 )
@@ -64,6 +70,8 @@ __all__ = [
     "Scales",
     "add",
     "attention",
+    "composite",
+    "constants",
     "conv",
     "cross_entropy",
     "dropout",

@@ -72,6 +72,8 @@ class Rewriter:
         touches        an equation without a rule: whether it, or one inside it, is replaced
         carried        a loop: its initial carry, as the body will return it
         sliced         a scan: an operand that it takes row by row
+        turns          a scan: arrays of its own that it takes row by row as well
+        turn           a scan's body: the rows of those arrays
         returned       a body: its results, of a branch as the others return them
         entering       a `shard_map`: an operand that a spec cuts
         partitioned    a call: how an operand that was one array is partitioned
@@ -102,6 +104,14 @@ class Rewriter:
         """An operand as it enters a scan that takes its rows."""
         del site
         return operand
+
+    def turns(self, site: Site) -> Sequence[Any]:
+        """Arrays, as long as the scan, of which each turn is to see its row."""
+        del site
+        return ()
+
+    def turn(self, site: Site, rows: Sequence[Any]) -> None:
+        """Told, in a scan's body, of the rows of `turns`."""
 
     def entering(self, operand: Any, placement: Any) -> Any:
         """An operand as it enters a `shard_map` that cuts it by a spec."""
@@ -233,24 +243,27 @@ def _shard_map(rewriter: Rewriter, site: Site, operands: list[Any]) -> Sequence[
 def _scan(rewriter: Rewriter, site: Site, operands: list[Any]) -> Sequence[Any]:
     consts, carries = _compat.scan_counts(site.eqn)
     before, xs = operands[:consts], [rewriter.sliced(site, x) for x in operands[consts + carries :]]
+    own = list(rewriter.turns(site))
 
-    def turn(carry: list[Any], x: list[Any]) -> list[Any]:
+    def enter(carry: list[Any], rows: tuple[list[Any], list[Any]]) -> list[Any]:
+        x, own_rows = rows
+        rewriter.turn(site, own_rows)
         return rewriter.enter(site, 0, [*before, *carry, *x])
 
     def abstract(carry: list[Any]) -> list[Any]:
-        rows = [jax.tree.map(_row, x) for x in xs]
-        return jax.eval_shape(lambda *args: turn(*args)[:carries], carry, rows)
+        rows = jax.tree.map(_row, xs), jax.tree.map(_row, own)
+        return jax.eval_shape(lambda *args: enter(*args)[:carries], carry, rows)
 
     init = rewriter.carried(site, operands[consts : consts + carries], abstract)
 
-    def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
-        out = rewriter.returned(site, turn(carry, x))
+    def body(carry: list[Any], rows: tuple[list[Any], list[Any]]) -> tuple[list[Any], list[Any]]:
+        out = rewriter.returned(site, enter(carry, rows))
         return out[:carries], out[carries:]
 
     options = _compat.scan_options(site.eqn)
     if xs:
         options["length"] = None  # that of the operands, which rules may have made shorter
-    carry, ys = jax.lax.scan(body, init, xs, **options)
+    carry, ys = jax.lax.scan(body, init, (xs, own), **options)
     return [*carry, *ys]
 
 
