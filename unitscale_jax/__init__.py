@@ -47,7 +47,7 @@ from unitscale_jax.prune import pruned
 from unitscale_jax.quant import DotSpec, QSpec, quantize, quantized
 from unitscale_jax.report import Report, explain
 from unitscale_jax.statistics import calibrate
-from unitscale_jax.unit._transform import unit_scaled
+from unitscale_jax.unit import unit_scaled
 
 __version__ = "0.1.0"
 

@@ -442,12 +442,17 @@ def test_a_composite_has_the_factors_it_was_given():
     def tripled(x):
         return jnp.sort(x, axis=-1)
 
+    twin = unit.composite(fwd=3.0, bwd=lambda x: 1.0)(lambda x: jnp.sort(x, axis=-1))
+    other = lambda p, x: (twin(x @ p["a"]) @ p["b"]).sum()
     loss = lambda p, x: (tripled(x @ p["a"]) @ p["b"]).sum()
     p = dict(zip("ab", kernels(2), strict=True))
     plain = tripled(X)
     np.testing.assert_array_equal(plain, jnp.sort(X, axis=-1))
-    text = str(jax.make_jaxpr(us.unit_scaled(loss))(p, X))
-    assert "fwd=3.0" in text and "bwd=0.5" in text
+    rows = us.explain(us.unit_scaled(loss))(p, X).rows
+    (note,) = [row.notes["unit"] for row in rows if row.name == "sort"]
+    assert note.startswith("composite tripled: 3 | ")
+    constants = [unit.constants(us.unit_scaled(fn), p, X)["a"] for fn in (loss, other)]
+    assert constants[0] / constants[1] == pytest.approx(0.5)
 
 
 def test_what_is_kept_stays_as_large_as_it_is():

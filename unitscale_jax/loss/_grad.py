@@ -154,10 +154,13 @@ _ORDER = "reduced(accumulated(value_and_grad(distilled(a loss of quantized(autoc
 
 # Techniques that change what parameters hold, and those that belong inside them: the codes of
 # weights that `cast` has rounded are not those that `quantize` makes to serve; codes and masks hide
-# the channels that `compacted` takes out; and `features` takes nothing out of a product of codes.
+# the channels that `compacted` takes out; `features` takes nothing out of a product of codes; and
+# `unit_scaled` gives factors to the operations of the whole model, before some are replaced.
 _INSIDE = {
-    "quantized": ("cast", "compacted", "features"),
-    "masked_straight_through": ("quantized", "compacted"),
+    "quantized": ("cast", "compacted", "features", "unit_scaled"),
+    "masked_straight_through": ("quantized", "compacted", "unit_scaled"),
+    "compacted": ("unit_scaled",),
+    "simulated": ("unit_scaled",),
 }
 
 

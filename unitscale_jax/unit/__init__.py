@@ -62,6 +62,9 @@ from unitscale_jax.unit._standardize import (
 from unitscale_jax.unit._tracked import (
     tracked,
 )
+from unitscale_jax.unit._transform import (
+    unit_scaled,
+)
 
 __all__ = [
     "CONSTRAINTS",
@@ -95,6 +98,7 @@ __all__ = [
     "standardize",
     "taus",
     "tracked",
+    "unit_scaled",
 ]
 
 

@@ -72,7 +72,7 @@ def composite(fwd: Forward, bwd: Backward) -> Callable[[Callable[..., Any]], Cal
     def mark(fn: Callable[..., Any]) -> Callable[..., Any]:
         check_callable("a composite", fn)
         name = f"{_PREFIX}{len(COMPOSITES)}:{getattr(fn, '__name__', 'function')}"
-        COMPOSITES[name] = _Composite(name.partition(":")[2].partition(":")[2], fwd, bwd)
+        COMPOSITES[name] = _Composite(name.rpartition(":")[2], fwd, bwd)
 
         @functools.wraps(fn)
         def named(*args: Any, **kwargs: Any) -> Any:
