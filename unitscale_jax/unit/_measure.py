@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax.trace.program import Operation, Site, Value, bodies
+from unitscale_jax.typing import Array
 from unitscale_jax.unit._factors import gaussian_moments
 from unitscale_jax.unit._nodes import Network, Node
 
@@ -35,9 +36,9 @@ def region_moments(node: Node) -> tuple[float, float]:
     return _MOMENTS[key]
 
 
-def _region(node: Node, root: Value, out: Value) -> Callable[[jax.Array], jax.Array]:
-    def fn(x: jax.Array) -> jax.Array:
-        env: dict[Value, Any] = {root: x.astype(root.dtype)}
+def _region(node: Node, root: Value, out: Value) -> Callable[[Array], Array]:
+    def fn(x: Array) -> Array:
+        env: dict[Value, Any] = {root: jnp.asarray(x, root.dtype)}
         for op in node.operations:
             given = [env[v] if v in env else jnp.asarray(v.constant) for v in op.inputs]
             env.update(zip(op.outputs, _anywhere(op, given), strict=True))
@@ -128,7 +129,8 @@ def _sampled(
         y, pull = jax.vjp(jax.jit(fn), x)
         each = rng.standard_normal(y.shape) if y.ndim > 1 else np.ones(y.shape)
         g = pull(jnp.asarray(each, y.dtype))[0]
-        return tuple(float(np.mean(np.square(np.asarray(a, np.float64)))) for a in (y, g))
+        squares = [float(np.mean(np.square(np.asarray(a, np.float64)))) for a in (y, g)]
+        return squares[0], squares[1]
 
 
 def _stand_in(net: Network, op: Operation, value: Value, rng: np.random.Generator) -> Any:

@@ -20,6 +20,7 @@ from unitscale_jax.trace.program import (
     Operation,
     Value,
     bodies,
+    shape_of,
 )
 
 Powers: TypeAlias = dict[tuple[int, str], int]
@@ -209,7 +210,7 @@ def _body_is_elementwise(op: Operation) -> bool:
         for eqn in jaxpr.eqns:
             inside = [body for body, _ in bodies(eqn)]
             todo += inside
-            shapes = {tuple(v.aval.shape) for v in eqn.outvars}
+            shapes = set(map(shape_of, eqn.outvars))
             known = eqn.primitive.name in (ELEMENTWISE - _UNFUSED) | {"broadcast_in_dim"}
             if not (inside or known) or not shapes <= {op.outputs[0].shape, ()}:
                 return False
