@@ -40,7 +40,8 @@ def losses_of(staged: TracedCall) -> dict[int, Term]:
     for name, term in named.items():
         total = term.total if isinstance(term, Mean) else term
         weight = term.weight if isinstance(term, Mean) else 1.0
-        aval = staged.closed.out_avals[total.at] if isinstance(total, _Output) else None
+        avals: list[Any] = list(staged.closed.out_avals)
+        aval = avals[total.at] if isinstance(total, _Output) else None
         scalar = isinstance(term, Mean) or (aval is not None and aval.shape == ())
         if aval is None or not scalar or not jnp.issubdtype(aval.dtype, np.floating):
             raise ValueError(
@@ -90,8 +91,9 @@ def weights_of_losses(
 
 
 def _counted(staged: TracedCall, wanted: Sequence[bool]) -> list[float]:
-    avals = staged.closed.in_avals
-    sizes = [float(math.prod(staged.closed.out_avals[k].shape)) for k, w in enumerate(wanted) if w]
+    avals: list[Any] = list(staged.closed.in_avals)
+    results: list[Any] = list(staged.closed.out_avals)
+    sizes = [float(math.prod(results[k].shape)) for k, w in enumerate(wanted) if w]
     if sum(math.prod(a.shape) for a in avals) > 64 * LARGEST:
         return sizes
     try:

@@ -105,7 +105,8 @@ def flat(closed: ClosedJaxpr, leaves: Callable[[Site], bool] | None = None) -> G
         (['sin', 'mul'], 2)
     """
     builder = _Builder(leaves)
-    inputs = [Value(tuple(a.shape), getattr(a, "dtype", None)) for a in closed.in_avals]
+    variables = closed.jaxpr.invars
+    inputs = [Value(_compat.shape_of(v), _compat.dtype_of(v)) for v in variables]
     outputs = builder.body(closed.jaxpr, closed.consts, inputs, None, 0, ())
     return Graph(inputs, builder.operations, outputs)
 
