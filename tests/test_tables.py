@@ -31,6 +31,12 @@ def sparsegpt():
     return us.prune.sparsegpt(PARAMS, stats, SPEC)[2]
 
 
+def widths():
+    linear = lambda p, x: (us.unit.readout(us.unit.linear(x, p["body"]), p["head"]) ** 2).mean()
+    sized = lambda n: (linear, {"body": jnp.ones((4, n)), "head": jnp.ones((n, 3))}, X)
+    return us.testing.check_width(sized, (4, 8), steps=1, tolerance=None)
+
+
 REPORTS = {
     "explain": lambda: us.explain(us.autocast(fn))(PARAMS, X),
     "sparsity": lambda: us.prune.report(PARAMS, us.prune.make_masks(PARAMS, SPEC)),
@@ -40,6 +46,7 @@ REPORTS = {
     "inferred": lambda: us.parallel.infer(fn, PARAMS, X, mesh=us.parallel.mesh(tp=8)),
     "groups": lambda: us.compaction.groups(fn, PARAMS, X),
     "dims": lambda: us.trace.dims(us.trace.trace(fn, PARAMS, X)),
+    "widths": widths,
     "tracked": lambda: us.unit.tracked(lambda p, x: fn(p, x).mean())(PARAMS, X)[1],
 }
 
