@@ -53,7 +53,7 @@ def batches():
 
 
 def main(plot=None):
-    """Prints sizes before and after; returns them, and the losses of a short training."""
+    """Prints sizes before and after, and losses in float32 and in fp8; returns both."""
     model, data = Model(), batches()
     first = next(data)
     params = model.init(jax.random.key(0), first[:, :-1])
@@ -76,14 +76,23 @@ def main(plot=None):
         if plot is not None:
             scales.plot(f"{plot}-{name}.png")
 
-    optimizer = us.unit.parametrized(optax.scale_by_adam(), roles, 0.25)
-    step = jax.jit(us.updated(us.value_and_grad(scaled), optimizer))
-    opt_state, losses = optimizer.init(unit_params), []
+    low = us.quantized(scaled, {"**/kernel": us.quant.fp8})  # scale 1: no amax, no loss scale
+    last = {}
+    for name, fn in (("float32", scaled), ("fp8", low)):
+        last[name] = trained(fn, unit_params, roles)
+        print(f"{name:12} cross entropy after {STEPS} steps: {last[name]:.3f}")
+    return away, last
+
+
+def trained(loss, params, roles):
+    """The mean loss of the last ten steps of a training."""
+    optimizer, data = us.unit.parametrized(optax.scale_by_adam(), roles, 0.25), batches()
+    step = jax.jit(us.updated(us.value_and_grad(loss), optimizer))
+    opt_state, losses = optimizer.init(params), []
     for _ in range(STEPS):
-        unit_params, opt_state, terms, _ = step(unit_params, opt_state, next(data))
+        params, opt_state, terms, _ = step(params, opt_state, next(data))
         losses.append(float(us.loss_value(terms)))
-    print(f"cross entropy: {losses[0]:.2f} at first, {losses[-1]:.2f} after {STEPS} steps")
-    return away, losses
+    return float(np.mean(losses[-10:]))
 
 
 if __name__ == "__main__":

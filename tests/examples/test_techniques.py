@@ -54,6 +54,12 @@ def test_a_transform_of_ones_own_is_the_parameters_masked():
     assert load("rewrite").main() == 0
 
 
+def test_gradients_of_a_model_that_nobody_edited_start_near_one_and_fit_in_eight_bits():
+    away, losses = load("unit_scaling").main()
+    assert away["unit-scaled"] < 4 < 8 < away["plain"]
+    assert losses["float32"] < 2.7 and abs(losses["fp8"] - losses["float32"]) < 0.1
+
+
 @pytest.mark.slow
 def test_the_file_to_copy_learns_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

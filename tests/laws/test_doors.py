@@ -336,6 +336,7 @@ SPECS = [
     us.parallel.Schedule("1f1b", stages=2, parts=3),
 ]
 RESULTS = {us.compaction.Rebuilt, us.distill.TopK, us.parallel.Sum, us.trace.Site, us.quant.QTensor}
+RESULTS |= {us.testing.WidthRow, us.testing.WidthReport}
 """Dataclasses with numbers that the library makes, and nobody else."""
 
 

@@ -4,6 +4,7 @@ from unitscale_jax.quant._cache import append
 from unitscale_jax.quant._calibrator import Calibrator
 from unitscale_jax.quant._calibrators import EMA, MSE, Absmax, Fixed, Percentile
 from unitscale_jax.quant._delayed import AmaxHistory, amax_history
+from unitscale_jax.quant._fp8 import fp8
 from unitscale_jax.quant._gptq import GPTQReport, gptq
 from unitscale_jax.quant._learned import learned
 from unitscale_jax.quant._lsq import Learned
@@ -32,6 +33,7 @@ __all__ = [
     "append",
     "awq",
     "dequantize",
+    "fp8",
     "gptq",
     "is_quantized",
     "learned",
