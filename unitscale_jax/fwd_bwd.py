@@ -3,6 +3,7 @@
     y = fwd · x,    x̄ = bwd · ȳ          `scale`
     y = value,      carrier̄ = ȳ          `straight_through`
     y = x,          x̄ = ȳ                `mark`, which an analysis finds again in both passes
+    y = x,          x̄ = round(ȳ)         `round_bwd`
 
 They are JAX primitives, for three reasons: `custom_vjp` has no forward mode and no hessian, a
 `stop_gradient` composition rounds (c + (v - c) is not v, and NaN at infinity), and a primitive
@@ -22,11 +23,14 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from unitscale_jax.errors import check_key
+from unitscale_jax.formats import Format, FormatLike, format_of, round_to
 from unitscale_jax.mesh_axes import axes_of, varying
-from unitscale_jax.typing import Array
+from unitscale_jax.typing import Array, Key
 
 __all__ = [
     "mark",
+    "round_bwd",
     "scale",
     "scale_bwd",
     "scale_fwd",
@@ -151,6 +155,40 @@ def mark(x: Array, at: int, *, back: bool = False) -> jax.Array:
           in (b,) }
     """
     return mark_p.bind(_floating(x, "mark"), at=at, back=back)
+
+
+def round_bwd(x: Array, format: FormatLike, *, key: Key | None = None) -> jax.Array:
+    """Rounds cotangents to a number format on the way back, and leaves values as they are.
+
+    Tangents of forward mode pass as the values do. A derivative of the backward pass takes the
+    rounding straight through. The format "f32" adds nothing to the program of a float32 array.
+
+    Args:
+        x: Floating-point numbers of any shape.
+        format: As of `unitscale_jax.formats.round_to`, which rounds the cotangent.
+        key: Rounds stochastically; data, without a gradient.
+
+    Returns:
+        `x`.
+
+    Raises:
+        TypeError: x is not floating point, or the key is not a typed one.
+        ValueError: The format is unknown.
+
+    Example:
+        >>> y, pull = jax.vjp(lambda x: round_bwd(x, "e5m2"), jnp.float32(1.1))
+        >>> round(y.item(), 4), pull(jnp.float32(1.1))[0].item()
+        (1.1, 1.0)
+    """
+    x, target = _floating(x, "round_bwd"), format_of(format)
+    if target == format_of("f32") and x.dtype != jnp.float64:
+        return x
+    if key is None:
+        return round_bwd_p.bind(x, format=target, impl=None)
+    check_key(key)
+    bits = jax.random.key_data(key)  # as numbers, which every transform takes
+    operands = _same_axes(x, bits)
+    return round_bwd_p.bind(*operands, format=target, impl=str(jax.random.key_impl(key)))
 
 
 # ------------------------------------------------------------------- factors that are static
@@ -278,6 +316,55 @@ mark_p.def_abstract_eval(lambda x, **_: x)
 mlir.register_lowering(mark_p, mlir.lower_fun(_itself, multiple_results=False))
 ad.deflinear2(mark_p, _transpose_mark)
 batching.primitive_batchers[mark_p] = _batch_mark
+
+
+# ------------------------------------------------------------------- rounded cotangents
+
+round_bwd_p = Primitive("round_bwd")
+
+
+def _value(x: jax.Array, *bits: jax.Array, format: Format, impl: str | None) -> jax.Array:
+    del bits, format, impl
+    return x
+
+
+def _rounded(x: jax.Array, *bits: jax.Array, format: Format, impl: str | None) -> jax.Array:
+    """What the cotangent becomes; leading axes of the bits but the last pair with those of x."""
+    if not bits:
+        return round_to(x, format)
+    one = lambda x, bits: round_to(x, format, key=jax.random.wrap_key_data(bits, impl=impl))
+    for _ in range(bits[0].ndim - 1):
+        one = jax.vmap(one)
+    return one(x, *bits)
+
+
+def _jvp_rounded(primals: Sequence, tangents: Sequence, **how: Any) -> tuple:
+    out, tangent = round_bwd_p.bind(*primals, **how), tangents[0]
+    if isinstance(tangent, ad.Zero):
+        return out, tangent
+    return out, round_bwd_p.bind(tangent, *primals[1:], **how)
+
+
+def _transpose_rounded(cotangent: Any, x: Any, *bits: jax.Array, **how: Any) -> list:
+    del x
+    none = [None] * len(bits)
+    if isinstance(cotangent, ad.Zero):
+        return [None, *none]
+    # Forward mode through the backward pass: the rounded numbers, and tangents as they come.
+    return [straight_through(_rounded(cotangent, *bits, **how), cotangent), *none]
+
+
+def _batch_rounded(args: Sequence, dims: Sequence, **how: Any) -> tuple:
+    # A key that the rows share is one for each row, as it is in a loop over the rows.
+    return round_bwd_p.bind(*_batched_first(args, dims, range(len(args))), **how), 0
+
+
+round_bwd_p.def_impl(_value)
+round_bwd_p.def_abstract_eval(_value)
+mlir.register_lowering(round_bwd_p, mlir.lower_fun(_value, multiple_results=False))
+ad.primitive_jvps[round_bwd_p] = _jvp_rounded
+ad.primitive_transposes[round_bwd_p] = _transpose_rounded
+batching.primitive_batchers[round_bwd_p] = _batch_rounded
 
 # ------------------------------------------------------------------- operands
 

@@ -124,9 +124,22 @@ def _round_steps(
     exponent = jnp.maximum(_exponent(magnitude), 1 - target.bias)
     steps = magnitude * _power_of_two(target.mantissa_bits - exponent, v.dtype)
     whole = _round_up_or_down(steps, key, ties)
-    y = jnp.copysign(whole * _power_of_two(exponent - target.mantissa_bits, v.dtype), v)
+    y = _signed(whole * _power_of_two(exponent - target.mantissa_bits, v.dtype), v)
     y = jnp.where(v > high, high, jnp.where(v < low, low, y))
     return jnp.where(jnp.isnan(v), v, y)
+
+
+def _signed(magnitude: jax.Array, v: jax.Array) -> jax.Array:
+    """A magnitude with the sign of v, that of a zero included, by bits.
+
+    `jnp.copysign` takes the sign by a shift to a bool, which XLA (JAX 0.12, CPU) compiles to wrong
+    signs where v is the transposed result of a dot.
+    """
+    sign = 1 << (jnp.finfo(v.dtype).bits - 1)
+    bits = _as_bits(magnitude)
+    return jax.lax.bitcast_convert_type(
+        bits | (_as_bits(v) & np.asarray(sign, bits.dtype)), v.dtype
+    )
 
 
 def _round_up_or_down(steps: jax.Array, key: Key | None, ties: str) -> jax.Array:

@@ -13,6 +13,9 @@ from unitscale_jax.precision._loss_scale import (
 from unitscale_jax.precision._low_precision import low_precision_weights
 from unitscale_jax.precision._policy import Policy
 from unitscale_jax.precision._scale import DynamicScale, StaticScale
+from unitscale_jax.precision._simulated import (
+    simulated,
+)
 from unitscale_jax.precision._updated import updated
 
 __all__ = [
@@ -27,6 +30,7 @@ __all__ = [
     "loss_scaled",
     "low_precision_weights",
     "overflowing",
+    "simulated",
     "unless_skipped",
     "unscaled",
     "updated",

@@ -34,7 +34,7 @@ _FOLLOW = """
 add add_any mul div rem sign floor ceil round tanh logistic sin cos atan atan2 erf nextafter
 eq ne lt le gt ge is_finite dynamic_update_slice gather sort top_k argmax argmin reduce_window_max
 reduce_window_min select_and_scatter_add select_and_gather_add cummax cummin reduce_and reduce_or
-real imag unit_scale unit_scale_by straight_through convert_element_type
+real imag unit_scale unit_scale_by round_bwd straight_through convert_element_type
 """
 _EACH = """
 optimization_barrier pcast pvary reshard mesh_cast device_put with_memory_space_constraint

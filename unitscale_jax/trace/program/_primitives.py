@@ -30,7 +30,7 @@ PLACED = named("""
 
 IN_PLACE = PLACED | named("""
     convert_element_type copy copy_p mark name optimization_barrier pcast pvary reduce_precision
-    stop_gradient straight_through unit_scale unit_scale_by
+    stop_gradient straight_through unit_scale unit_scale_by round_bwd
 """)
 """Moves that leave every number at its position. A barrier moves each of its operands to the result
 of its place; a factor of `unit_scale` belongs to the value as its scale does."""
