@@ -86,6 +86,8 @@ def _integer_product(
 ) -> jax.Array:
     """The sum of products of codes less zero points: int32, or float32 of 8-bit floats."""
     if not sides[0].spec.w.is_integer:
+        if isinstance(product, Conv) and codes[0].dtype != codes[1].dtype:
+            codes = [c.astype(jnp.float32) for c in codes]  # JAX has no convolution of two dtypes
         return product.bind(codes[0], codes[1], jnp.float32)
     if spec.compute == "float_exact":
         acc = _float_exact(product, codes, [reach(t) for t in sides])
