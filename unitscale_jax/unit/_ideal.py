@@ -153,7 +153,12 @@ def _free(product: Operation, side: int) -> int:
 def _dot(net: Network, node: Node, ratio: float) -> None:
     contracted, _ = node.last.site.eqn.params["dimension_numbers"]
     shape = node.last.inputs[0].shape
-    node.alpha = math.prod(shape[d] for d in contracted[0]) ** -0.5
+    terms = math.prod(shape[d] for d in contracted[0])
+    node.alpha = terms**-0.5
+    if node in net.readouts:
+        # Outputs shrink with width, as in u-muP: training aligns a readout with what it reads, and
+        # sums of aligned terms grow with their number, not with its root.
+        node.alpha, node.rule = 1 / terms, "readout"
     for edge in node.edges:
         edge.ideal = _rows(net, edge, _free(node.last, 1 - edge.position), ratio)
 

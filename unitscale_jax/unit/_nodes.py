@@ -116,6 +116,7 @@ class Network:
         uses: The edges of a value.
         active: All active values.
         by_data: Values that depend on something else than parameters.
+        readouts: Products with a parameter that all of a loss passes, and no product after them.
         tail: Nodes between the last parameters and the losses.
         tops: The last node of each part of the tail, and the value that the part is a function of.
     """
@@ -128,6 +129,7 @@ class Network:
     uses: dict[Value, list[tuple[Node, Edge]]]
     active: set[Value]
     by_data: set[Value]
+    readouts: set[Node] = field(default_factory=set)
     tail: set[Node] = field(default_factory=set)
     tops: list[tuple[Node, Value]] = field(default_factory=list)
 

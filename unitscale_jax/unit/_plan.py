@@ -25,7 +25,7 @@ from unitscale_jax.unit._ideal import join, set_ideal
 from unitscale_jax.unit._losses import Term, losses_of, weights_of_losses
 from unitscale_jax.unit._nodes import Edge, Network, Node, Order, Powers, network
 from unitscale_jax.unit._potential import constants_of, set_backward, without_shares
-from unitscale_jax.unit._tail import set_tail
+from unitscale_jax.unit._tail import find_readouts, set_tail
 
 Share: TypeAlias = tuple[int, str]
 
@@ -119,6 +119,7 @@ def _set_forward(
 ) -> tuple[list[Branch], Mapping[Node | Value, Powers]]:
     """Sets forward factors and the ideal backward ones."""
     order = Order(net)
+    net.readouts = find_readouts(net, order)
     for node in net.nodes:
         own = composite_of(node.last.site)
         if own is not None:

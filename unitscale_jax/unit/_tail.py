@@ -5,13 +5,17 @@ this tail unit again: it is the same for all losses, so their weighting stays th
 """
 
 import math
+from collections.abc import Iterator
 
-from unitscale_jax.trace.program import Value
+from unitscale_jax.trace.program import PRODUCTS, Value
 from unitscale_jax.unit._nodes import Network, Node, Order
 
 
-def set_tail(net: Network, order: Order) -> None:
-    """Takes the forward factors from all nodes between the last parameters and the losses."""
+def tail_parts(net: Network, order: Order) -> Iterator[tuple[Node, Node | Value | None]]:
+    """The last node of each part of the tail, and what the part is a function of.
+
+    A part without such a value is a sum of losses, whose terms are parts of their own.
+    """
     todo = [net.source(value) for value in net.sinks if value in net.active]
     seen: set[Node | Value] = set()
     while todo:
@@ -21,12 +25,31 @@ def set_tail(net: Network, order: Order) -> None:
         seen.add(node)
         top = order.top(node)
         if top is not None:
-            net.tops.append((node, top.outputs[0] if isinstance(top, Node) else top))
-            for inner in {*order.between(top, node), node}:
-                _keep_value(net, inner)
+            yield node, top
         elif all(math.prod(value.shape) <= 1 for value in node.outputs):
-            _keep_value(net, node)  # a sum of losses
+            yield node, None
             todo += [net.source(edge.value) for edge in node.edges]
+
+
+def find_readouts(net: Network, order: Order) -> set[Node]:
+    """The products with a parameter that a part of the tail begins with."""
+    tops = [top for _, top in tail_parts(net, order) if isinstance(top, Node)]
+    return {
+        top
+        for top in tops
+        if top.last.name in PRODUCTS
+        and sum(net.from_parameters(edge.value) for edge in top.edges) == 1
+    }
+
+
+def set_tail(net: Network, order: Order) -> None:
+    """Takes the forward factors from all nodes between the last parameters and the losses."""
+    for node, top in tail_parts(net, order):
+        inner = {node} if top is None else {*order.between(top, node), node}
+        for member in inner:
+            _keep_value(net, member)
+        if top is not None:
+            net.tops.append((node, top.outputs[0] if isinstance(top, Node) else top))
 
 
 def _keep_value(net: Network, node: Node) -> None:

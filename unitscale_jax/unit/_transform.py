@@ -54,8 +54,9 @@ def unit_scaled(
         ValueError: At the call: `fn` returns no loss, or no parameter reaches it; another number
             of taus is given than there are branches; a pattern matches nothing.
 
-    Scalar factors in `fn` that only set a size, such as head^-1/2 of logits, have no effect, for
-    what they multiply is made unit again. What is left alone (loops whose length depends on data,
+    The last product before a loss, the readout, is scaled by 1 / fan-in, as in u-muP: its outputs
+    shrink with width. Scalar factors in `fn` that only set a size, such as head^-1/2 of logits, have
+    no effect, for what they multiply is made unit again. What is left alone (loops whose length depends on data,
     kernels, custom derivatives) is in `us.explain(scaled)(..).left`, with the reason.
 
     Example:
