@@ -55,9 +55,10 @@ def unit_scaled(
             of taus is given than there are branches; a pattern matches nothing.
 
     The last product before a loss, the readout, is scaled by 1 / fan-in, as in u-muP: its outputs
-    shrink with width. Scalar factors in `fn` that only set a size, such as head^-1/2 of logits, have
-    no effect, for what they multiply is made unit again. What is left alone (loops whose length depends on data,
-    kernels, custom derivatives) is in `us.explain(scaled)(..).left`, with the reason.
+    shrink with width. Scalar factors in `fn` that only set a size, such as head^-1/2 of logits,
+    have no effect, for what they multiply is made unit again. What is left alone (loops whose
+    length depends on data, kernels, custom derivatives) is in `us.explain(scaled)(..).left`, with
+    the reason.
 
     Example:
         >>> def loss(params, x):
