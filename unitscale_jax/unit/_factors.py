@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unitscale_jax.errors import unknown
+from unitscale_jax.trace.program import evaluated_now
 from unitscale_jax.typing import Array
 
 Family: TypeAlias = Literal["exact", "graphcore"]
@@ -112,7 +113,7 @@ def gaussian_moments(fn: Callable[[Array], Array]) -> tuple[float, float]:
     Raises:
         ValueError: The result has not the shape of the argument.
     """
-    with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
+    with evaluated_now(), jax.numpy_dtype_promotion("standard"):
         nodes = jnp.asarray(NODES, jnp.result_type(float))
         out, slope = jax.jvp(fn, (nodes,), (jnp.ones_like(nodes),))
     if jnp.shape(out) != NODES.shape:

@@ -11,7 +11,7 @@ import numpy as np
 
 from unitscale_jax.errors import expected
 from unitscale_jax.loss import Mean
-from unitscale_jax.trace.program import TracedCall, sliced
+from unitscale_jax.trace.program import TracedCall, evaluated_now, sliced
 from unitscale_jax.unit._measure import LARGEST
 
 
@@ -97,7 +97,7 @@ def _counted(staged: TracedCall, wanted: Sequence[bool]) -> list[float]:
     if sum(math.prod(a.shape) for a in avals) > 64 * LARGEST:
         return sizes
     try:
-        with jax.ensure_compile_time_eval():
+        with evaluated_now():
             ones = [_ones(a) for a in avals]
             return [float(jnp.sum(x)) for x in sliced(staged.traced, wanted)(*ones)]
     except (TypeError, ValueError):  # such as an effect, or a key without a number

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unitscale_jax.trace.program import Operation, Site, Value, bodies
+from unitscale_jax.trace.program import COLLECTIVES, Operation, Site, Value, bodies, evaluated_now
 from unitscale_jax.typing import Array
 from unitscale_jax.unit._factors import gaussian_moments
 from unitscale_jax.unit._nodes import Network, Node
@@ -104,6 +104,8 @@ def sample_moments(net: Network, start: Value, node: Node) -> tuple[float, float
     )
     key = ("sample", _signature(needed, {start: "start"}), start.shape, str(start.dtype), alphas)
     if key not in _MOMENTS:
+        if any(op.name in COLLECTIVES for op in needed):
+            return None  # its numbers are those of all devices
         _MOMENTS[key] = _sampled(net, start, out, needed)
     return _MOMENTS[key]
 
@@ -115,7 +117,8 @@ def _sampled(
         env: dict[Value, Any] = {start: x}
         for op in needed:
             given = [env[v] if v in env else _stand_in(net, op, v, rng) for v in op.inputs]
-            results = op.site.bind(given)
+            varies = op.name in ("pvary", "pcast")  # over mesh axes, which there are none of here
+            results = given[:1] if varies else op.site.bind(given)
             for value, y in zip(op.outputs, results, strict=True):
                 made = net.maker.get(value)
                 env[value] = (
@@ -124,7 +127,7 @@ def _sampled(
         return env[out]
 
     rng = np.random.default_rng(0)
-    with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
+    with evaluated_now(), jax.numpy_dtype_promotion("standard"):
         x = jnp.asarray(rng.standard_normal(start.shape), start.dtype)
         y, pull = jax.vjp(jax.jit(fn), x)
         each = rng.standard_normal(y.shape) if y.ndim > 1 else np.ones(y.shape)

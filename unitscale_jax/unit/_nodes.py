@@ -28,6 +28,7 @@ Powers: TypeAlias = dict[tuple[int, str], int]
 
 SCALES = frozenset({"unit_scale", "unit_scale_by"})
 _UNFUSED = PLACED | SCALES | {"straight_through", "stop_gradient", "optimization_barrier"}
+_UNFUSED |= {"pvary", "pcast"}  # which have no meaning outside of a mesh
 _ALONE = frozenset({"convert_element_type", "copy", "copy_p", "name", "reduce_precision"})
 
 

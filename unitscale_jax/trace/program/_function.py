@@ -1,7 +1,8 @@
 """A function as an equation list: traced once, then asked about and evaluated, whole or in part."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,6 +187,17 @@ def trace_call(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> TracedCa
         return out_structure.unflatten(next(arrays) if x is None else x[0] for x in outline)
 
     return TracedCall(closed, given.arrays, given.positions, finish)
+
+
+@contextlib.contextmanager
+def evaluated_now() -> Iterator[None]:
+    """Evaluates what is made inside at once, though a function around it is traced, and on no mesh.
+
+    Inside a `shard_map` even an array of ones would be typed by the manual axes around it.
+    """
+    no_mesh = jax.sharding.AbstractMesh((), ())
+    with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(no_mesh):
+        yield
 
 
 def compiled_once(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -24,7 +24,8 @@ import numpy as np
 
 from unitscale_jax.trace.program import _compat
 from unitscale_jax.trace.program._compat import ClosedJaxpr, Jaxpr, Literal
-from unitscale_jax.trace.program._primitives import ELEMENTWISE
+from unitscale_jax.trace.program._function import evaluated_now
+from unitscale_jax.trace.program._primitives import ELEMENTWISE, IN_PLACE
 from unitscale_jax.trace.program._walk import Site, bodies, is_call, listed
 
 JOINTS = frozenset({"row", "carry", "final", "stacked", "branch"})
@@ -214,9 +215,10 @@ def _evaluated(site: Site, inputs: Sequence[Value], result: Value) -> Any:
     """The one number that a result holds, of an equation on such; None if that is not known."""
     if not inputs or any(value.constant is None for value in inputs):
         return None
-    if site.name == "broadcast_in_dim":
-        return inputs[0].constant
-    if result.shape or site.name not in ELEMENTWISE:
+    moved = site.name in IN_PLACE - {"convert_element_type"}
+    if site.name == "broadcast_in_dim" or (moved and len(inputs) == 1):
+        return inputs[0].constant  # as it is, whatever mesh axes it varies over
+    if result.shape or site.name not in ELEMENTWISE - IN_PLACE | {"convert_element_type"}:
         return None
-    with jax.ensure_compile_time_eval():
+    with evaluated_now():
         return np.asarray(site.bind([jnp.asarray(value.constant) for value in inputs])[0])
