@@ -36,7 +36,7 @@ PRESETS = {
 }
 # What a run cannot change when it is resumed; the rest may differ from one session to the next.
 FIXED = ("data", "steps", "rows", "length", "parts", "width", "layers", "heads", "rate", "policy")
-FIXED += ("quantize", "seed")
+FIXED += ("quantize", "unit_scaled", "seed")
 MESH = {"data": 1, "tensor": 1, "pipe": 1}  # rows, heads and channels, layers
 
 
@@ -160,6 +160,20 @@ def make_parser() -> Parser:
         "activations, and serves from them (default: int8)",
     )
     flag(
+        "--fp8",
+        dest="quantize",
+        action="store_const",
+        const="fp8",
+        help="the same as --quantize fp8: 8-bit floats with scale 1, for --unit-scaled alone",
+    )
+    flag(
+        "--unit-scaled",
+        action="store_true",
+        default=None,
+        help="gives the model the factors of unit scaling and the learning rates of u-muP; no "
+        "gradient is clipped, and no loss is scaled",
+    )
+    flag(
         "--mesh",
         type=mesh_sizes,
         metavar="SIZES",
@@ -220,8 +234,11 @@ def read_settings(parser: Parser, argv) -> argparse.Namespace:
     size, resume = args.pop("size"), args["resume"]
     out = args["out"] = args["out"] or pathlib.Path("runs", f"charlm_{size}" if size else "charlm")
     defaults = PRESETS["default"] | dict(
-        policy=default_policy(), quantize="int8", seed=0, data=None, mesh=None, zero=0
+        **dict(policy=default_policy(), quantize="int8", seed=0, data=None, mesh=None, zero=0),
+        unit_scaled=False,
     )
+    if args["unit_scaled"]:  # rates of u-muP are in units of the parameters, which are near 1
+        defaults["rate"] = 0.5
     wanted = PRESETS.get(size, {}) | {k: v for k, v in args.items() if v is not None}
     saved = saved_settings(out) if resume else {}
     if resume and not saved:
@@ -249,6 +266,8 @@ def check(parser: Parser, settings: argparse.Namespace) -> None:
         parser.error(f"--heads {settings.heads} does not divide --width {settings.width}")
     if settings.parts > settings.rows:
         parser.error(f"--parts {settings.parts} exceeds --rows {settings.rows}")
+    if settings.quantize == "fp8" and not settings.unit_scaled:
+        parser.error("--fp8 has scale 1, which only values near 1 fit; add --unit-scaled")
     if settings.mesh:
         check_mesh(parser, settings)
     if not settings.resume and (old := saved_settings(settings.out)):
@@ -265,6 +284,8 @@ def check_mesh(parser: Parser, settings: argparse.Namespace) -> None:
     devices = math.prod(settings.mesh.values())
     if devices != jax.device_count():
         parser.error(f"--mesh has {devices} devices, and this machine {jax.device_count()}")
+    if settings.unit_scaled and pipe > 1:
+        parser.error("--unit-scaled sees the whole model, and --mesh pipe cuts it in stages")
     if settings.layers % pipe:
         parser.error(f"--mesh pipe={pipe} does not divide --layers {settings.layers}")
     if settings.parts * data > settings.rows:
@@ -276,7 +297,7 @@ def check_mesh(parser: Parser, settings: argparse.Namespace) -> None:
 
 def saved_settings(out: pathlib.Path) -> dict:
     path = out / "settings.json"
-    before = {"quantize": "none"}  # a run of before there was a choice
+    before = {"quantize": "none", "unit_scaled": False}  # a run of before there was a choice
     return before | json.loads(path.read_text()) if path.exists() else {}
 
 

@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 import unitscale_jax as us
@@ -86,10 +87,52 @@ def make_model(settings: argparse.Namespace) -> GPT:
     return GPT(**size, length=settings.length, rngs=nnx.Rngs(settings.seed))
 
 
+def losses(logits, following):
+    """What each byte costs, in nats: (rows, time, 256) and (rows, time) to f32 (rows, time)."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, following.astype(jnp.int32))
+
+
+def mean_loss(logits, batch):
+    costs = losses(logits, batch["next"])
+    rows, time = costs.shape
+    return {"loss": us.Mean(total=costs.sum(axis=1), weight=jnp.full(rows, float(time)))}
+
+
 def build(settings: argparse.Namespace):
     """The model as a pure function in the dtypes of `settings.policy`, and its parameters."""
     apply, params, _ = us.from_nnx(make_model(settings))
+    if settings.unit_scaled:
+        params = us.unit.standardize(params, unit_roles(settings, params))
+        scaled = scaled_loss(settings, with_logits=True)
+        return lambda params, text: scaled(params, {"text": text, "next": text})[1], params
     return us.autocast(apply, settings.policy), params  # products; norms, softmax stay in float32
+
+
+def scaled_loss(settings: argparse.Namespace, *, with_logits=False):
+    """The loss of the same model, unit-scaled: nothing in the model knows of it.
+
+    Logits are those of the scaled model, so that what is trained is what is served.
+    """
+    apply, _, _ = us.from_nnx(make_model(settings))
+    mesh = settings.mesh or {"data": 1}
+
+    def loss(params, batch):
+        logits = apply(params, batch["text"])
+        terms = mean_loss(logits, batch)
+        return (terms, logits) if with_logits else terms
+
+    # A step has more rows than the loss sees: those of other micro-batches and other devices.
+    return us.autocast(
+        us.unit_scaled(loss, batch_ratio=settings.parts * mesh["data"]), settings.policy
+    )
+
+
+def unit_roles(settings: argparse.Namespace, params):
+    """The role of each parameter, by which u-muP gives it its learning rate."""
+    apply, _, _ = us.from_nnx(make_model(settings))
+    text = jnp.zeros((1, settings.length), jnp.int32)
+    loss = lambda params, text: mean_loss(apply(params, text), {"next": text})
+    return us.unit.roles(loss, params, text, depth=settings.layers)
 
 
 def pieces(settings: argparse.Namespace):
@@ -109,6 +152,7 @@ QUANTIZE = {
     "none": [],
     "int8": [("**/kernel", us.DotSpec(w=us.QSpec(), x=us.QSpec()))],
     "int4": [("**/kernel", us.DotSpec(w=_INT4, x=us.QSpec()))],
+    "fp8": [("**/kernel", us.quant.fp8)],
 }
 
 

@@ -9,7 +9,8 @@ import matplotlib.figure
 import numpy as np
 
 from charlm import data
-from charlm.train import Curve, losses
+from charlm.model import losses
+from charlm.train import Curve
 
 ORDERS = (1, 2, 3, 4)  # longer n-grams do worse on six megabytes of text
 EVAL_ROWS = 32  # windows scored at once

@@ -17,24 +17,23 @@ import rich.console
 import rich.progress
 
 import unitscale_jax as us
-from charlm.model import build, kernel_rules, layout_of, pieces
+from charlm.model import (
+    build,
+    kernel_rules,
+    layout_of,
+    mean_loss,
+    pieces,
+    scaled_loss,
+    unit_roles,
+)
 
 LOG_EVERY = 10  # steps between points of the training curve
 SAMPLE_BYTES = 65_536  # spread over the held-out text, scored during training
 
 
-def losses(logits, following):
-    """What each byte costs, in nats: (rows, time, 256) and (rows, time) to f32 (rows, time)."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, following.astype(jnp.int32))
-
-
-def mean_loss(logits, batch):
-    costs = losses(logits, batch["next"])
-    rows, time = costs.shape
-    return {"loss": us.Mean(total=costs.sum(axis=1), weight=jnp.full(rows, float(time)))}
-
-
-def make_optimizer(settings: argparse.Namespace) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(settings: argparse.Namespace, params) -> optax.GradientTransformationExtraArgs:
+    if settings.unit_scaled:
+        return unit_optimizer(settings, params)
     rate = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=settings.rate,
@@ -47,6 +46,16 @@ def make_optimizer(settings: argparse.Namespace) -> optax.GradientTransformation
     # Only float16 can overflow where float32 does not; a scale of 1 is no scale.
     scale = us.DynamicScale(interval=200) if settings.policy == "float16" else us.StaticScale(1)
     return us.loss_scaled(optax.chain(optax.clip_by_global_norm(1.0), adamw), scale)
+
+
+def unit_optimizer(settings: argparse.Namespace, params):
+    """Adam with the learning rates of u-muP; gradients are near 1, so none is clipped or scaled."""
+    steps = max(settings.steps, 2)
+    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, max(steps // 20, 1), steps, 1 / 50)
+    roles = unit_roles(settings, params)
+    adam = optax.scale_by_adam(b2=0.99)
+    tx = us.unit.parametrized(adam, roles, settings.rate, weight_decay=5e-4, schedule=shape)
+    return us.loss_scaled(tx, us.StaticScale(1))
 
 
 def make_step(grad_fn, optimizer, settings: argparse.Namespace):
@@ -70,8 +79,10 @@ def start(settings: argparse.Namespace):
     apply, params = build(settings)
     # Parameters become codes in each call, so that what is trained is what will be served.
     apply = us.quantized(apply, kernel_rules(settings))
-    optimizer = make_optimizer(settings)
+    optimizer = make_optimizer(settings, params)
     loss = lambda params, batch: mean_loss(apply(params, batch["text"]), batch)
+    if settings.unit_scaled:
+        loss = us.quantized(scaled_loss(settings), kernel_rules(settings))
     grad_fn = us.accumulated(us.value_and_grad(loss), settings.parts)
     if settings.mesh:
         apply, grad_fn, optimizer, params = parallel(settings, apply, grad_fn, optimizer, params)

@@ -57,6 +57,7 @@ def model():
         (["--temperature", "-1"], "--temperature: expected a number, at least 0, got '-1'"),
         (["--policy", "float8"], "--policy: invalid choice: 'float8'"),
         (["--quantize", "int3"], "--quantize: invalid choice: 'int3'"),
+        (["--fp8"], "--fp8 has scale 1, which only values near 1 fit; add --unit-scaled"),
         (["--long", "--smallest"], "--smallest: not allowed with argument --long"),
         (["--width", "30", "--heads", "4"], "--heads 4 does not divide --width 30"),
         (["--parts", "9", "--rows", "8"], "--parts 9 exceeds --rows 8"),
@@ -122,14 +123,16 @@ def test_every_dot_of_the_model_is_in_the_dtype_of_the_policy(policy):
     assert dots == [(short, short)] * 7  # four dense layers, two dots of attention, the head
 
 
-@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize(
+    "flags", [("--quantize", "int8"), ("--quantize", "int4"), ("--unit-scaled", "--fp8")]
+)
 @pytest.mark.usefixtures("relaxed_promotion")
-def test_what_is_served_is_what_was_trained_to_the_bit(quantize):
-    flags = ("--smallest", "--length", LENGTH, "--quantize", quantize, "--out", "absent")
-    settings = settings_of(*flags)
+def test_what_is_served_is_what_was_trained_to_the_bit(flags):
+    settings = settings_of("--smallest", "--length", LENGTH, *flags, "--out", "absent")
     apply, _, run = training.start(settings)
     codes = gpt.serving(settings, run["params"])[1]
-    kernels = [leaf for leaf in jax.tree.leaves(codes) if leaf.dtype in (jnp.int8, jnp.int4)]
+    narrow = (jnp.int8, jnp.int4, jnp.float8_e4m3fn)
+    kernels = [leaf for leaf in jax.tree.leaves(codes) if leaf.dtype in narrow]
     assert sum(leaf.size for leaf in kernels) > 0.2 * us.tree.size(run["params"])
     text = jnp.arange(2 * LENGTH, dtype=jnp.int32).reshape(2, LENGTH) % 256
     trained, served = (jax.jit(apply)(tree, text) for tree in (run["params"], codes))

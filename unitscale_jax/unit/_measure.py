@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unitscale_jax.mesh_axes import axes_of
 from unitscale_jax.trace.program import COLLECTIVES, Operation, Site, Value, bodies, evaluated_now
 from unitscale_jax.typing import Array
 from unitscale_jax.unit._factors import gaussian_moments
-from unitscale_jax.unit._nodes import Network, Node
+from unitscale_jax.unit._nodes import VARIES, Network, Node
 
 LARGEST = 2**20
 """Numbers of an array beyond which a part of a program is not evaluated on a sample."""
@@ -64,7 +65,7 @@ def _body(jaxpr: Any, consts: Sequence[Any], given: Sequence[Any]) -> list[Any]:
         inside = bodies(eqn)
         if inside:
             out = _body(*inside[0], xs)
-        elif eqn.primitive.name == "broadcast_in_dim":
+        elif eqn.primitive.name in {"broadcast_in_dim"} | VARIES:
             out = xs  # of a number, which broadcasts by itself
         else:
             out = Site(eqn, 0).bind(jnp.broadcast_arrays(*xs))
@@ -104,10 +105,16 @@ def sample_moments(net: Network, start: Value, node: Node) -> tuple[float, float
     )
     key = ("sample", _signature(needed, {start: "start"}), start.shape, str(start.dtype), alphas)
     if key not in _MOMENTS:
-        if any(op.name in COLLECTIVES for op in needed):
-            return None  # its numbers are those of all devices
+        if any(_is_of_devices(op) for op in needed):
+            return None
         _MOMENTS[key] = _sampled(net, start, out, needed)
     return _MOMENTS[key]
+
+
+def _is_of_devices(op: Operation) -> bool:
+    """Whether an operation has no meaning on one device: a sum over devices, a call among them."""
+    calls = bool(bodies(op.site.eqn))
+    return op.name in COLLECTIVES or (calls and bool(axes_of([v.aval for v in op.site.eqn.invars])))
 
 
 def _sampled(
@@ -117,8 +124,8 @@ def _sampled(
         env: dict[Value, Any] = {start: x}
         for op in needed:
             given = [env[v] if v in env else _stand_in(net, op, v, rng) for v in op.inputs]
-            varies = op.name in ("pvary", "pcast")  # over mesh axes, which there are none of here
-            results = given[:1] if varies else op.site.bind(given)
+            # There are no mesh axes here that a value could vary over.
+            results = given[:1] if op.name in VARIES else op.site.bind(given)
             for value, y in zip(op.outputs, results, strict=True):
                 made = net.maker.get(value)
                 env[value] = (

@@ -28,7 +28,10 @@ Powers: TypeAlias = dict[tuple[int, str], int]
 
 SCALES = frozenset({"unit_scale", "unit_scale_by"})
 _UNFUSED = PLACED | SCALES | {"straight_through", "stop_gradient", "optimization_barrier"}
-_UNFUSED |= {"pvary", "pcast"}  # which have no meaning outside of a mesh
+VARIES = frozenset({"pvary", "pcast"})
+"""Moves that have no meaning outside of a mesh."""
+
+_UNFUSED |= VARIES
 _ALONE = frozenset({"convert_element_type", "copy", "copy_p", "name", "reduce_precision"})
 
 
@@ -214,7 +217,7 @@ def _body_is_elementwise(op: Operation) -> bool:
             inside = [body for body, _ in bodies(eqn)]
             todo += inside
             shapes = set(map(shape_of, eqn.outvars))
-            known = eqn.primitive.name in (ELEMENTWISE - _UNFUSED) | {"broadcast_in_dim"}
+            known = eqn.primitive.name in (ELEMENTWISE - _UNFUSED) | {"broadcast_in_dim"} | VARIES
             if not (inside or known) or not shapes <= {op.outputs[0].shape, ()}:
                 return False
     return True
