@@ -9,6 +9,10 @@ learning rate serves every width.
 Unit Scaling: https://arxiv.org/abs/2303.11257; u-muP: https://arxiv.org/abs/2407.17465.
 """
 
+from unitscale_jax.unit import (
+    _linen as linen,
+    _nnx as nnx,
+)
 from unitscale_jax.unit._composite import (
     composite,
 )
@@ -83,9 +87,11 @@ __all__ = [
     "gelu",
     "layer_norm",
     "linear",
+    "linen",
     "matmul",
     "mse",
     "multipliers",
+    "nnx",
     "parametrized",
     "readout",
     "residual_add",

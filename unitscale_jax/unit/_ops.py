@@ -290,15 +290,17 @@ def silu(
 def silu_glu(x: Array, gate: Array, *, mult: float = 1.0, factors: Family = "exact") -> jax.Array:
     """The gated activation `x g sigmoid(m g)`, of x and a gate g of one shape.
 
-    Its inputs come from one value as a rule, so x and the result always share a factor.
+    Its inputs come from one value as a rule, so they and the result share one factor.
     """
     check_family(factors)
     fn = _silu(_positive("mult", mult))
     if factors == "graphcore":
         own = formulas.silu_glu(mult)
     else:
-        of_gate = formulas.elementwise(fn)
-        own = Factors(of_gate.fwd, {"x": of_gate.fwd, "gate": of_gate.bwd["x"]})
+        # x and the gate are made from one value as a rule: a factor of its own for the gate, 3 %
+        # smaller, would make the gradient of that value no multiple of the true one.
+        one = formulas.elementwise(fn).fwd
+        own = Factors(one, {"x": one, "gate": one})
     return _scaled(lambda x, gate: x * fn(gate), own, x=x, gate=gate)
 
 
