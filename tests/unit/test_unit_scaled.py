@@ -351,6 +351,19 @@ def test_the_proof_names_a_scale_that_it_cannot_enter():
         unit.constants(lambda w, x: hidden(x @ w).sum(), jnp.ones((2, 2)), jnp.ones((2, 2)))
 
 
+def test_a_thousand_uses_in_a_row_keep_factors_that_floats_hold():
+    def loss(p, x):
+        h = x @ p
+        for _ in range(1000):
+            h = h + jnp.roll(h, 1, 0) * 0.5
+        return (h @ p).sum()
+
+    p, x = jnp.ones((4, 4)), jnp.ones((2, 4))
+    text = str(jax.make_jaxpr(us.unit_scaled(loss))(p, x))
+    assert "bwd=0.0" not in text and "inf" not in text and "nan" not in text
+    assert unit.constants(us.unit_scaled(loss), p, x) > 0
+
+
 # ------------------------------------------------------------------------------- transformations
 
 

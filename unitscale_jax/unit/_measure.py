@@ -24,6 +24,15 @@ LARGEST = 2**20
 """Numbers of an array beyond which a part of a program is not evaluated on a sample."""
 
 _MOMENTS: dict[Any, tuple[float, float]] = {}
+_MOST = 4096
+
+
+def _remember(key: Any, moments: tuple[float, float]) -> tuple[float, float]:
+    """Keeps what was measured; of more than anybody's model has, nothing."""
+    if len(_MOMENTS) >= _MOST:
+        _MOMENTS.clear()
+    _MOMENTS[key] = moments
+    return moments
 
 
 def region_moments(node: Node) -> tuple[float, float]:
@@ -33,7 +42,7 @@ def region_moments(node: Node) -> tuple[float, float]:
     if key not in _MOMENTS:
         outputs = [gaussian_moments(_region(node, root, out)) for out in node.outputs]
         # Results of one region share a factor: the geometric mean of what each would have.
-        _MOMENTS[key] = _gmean([a for a, _ in outputs]), _gmean([b for _, b in outputs])
+        _remember(key, (_gmean([a for a, _ in outputs]), _gmean([b for _, b in outputs])))
     return _MOMENTS[key]
 
 
@@ -107,7 +116,7 @@ def sample_moments(net: Network, start: Value, node: Node) -> tuple[float, float
     if key not in _MOMENTS:
         if any(_is_of_devices(op) for op in needed):
             return None
-        _MOMENTS[key] = _sampled(net, start, out, needed)
+        _remember(key, _sampled(net, start, out, needed))
     return _MOMENTS[key]
 
 
@@ -165,19 +174,20 @@ def _between(net: Network, start: Value, out: Value) -> list[Operation]:
     """The operations that a value needs, down to the array that it is a function of."""
     found: dict[Operation, None] = {}
     seen: set[Value] = {start}
-
-    def need(value: Value) -> None:
+    todo: list[tuple[Value, bool]] = [(out, False)]  # whether its operands are found already
+    while todo:
+        value, done = todo.pop()
+        if done:
+            assert value.maker is not None
+            found[value.maker] = None
+            continue
         if value in seen or value.constant is not None or net.from_parameters(value):
-            return
+            continue
         seen.add(value)
-        op = value.maker
-        if op is None or op.is_joint:
-            return
-        for v in op.inputs:
-            need(v)
-        found[op] = None
-
-    need(out)
+        if value.maker is None or value.maker.is_joint:
+            continue
+        todo.append((value, True))
+        todo += [(v, False) for v in value.maker.inputs]
     on_way = _descend(start, found)
     return [op for op in found if op in on_way or not _has_random(op)]
 

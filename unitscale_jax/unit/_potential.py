@@ -56,10 +56,11 @@ def _sizes(
     for node, size in carried.items():
         back = node.last.back
         if back is not None and back in net.active:
-            squares[net.source(back)] += size**2
+            squares[net.source(back)] += size * size
     for node in reversed(net.nodes):
         for edge in node.uses:
-            part = squares[node] * _slope(node, edge, references) ** 2
+            slope = _slope(node, edge, references)
+            part = squares[node] * slope * slope
             squares[net.source(edge.value)] += part * _turns(edge)
     return {at: math.sqrt(square) for at, square in squares.items()}
 
@@ -144,6 +145,7 @@ class _Groups:
 
 
 _SINK = Value((), None)
+_LARGEST = 28.0  # of a constant's logarithm: e^28 is about 2^40
 
 
 def _grouped(net: Network, sizes: Sizes, leaving: float) -> dict[Node | Value, float]:
@@ -156,7 +158,10 @@ def _grouped(net: Network, sizes: Sizes, leaving: float) -> dict[Node | Value, f
             inner = isinstance(at, Node) and at.rule == INSIDE
             wish = -math.log(sizes[at] / leaving) - offset
             wishes.setdefault(root, []).append((wish, inner))
-    logs = {root: _mean_of(members) for root, members in wishes.items()}
+    # Any constant is right, but not one that a float cannot hold: gradients of a thousand uses in
+    # a row are expected to grow beyond all bounds, and do not.
+    bounded = lambda x: min(max(x, -_LARGEST), _LARGEST)
+    logs = {root: bounded(_mean_of(members)) for root, members in wishes.items()}
     root, offset = groups.find(_SINK)
     logs[root] = -offset
     found: dict[Node | Value, float] = {}
