@@ -31,4 +31,5 @@ def test_a_step_costs_next_to_nothing_more(rows):
         costs.append((found["flops"], found["bytes accessed"]))
     (flops, memory), (scaled_flops, scaled_memory) = costs
     assert scaled_flops < 1.01 * flops
-    assert scaled_memory < 1.07 * memory  # gradients of kernels are multiplied once more
+    # Gradients of kernels are multiplied once more: 1.056 on JAX 0.10 and 1.094 on 0.12, 256 rows.
+    assert scaled_memory < 1.1 * memory
